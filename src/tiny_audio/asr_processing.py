@@ -1,0 +1,257 @@
+"""Audio file -> 16 kHz mono -> features; text -> prompt, placeholder tokens, labels."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import av
+import httpx2 as httpx
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from .asr_config import encoder_frames
+
+SAMPLE_RATE = 16_000  # Hz
+IGNORE = -100
+
+# What can be transcribed: a path or URL, the bytes of a file, an open file, samples, or a dict.
+AudioInput = str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor | dict[str, Any]
+
+
+class AudioError(ValueError):
+    """Audio that cannot be read; the message names the file and what is wrong with it."""
+
+
+def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """Any audio as mono float32 samples at 16 kHz, in [-1, 1], shape (samples,).
+
+    Files are decoded, resampled and mixed down by FFmpeg through PyAV, so every format and rate
+    that FFmpeg reads works, the audio track of a video too.
+
+    Args:
+        source: path, http(s) URL, bytes, file object, array of shape (samples,) or
+            (channels, samples), or a dict with `array` or `raw` and `sampling_rate`, or with
+            `bytes` or `path`, as `datasets` has them.
+        sampling_rate: Hz, of an array that does not say its own.
+
+    Raises:
+        AudioError: for anything that holds no decodable, finite audio.
+    """
+    if isinstance(source, dict):
+        for key in ("array", "raw", "bytes", "path"):
+            if source.get(key) is not None:
+                return load_audio(source[key], source.get("sampling_rate") or sampling_rate)
+        raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray):
+        return _resample(source, sampling_rate)
+    name = str(source) if isinstance(source, str | Path) else "audio"
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        response = httpx.get(source, follow_redirects=True, timeout=60)
+        if response.status_code != 200:
+            raise AudioError(f"{name}: the server answered {response.status_code}")
+        source = response.content
+    elif isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise AudioError(f"{name}: no such file" if not path.exists() else f"{name}: no file")
+        source = str(path)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    return _decode(source, name)
+
+
+def _decode(source: str | BinaryIO, name: str) -> np.ndarray:
+    try:
+        with av.open(source) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{name}: holds no audio track")
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            blocks = [
+                block.to_ndarray()[0]
+                for frame in container.decode(audio=0)
+                for block in resampler.resample(frame)
+            ]
+            blocks += [block.to_ndarray()[0] for block in resampler.resample(None)]
+    except (av.FFmpegError, OSError) as error:
+        raise AudioError(f"{name}: not readable as audio ({error})") from error
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    return _finite(samples, name)
+
+
+def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
+    if samples.ndim > 2 or samples.size == 0:
+        raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
+    if np.issubdtype(samples.dtype, np.integer):
+        samples = samples / np.iinfo(samples.dtype).max
+    samples = samples.astype(np.float32)
+    if samples.ndim == 2:
+        samples = samples.mean(0 if samples.shape[0] <= samples.shape[1] else 1)
+    if rate != SAMPLE_RATE:
+        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        blocks = [*resampler.resample(frame), *resampler.resample(None)]
+        samples = np.concatenate([block.to_ndarray()[0] for block in blocks])
+    return _finite(samples, "array")
+
+
+def _finite(samples: np.ndarray, name: str) -> np.ndarray:
+    if not len(samples):
+        raise AudioError(f"{name}: holds no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{name}: holds NaN or infinite samples")
+    return samples
+
+
+class ASRProcessor(ProcessorMixin):
+    """Turns audio (and, for training, text) into what `ASRModel` takes, and ids into text.
+
+    The prompt is one fixed string of the decoder's chat format, `prompt_prefix` + one placeholder
+    per projected frame + `prompt_suffix`: SmolLM3's own template would add today's date.
+
+    Args:
+        feature_extractor: the encoder's own.
+        tokenizer: the decoder's own.
+        encoder: what the number of frames depends on: `model_type` and, for waveform encoders,
+            `conv_kernel` and `conv_stride`.
+        stack: encoder frames in a projected frame.
+        prompt_prefix, prompt_suffix: text around the audio.
+        audio_token: name of the placeholder, added to the tokenizer.
+        end_token: ends every transcript.
+        min_seconds: shorter clips are padded with silence to this length.
+        tail_seconds: silence appended to every clip, which steadies the last frames.
+        max_seconds: longest piece that the model is given; the pipeline splits what is longer.
+    """
+
+    feature_extractor_class = "AutoFeatureExtractor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        feature_extractor: Any,
+        tokenizer: Any,
+        encoder: dict[str, Any] | None = None,
+        stack: int = 5,
+        prompt_prefix: str = "<|im_start|>user\nTranscribe: ",
+        prompt_suffix: str = "<|im_end|>\n<|im_start|>assistant\n",
+        audio_token: str = "<audio>",
+        end_token: str = "<|im_end|>",
+        min_seconds: float = 0.1,
+        tail_seconds: float = 0.0,
+        max_seconds: float = 30.0,
+    ) -> None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]})
+        super().__init__(feature_extractor, tokenizer)
+        self.encoder = encoder or {"model_type": "whisper"}
+        self.stack = stack
+        self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix
+        self.audio_token, self.end_token = audio_token, end_token
+        self.min_seconds, self.tail_seconds = min_seconds, tail_seconds
+        self.max_seconds = max_seconds
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        self.end_token_id = tokenizer.convert_tokens_to_ids(end_token)
+        if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {end_token!r} to end a transcript with")
+        self.prefix_ids = tokenizer.encode(prompt_prefix, add_special_tokens=False)
+        self.suffix_ids = tokenizer.encode(prompt_suffix, add_special_tokens=False)
+
+    def features(self, samples: np.ndarray) -> torch.Tensor:
+        """Mono 16 kHz samples (n,) -> features of this clip alone, time first: (n,) or (t, mels).
+
+        Each clip is normalised on its own, never with its batch, so a batch changes nothing.
+        """
+        short = max(0, math.ceil(self.min_seconds * SAMPLE_RATE) - len(samples))
+        tail = round(self.tail_seconds * SAMPLE_RATE)
+        samples = np.pad(samples, (0, short + tail))
+        out = self.feature_extractor(
+            samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="np"
+        )
+        values = torch.from_numpy(np.asarray(out[self.feature_extractor.model_input_names[0]][0]))
+        return values.T if values.ndim == 2 else values
+
+    def frames(self, steps: int) -> int:
+        """Projected frames, which is placeholder tokens, for `steps` feature steps."""
+        return math.ceil(encoder_frames(SimpleNamespace(**self.encoder), steps) / self.stack)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Transcript -> token ids without the end token.
+
+        Every word is given its leading space, the first too, so that a word has one spelling for
+        the CTC head and the decoder wherever it stands.
+        """
+        return self.tokenizer.encode(" " + text, add_special_tokens=False) if text else []
+
+    def __call__(  # type: ignore[override]
+        self,
+        audio: AudioInput | Sequence[AudioInput],
+        text: str | Sequence[str] | None = None,
+        sampling_rate: int = SAMPLE_RATE,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """A left-padded batch from clips and, for training, their transcripts.
+
+        Args:
+            audio: one clip or a list of them, each as `load_audio` takes it.
+            text: the transcripts; adds `labels`.
+            sampling_rate: Hz, of arrays.
+
+        Returns:
+            `input_features` (b, samples) or (b, mels, frames), `input_features_mask` (b, samples
+            or frames), `input_ids` and `attention_mask` (b, s), and `labels` (b, s) with -100
+            outside the transcripts.
+
+        Raises:
+            AudioError: for a clip that cannot be read.
+            TypeError: for an unknown argument.
+        """
+        if kwargs:
+            raise TypeError(f"unknown arguments {sorted(kwargs)}; known: audio, text, sampling_rate")
+        clips = list(audio) if isinstance(audio, list | tuple) else [audio]
+        features = [self.features(load_audio(clip, sampling_rate)) for clip in clips]
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and len(texts) != len(clips):
+            raise ValueError(f"{len(clips)} clips but {len(texts)} transcripts")
+        return self.collate(features, None if texts is None else [self.tokenize(t) for t in texts])
+
+    def collate(
+        self, features: list[torch.Tensor], targets: list[list[int]] | None = None
+    ) -> BatchFeature:
+        """Pad clips' features (see `features`) and, for training, their token ids to a batch."""
+        batch: dict[str, torch.Tensor] = {}
+        values = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)  # (b, n[, mels])
+        batch["input_features"] = values.transpose(1, 2) if values.ndim == 3 else values
+        lengths = torch.tensor([len(f) for f in features])
+        batch["input_features_mask"] = torch.arange(values.shape[1]) < lengths[:, None]
+        rows, labels = [], []
+        for i, clip in enumerate(features):
+            placeholders = [self.audio_token_id] * self.frames(len(clip))
+            prompt = self.prefix_ids + placeholders + self.suffix_ids
+            target = [] if targets is None else [*targets[i], self.end_token_id]
+            rows.append(prompt + target)
+            labels.append([IGNORE] * len(prompt) + target)
+        batch["input_ids"] = _left_pad(rows, self.end_token_id)
+        batch["attention_mask"] = _left_pad([[1] * len(row) for row in rows], 0)
+        if targets is not None:
+            batch["labels"] = _left_pad(labels, IGNORE)
+        return BatchFeature(batch)
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+        """Token ids of one clip -> text, without special tokens and outer space."""
+        ids = [int(i) for i in token_ids if int(i) != self.audio_token_id]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, **kwargs).strip()
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """`decode` for each row."""
+        return [self.decode(row, **kwargs) for row in sequences]
+
+
+def _left_pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[value] * (width - len(row)) + row for row in rows])
