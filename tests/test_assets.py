@@ -396,14 +396,14 @@ def test_sentences_are_ordinary_english(tmp_path):
     for name in assets.FORTUNE_FILES.split():
         (tmp_path / name).write_text("", encoding="utf-8")
     (tmp_path / "people").write_text(
-        "Good. It\u2019s a long way, but I go!\n\t\t-- Someone\n%\n"
-        "NASA said no. He has 3 cats. He met Mr. Doe. Is it so?\n%\nGood.\n%\n"
+        "Splendid. It\u2019s a long way, but I go!\n\t\t-- Someone\n%\n"
+        "NASA said no. He has 3 cats. He met Mr. Doe. Is it so?\n%\nSplendid.\n%\n"
         "One two three four five six seven eight nine ten eleven twelve thirteen "
         "fourteen fifteen.\n",
         encoding="utf-8",
     )
     assert assets.read_sentences(tmp_path) == [
-        "Good.",
+        "Splendid.",
         "It's a long way, but I go!",
         "Is it so?",
     ]

@@ -264,16 +264,21 @@ class ASRModel(PreTrainedModel, GenerationMixin):
 
     # -- training and inference share these three steps --------------------------------------
 
-    def encode(self, input_features: Tensor, input_features_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Encoder frames at the clips' real lengths.
 
         Args:
+            encoded: `input_features` are such frames already, (b, t, d_encoder), from a cache.
             input_features: (b, samples), or (b, mels, frames) for a mel encoder.
             input_features_mask: (b, samples or frames), 1 where there is audio.
 
         Returns:
             Hidden states (b, t, d_encoder), zero beyond each clip, and lengths (b,) in frames.
         """
+        if encoded:
+            return input_features, input_features_mask.sum(1)
         lengths = encoder_frames(self.config.audio_config, input_features_mask.sum(1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
             if self.config.audio_config.model_type == "whisper":
@@ -285,9 +290,11 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return hidden * inside[..., None], lengths
 
-    def project(self, input_features: Tensor, input_features_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def project(
+        self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Audio -> projected frames (b, f, d) in fp32 or autocast dtype, and lengths (b,)."""
-        hidden, lengths = self.encode(input_features, input_features_mask)
+        hidden, lengths = self.encode(input_features, input_features_mask, encoded)
         return self.projector(hidden.to(self.projector.gate_proj.weight.dtype), lengths)
 
     def bridge(
@@ -357,6 +364,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         decoder_loss_weight: float = 1.0,
         ctc_loss_weight: float = 0.0,
         full_logits: bool = False,
+        encoded: bool = False,
     ) -> CausalLMOutput:
         """Loss, and logits at label positions only: those of the whole vocabulary elsewhere cost
         memory and teach nothing.
@@ -372,11 +380,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             decoder_loss_weight: 0 skips the decoder: the cheap alignment stage.
             ctc_loss_weight: weight of the CTC loss per label.
             full_logits: compute the logits at every position all the same (a baseline).
+            encoded: see `encode`.
 
         Returns:
             `loss` (scalar) and `logits`: (label positions, vocab), or (b, s, vocab).
         """
-        frames, lengths = self.project(input_features, input_features_mask)
+        frames, lengths = self.project(input_features, input_features_mask, encoded)
         log_probs = None
         if self.ctc is not None and (ctc_loss_weight or self.residual is not None):
             log_probs = self.ctc(frames, self.decoder.get_input_embeddings().weight)

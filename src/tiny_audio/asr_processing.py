@@ -180,6 +180,13 @@ class ASRProcessor(ProcessorMixin):
         """Projected frames, which is placeholder tokens, for `steps` feature steps."""
         return math.ceil(encoder_frames(SimpleNamespace(**self.encoder), steps) / self.stack)
 
+    def frames_for_seconds(self, seconds: float) -> int:
+        """Projected frames for a clip of so many seconds."""
+        samples = int(max(seconds, self.min_seconds) * SAMPLE_RATE)
+        samples += round(self.tail_seconds * SAMPLE_RATE)
+        hop = getattr(self.feature_extractor, "hop_length", 1)  # waveform encoders have none
+        return self.frames(samples // hop)
+
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.
 
@@ -221,17 +228,26 @@ class ASRProcessor(ProcessorMixin):
         return self.collate(features, None if texts is None else [self.tokenize(t) for t in texts])
 
     def collate(
-        self, features: list[torch.Tensor], targets: list[list[int]] | None = None
+        self,
+        features: list[torch.Tensor],
+        targets: list[list[int]] | None = None,
+        encoded: bool = False,
     ) -> BatchFeature:
-        """Pad clips' features (see `features`) and, for training, their token ids to a batch."""
-        batch: dict[str, torch.Tensor] = {}
+        """Pad clips' features (see `features`) and, for training, their token ids to a batch.
+
+        With `encoded` the features are encoder frames (t, d_encoder), as a cache holds them, and
+        `input_features` is (b, t, d_encoder).
+        """
+        batch: dict[str, Any] = {"encoded": True} if encoded else {}
         values = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)  # (b, n[, mels])
-        batch["input_features"] = values.transpose(1, 2) if values.ndim == 3 else values
+        is_mel = values.ndim == 3 and not encoded
+        batch["input_features"] = values.transpose(1, 2) if is_mel else values
         lengths = torch.tensor([len(f) for f in features])
         batch["input_features_mask"] = torch.arange(values.shape[1]) < lengths[:, None]
         rows, labels = [], []
         for i, clip in enumerate(features):
-            placeholders = [self.audio_token_id] * self.frames(len(clip))
+            frames = math.ceil(len(clip) / self.stack) if encoded else self.frames(len(clip))
+            placeholders = [self.audio_token_id] * frames
             prompt = self.prefix_ids + placeholders + self.suffix_ids
             target = [] if targets is None else [*targets[i], self.end_token_id]
             rows.append(prompt + target)

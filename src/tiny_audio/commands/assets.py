@@ -368,16 +368,17 @@ def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tens
 
 
 def build_whisper(variables: dict[str, np.ndarray]) -> WhisperForConditionalGeneration:
-    """Whisper tiny.en from CTranslate2's variables; one unknown, missing or misshapen is an error."""
+    """Whisper tiny.en from CTranslate2's variables: all of them, each of the right shape."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    tiny = {"d_model": 384, "vocab_size": 51864, "num_mel_bins": 80}
+    tiny: dict[str, Any] = {"d_model": 384, "vocab_size": 51864, "num_mel_bins": 80}
+    tiny.update(WHISPER_TOKENS)
     for side in ("encoder", "decoder"):
         tiny |= {f"{side}_layers": 4, f"{side}_attention_heads": 6, f"{side}_ffn_dim": 1536}
-    model = WhisperForConditionalGeneration(WhisperConfig(**tiny, **WHISPER_TOKENS))
+    model = WhisperForConditionalGeneration(WhisperConfig(**tiny))
     try:
         model.load_state_dict(whisper_state_dict(variables))
-    except RuntimeError as error:  # it names them all
+    except RuntimeError as error:  # names all that are unknown, missing or misshapen
         raise AssetError(f"Whisper weights: {error}") from error
     return model
 
