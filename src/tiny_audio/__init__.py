@@ -1,10 +1,17 @@
 """tiny-audio: train your own speech recogniser. Read asr_config, asr_modeling, asr_processing,
 asr_pipeline, handler, data, train, in this order."""
 
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
+
 from .asr_config import ASRConfig
 from .asr_modeling import ASRModel, AudioProjector
 from .asr_pipeline import ASRPipeline
 from .asr_processing import ASRProcessor, load_audio
+
+# With the package installed, folders of ours load through it instead of through their own code.
+AutoConfig.register(ASRConfig.model_type, ASRConfig)
+AutoModelForSpeechSeq2Seq.register(ASRConfig, ASRModel)
+AutoProcessor.register(ASRConfig, ASRProcessor)
 
 __version__ = "0.1.0"
 __all__ = ["ASRConfig", "ASRModel", "ASRPipeline", "ASRProcessor", "AudioProjector", "load_audio"]

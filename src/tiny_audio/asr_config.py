@@ -17,7 +17,11 @@ LORA_DEFAULTS: dict[str, Any] = {"r": 0, "lora_alpha": 16, "lora_dropout": 0.0, 
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
 BRIDGES = ("frames", "posteriors")
 # Keys that transformers itself writes into or passes to a config.
-HF_KEYS = {"auto_map", "custom_pipelines", "model_type", "name_or_path", "num_labels", "attn_implementation"}
+HF_KEYS = {
+    *("auto_map", "custom_pipelines", "model_type", "name_or_path", "num_labels"),
+    *("attn_implementation", "output_attentions", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def check_keys(given: Any, known: Any, where: str) -> None:

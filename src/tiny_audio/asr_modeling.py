@@ -608,7 +608,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             ValueError: for tensors that are missing, unexpected or of another shape.
         """
         hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
-        for key in ("_from_pipeline", "_commit_hash", "trust_remote_code", "code_revision"):
+        for key in AUTO_CLASS_KEYS:
             kwargs.pop(key, None)
         dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None)
         attention = kwargs.pop("attn_implementation", None)
@@ -640,14 +640,23 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             model.to(torch.accelerator.current_accelerator())
         return model.eval()
 
-    def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+    def load_tensors(
+        self, tensors: dict[str, Tensor], source: str, fresh_lora: bool = False
+    ) -> None:
         """Fill in checkpoint tensors; every expected one must be there, and nothing else.
+
+        Args:
+            tensors: by name, as `checkpoint_names` lists them.
+            source: file that they come from, for messages.
+            fresh_lora: LoRA weights that the file lacks may keep their start (a new stage).
 
         Raises:
             ValueError: naming the tensors that are missing, unexpected or of another shape.
         """
         expected = self.state_dict()
         names = set(self.checkpoint_names(self.config.self_contained))
+        if fresh_lora:
+            names = {n for n in names if n in tensors or ".lora_" not in n}
         wrong = [
             f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(expected[n].shape)} in the model"
             for n in sorted(names & set(tensors))
@@ -673,6 +682,11 @@ HUB_KEYS = (
     "force_download",
     "proxies",
     "subfolder",
+)
+# What transformers' Auto classes and pipelines pass along beside their user's arguments.
+AUTO_CLASS_KEYS = (
+    *("_from_pipeline", "_commit_hash", "_from_auto"),
+    *("trust_remote_code", "code_revision", "adapter_kwargs"),
 )
 AUTO_MAP: dict[str, Any] = {
     "auto_map": {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import Pipeline
 
-from .asr_processing import SAMPLE_RATE, AudioInput, load_audio
+from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, load_audio
 
 logger = logging.getLogger(__name__)
 HOP = SAMPLE_RATE // 100  # 10 ms: the grid on which pauses are looked for
@@ -74,6 +74,8 @@ class ASRPipeline(Pipeline):
     Call arguments:
         batch_seconds: padded seconds of audio decoded together.
         sampling_rate: Hz, of raw arrays.
+        skip_errors: an input that cannot be read gives `{"text": "", "error": reason}` instead of
+            ending the call.
         ctc_decode_weight: overrides the model's own; 0 is the decoder alone.
         ctc_only: the greedy transcript of the CTC head instead.
         generate_kwargs: further arguments of `generate`.
@@ -91,6 +93,7 @@ class ASRPipeline(Pipeline):
         self,
         batch_seconds: float | None = None,
         sampling_rate: int | None = None,
+        skip_errors: bool | None = None,
         ctc_decode_weight: float | None = None,
         ctc_only: bool | None = None,
         generate_kwargs: dict[str, Any] | None = None,
@@ -101,8 +104,9 @@ class ASRPipeline(Pipeline):
             "ctc_only": ctc_only,
             "generate_kwargs": generate_kwargs,
         }
-        pre = {} if sampling_rate is None else {"sampling_rate": sampling_rate}
-        return pre, {k: v for k, v in forward.items() if v is not None}, {}
+        pre = {"sampling_rate": sampling_rate, "skip_errors": skip_errors}
+        kept = [{k: v for k, v in part.items() if v is not None} for part in (pre, forward)]
+        return kept[0], kept[1], {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Transcribe one input (a dict comes back) or a list, tuple or generator (a list)."""
@@ -123,10 +127,20 @@ class ASRPipeline(Pipeline):
         yield from self._round(batch, pre, forward)
 
     def _round(self, inputs: list[AudioInput], pre: dict, forward: dict) -> Iterator[dict]:
-        pieces = [p for i, x in enumerate(inputs) for p in self.preprocess(x, item=i, **pre)]
+        skip_errors = pre.pop("skip_errors", False)
+        pieces: list[Piece] = []
+        errors: dict[int, str] = {}
+        for i, source in enumerate(inputs):
+            try:
+                pieces += self.preprocess(source, item=i, **pre)
+            except AudioError as error:
+                if not skip_errors:
+                    raise
+                errors[i] = str(error)
         self._forward(pieces, **forward)
         for i in range(len(inputs)):
-            yield self.postprocess([piece for piece in pieces if piece.item == i])
+            result = self.postprocess([piece for piece in pieces if piece.item == i])
+            yield {**result, "error": errors[i]} if i in errors else result
 
     def preprocess(  # type: ignore[override]
         self, inputs: AudioInput, item: int = 0, sampling_rate: int = SAMPLE_RATE

@@ -130,9 +130,6 @@ class ASRProcessor(ProcessorMixin):
         max_seconds: longest piece that the model is given; the pipeline splits what is longer.
     """
 
-    feature_extractor_class = "AutoFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         feature_extractor: Any,
@@ -149,6 +146,7 @@ class ASRProcessor(ProcessorMixin):
     ) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]})
         super().__init__(feature_extractor, tokenizer)
+        self.auto_map = {"AutoProcessor": "asr_processing.ASRProcessor"}
         self.encoder = encoder or {"model_type": "whisper"}
         self.stack = stack
         self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix

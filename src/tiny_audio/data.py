@@ -187,7 +187,7 @@ class SpeechDataset(Dataset):
         self.processor, self.dropped = processor, dropped
         self.feature_noise, self.channel_drop = feature_noise, channel_drop
         self.time_mask, self.seed, self.epoch = time_mask, seed, 0
-        self.encoded: dict[str, torch.Tensor] = {}  # filled by `cache_encoder_frames`
+        self.encoded: Any = None  # encoder frames by id, once there is a cache of them
         self.examples: list[Example] = []
         self.total = 0
         for source in sources:
@@ -222,8 +222,9 @@ class SpeechDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
-        if example.id in self.encoded:
-            return {**item, "features": self.augment(self.encoded[example.id], example.id)}
+        if self.encoded is not None:
+            frames = self.encoded.get_tensor(example.id)
+            return {**item, "features": self.augment(frames, example.id)}
         try:
             samples = load_audio(example.audio)
         except AudioError as error:
@@ -231,6 +232,15 @@ class SpeechDataset(Dataset):
         if not samples.any():
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
         return {**item, "features": self.processor.features(samples)}
+
+    def serve_encoded(self, encoded: Any) -> None:
+        """Serve cached encoder frames (t, d_encoder) from `encoded`, an open safetensors file.
+
+        Examples that are not in it could not be read when it was made; they are left out.
+        """
+        self.encoded = encoded
+        known = set(encoded.keys())
+        self.examples = [example for example in self.examples if example.id in known]
 
     def augment(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
         """Noise, dropped channels and a dropped run of frames on encoder frames (t, d).
@@ -260,7 +270,7 @@ class SpeechDataset(Dataset):
         batch = self.processor.collate(
             [item["features"] for item in good],
             [item["target"] for item in good],
-            encoded=bool(self.encoded),
+            encoded=self.encoded is not None,
         )
         batch["ids"] = [item["id"] for item in good]
         batch["seconds"] = sum(item["seconds"] for item in good)

@@ -1,0 +1,29 @@
+"""`tiny-audio dev <task>`: the commands of people who change this code."""
+
+import argparse
+import subprocess
+import sys
+
+PATHS = ["src", "tests", "bench"]
+PYTHON = [sys.executable, "-m"]
+TASKS: dict[str, list[list[str]]] = {
+    "format": [["ruff", "format", *PATHS], ["ruff", "check", "--fix", *PATHS]],
+    "lint": [["ruff", "check", *PATHS], ["ruff", "format", "--check", *PATHS]],
+    "type-check": [["pyright"]],
+    "test": [["pytest"]],
+}
+TASKS["check"] = [*TASKS["lint"], *TASKS["type-check"], *TASKS["test"]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a task; further arguments go to its last program. Stops at the first failure."""
+    parser = argparse.ArgumentParser(prog="tiny-audio dev", description=main.__doc__)
+    parser.add_argument("task", choices=TASKS)
+    args, rest = parser.parse_known_args(argv)
+    commands = [list(command) for command in TASKS[args.task]]
+    commands[-1] += rest
+    for command in commands:
+        print("+", " ".join(command), flush=True)
+        if code := subprocess.run(PYTHON + command).returncode:
+            return code
+    return 0
