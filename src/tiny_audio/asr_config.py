@@ -13,7 +13,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 # Where a LoRA goes and how large it is; `r` = 0 leaves that part frozen.
-LORA_DEFAULTS: dict[str, Any] = {"r": 0, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": []}
+LORA_DEFAULTS: dict[str, Any] = {
+    "r": 0,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "target_modules": [],
+}
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
 BRIDGES = ("frames", "posteriors")
 # Keys that transformers itself writes into or passes to a config.
@@ -86,27 +91,27 @@ class ASRConfig(PreTrainedConfig):
     """
 
     model_type = "tiny_audio"
-    sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig}  # type: ignore  # noqa: RUF012
 
     encoder_name: str = ""
     decoder_name: str = ""
     encoder_revision: str | None = None
     decoder_revision: str | None = None
-    audio_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    audio_config: Any = None
+    text_config: Any = None
     stack: int = 5
     projector_hidden: int = 8192
     projector_dropout: float = 0.0
     projector_scale: float = 1.0
     bridge: str = "frames"
-    encoder_lora: dict | None = None
-    decoder_lora: dict | None = None
-    ctc_token_ids: list[int] | None = None
+    encoder_lora: Any = None
+    decoder_lora: Any = None
+    ctc_token_ids: Any = None
     ctc_decode_weight: float = 0.0
     prompt_prefix: str = ""
     prompt_suffix: str = ""
-    audio_token_id: int | None = None
-    end_token_id: int | None = None
+    audio_token_id: int = -1
+    end_token_id: int = -1
     self_contained: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -126,7 +131,7 @@ class ASRConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-def encoder_frames(audio_config: PreTrainedConfig, n: Any) -> Any:
+def encoder_frames(audio_config: Any, n: Any) -> Any:
     """Encoder frames that `n` input steps give, from the encoder's own convolution geometry.
 
     Args:

@@ -81,6 +81,8 @@ class ASRPipeline(Pipeline):
         generate_kwargs: further arguments of `generate`.
     """
 
+    model: Any
+    processor: Any
     _load_processor = True
     _load_tokenizer = _load_feature_extractor = _load_image_processor = False
     _load_video_processor = False

@@ -68,7 +68,7 @@ def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarr
 
 def _decode(source: str | BinaryIO, name: str) -> np.ndarray:
     try:
-        with av.open(source) as container:
+        with av.open(source, mode="r") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
@@ -217,8 +217,10 @@ class ASRProcessor(ProcessorMixin):
             TypeError: for an unknown argument.
         """
         if kwargs:
-            raise TypeError(f"unknown arguments {sorted(kwargs)}; known: audio, text, sampling_rate")
-        clips = list(audio) if isinstance(audio, list | tuple) else [audio]
+            raise TypeError(
+                f"unknown arguments {sorted(kwargs)}; known: audio, text, sampling_rate"
+            )
+        clips: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
         features = [self.features(load_audio(clip, sampling_rate)) for clip in clips]
         texts = [text] if isinstance(text, str) else text
         if texts is not None and len(texts) != len(clips):

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def read_source(source: dict[str, Any]) -> Iterator[Example]:
             raise DataError(f"{source['path']}: no column {source[key]!r}; has {rows.column_names}")
     if isinstance(rows.features[source["audio_column"]], Audio):
         rows = rows.cast_column(source["audio_column"], Audio(decode=False))
+    row: Any
     for i, row in enumerate(rows):
         audio = row[source["audio_column"]]
         if isinstance(audio, str):
@@ -145,6 +147,7 @@ def header_seconds(audio: Any) -> float:
     if source is None:
         return len(load_audio(audio)) / SAMPLE_RATE
     try:
+        container: Any
         with av.open(source) as container:
             return (container.duration or 0) / av.time_base
     except (av.FFmpegError, OSError):
@@ -211,7 +214,7 @@ class SpeechDataset(Dataset):
             return "shorter than min_seconds" if example.duration < low else "over max_seconds"
         frames = self.processor.frames_for_seconds(example.duration)
         target = example.target
-        repeats = sum(a == b for a, b in zip(target, target[1:], strict=False))
+        repeats = sum(a == b for a, b in pairwise(target))
         if len(target) + repeats > frames:  # each token needs a frame, a repeat a blank too
             return "more tokens than frames"
         return None

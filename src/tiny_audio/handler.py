@@ -13,9 +13,7 @@ class EndpointHandler:
     """Answers `{"inputs": <bytes of an audio file>, "parameters": {...}}` with `{"text": ...}`."""
 
     def __init__(self, path: str = "") -> None:
-        self.pipeline = pipeline(
-            "automatic-speech-recognition", model=path, trust_remote_code=True
-        )
+        self.pipeline = pipeline("automatic-speech-recognition", model=path, trust_remote_code=True)
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """Transcribe `data["inputs"]`; `data["parameters"]` are the pipeline's call arguments."""

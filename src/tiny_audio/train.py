@@ -7,7 +7,6 @@ same command again continues where it stopped.
 
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -37,7 +36,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .asr_config import ASRConfig, check_keys
 from .asr_modeling import WEIGHTS, ASRModel
-from .asr_pipeline import ASRPipeline
 from .asr_processing import ASRProcessor
 from .data import DataError, Dropped, LengthBatchSampler, SpeechDataset
 
@@ -49,6 +47,7 @@ OWN_TRAINING_KEYS = {
     "batch_seconds",
     "decoder_loss_weight",
     "ctc_loss_weight",
+    "ctc_negatives",
     "encoder_learning_rate",
     "decoder_learning_rate",
     "cache_encoder",
@@ -60,6 +59,9 @@ OWN_TRAINING_KEYS = {
 
 class ASRTrainer(Trainer):
     """The Hugging Face Trainer with length-budget batches and a learning rate for each part."""
+
+    model: Any
+    processing_class: Any
 
     def __init__(self, settings: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.settings = settings
@@ -120,6 +122,7 @@ class ASRTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
             decoder_loss_weight=self.settings["decoder_loss_weight"],
             ctc_loss_weight=self.settings["ctc_loss_weight"],
+            ctc_negatives=self.settings["ctc_negatives"],
         )
         if not torch.isfinite(outputs.loss):
             raise DataError(
@@ -178,10 +181,11 @@ class StepLine(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        loss, rate = float(logs["loss"]), float(logs["learning_rate"])
         print(
             f"step {state.global_step:>5}/{state.max_steps} "
-            f"{100 * state.global_step / state.max_steps:3.0f} % | loss {float(logs['loss']):.3f} | "
-            f"lr {float(logs['learning_rate']):.1e} | {speed:.0f} s audio/s | "
+            f"{100 * state.global_step / state.max_steps:3.0f} % | "
+            f"loss {loss:.3f} | lr {rate:.1e} | {speed:.0f} s audio/s | "
             f"padding {100 * padding:.1f} % | dropped {dropped} | ETA {clock(eta)}",
             flush=True,
         )
@@ -211,7 +215,7 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the key.
     """
-    known = OmegaConf.load(CONFIGS / "config.yaml")
+    known: Any = OmegaConf.load(CONFIGS / "config.yaml")
     known.model = OmegaConf.load(CONFIGS / "model/hubert_smollm3.yaml")
     known.data = OmegaConf.load(CONFIGS / "data/loquacious.yaml")
     training = OWN_TRAINING_KEYS | {field.name for field in fields(TrainingArguments)}
@@ -248,11 +252,9 @@ def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] 
         raise ValueError(f"peft.peft_method must be lora or null, not {method!r}")
     if not group.r or method is None:
         return None
-    return {
-        k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v
-        for k, v in group.items()
-        if k != "peft_method"
-    }
+    settings: Any = OmegaConf.to_container(group)
+    settings.pop("peft_method", None)
+    return settings
 
 
 def build_model(cfg: DictConfig, start: str | None, ctc_token_ids: list[int] | None) -> ASRModel:
@@ -327,7 +329,9 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, worke
             for batch in loader:
                 for item in batch["dropped"]:
                     data.dropped.add(item["id"], item["reason"], item["detail"])
-                audio = {k: batch[k].to(model.device) for k in ("input_features", "input_features_mask")}
+                audio = {
+                    k: batch[k].to(model.device) for k in ("input_features", "input_features_mask")
+                }
                 hidden, lengths = model.encode(**audio)
                 for clip, rows, n in zip(batch["ids"], hidden, lengths, strict=True):
                     frames[clip] = rows[:n].half().cpu().clone()

@@ -1,0 +1,1 @@
+"""One file for each verb of `tiny-audio`; `cli.py` lists them."""

@@ -207,7 +207,7 @@ def fetch(spec: str, cache: Path) -> Path:
 
 
 def _verify(path: Path, sha256: str, fix: str) -> None:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise AssetError(f"{path.name} is damaged or another file (SHA-256 is {found}). {fix}")
@@ -222,7 +222,7 @@ def _building(cache: Path, target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=aside) as folder:
         try:
             yield Path(folder) / target.name
-            os.replace(Path(folder) / target.name, target)
+            (Path(folder) / target.name).replace(target)
         except Exception as error:  # every library reports a full disk in its own way: look at it
             if isinstance(error, AssetError) or shutil.disk_usage(aside).free > 50_000_000:
                 raise
@@ -596,7 +596,7 @@ VOICES = (Voice(british=False), Voice(british=True))
 
 # The wheel has one, American, voice. British pronunciation is its lexicon's, with the four symbols
 # this voice was never trained on put as their nearest American ones.
-BRITISH = str.maketrans({"Q": "O", "a": "æ", "ɒ": "ɑ", "ː": None})  # noqa: RUF001
+BRITISH = str.maketrans({"Q": "O", "a": "æ", "ɒ": "ɑ", "ː": None})
 
 
 def read_sentences(folder: Path) -> list[str]:

@@ -76,7 +76,9 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, Any
         "wer": 100 * sum(errors) / max(1, sum(words)),
         "wer_low": low,
         "wer_high": high,
-        "cer": 100 * jiwer.cer([r for r, _ in letters], [h for _, h in letters]) if letters else 0.0,
+        "cer": 100 * jiwer.cer([r for r, _ in letters], [h for _, h in letters])
+        if letters
+        else 0.0,
         "wer_raw": 100 * sum(c.errors for c in raw) / max(1, sum(c.words for c in raw)),
         "substitutions": sum(c.substitutions for c in counts),
         "deletions": sum(c.deletions for c in counts),

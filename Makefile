@@ -1,0 +1,33 @@
+# make quickstart: train, score and use a real recogniser on this CPU.   make test: the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test test-all format lint type-check check bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[quickstart,dev]' -c constraints.txt
+	touch $@
+
+install: .venv/installed
+
+quickstart: install
+	$(BIN)/tiny-audio quickstart
+
+test: install
+	$(BIN)/tiny-audio dev test
+
+test-all: install
+	$(BIN)/tiny-audio dev test -m ''
+
+format lint type-check check: install
+	$(BIN)/tiny-audio dev $@
+
+bench: install
+	$(BIN)/python bench/training_speed.py
+
+clean:
+	rm -rf .venv outputs
