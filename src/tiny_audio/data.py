@@ -284,7 +284,7 @@ class SpeechDataset(Dataset):
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length whose padded audio stays within `batch_seconds`.
 
-    Examples are sorted by their duration with up to 10 % of jitter, cut into batches by the budget,
+    Examples are sorted by their duration with up to 3 % of jitter, cut into batches by the budget,
     and the batches are shuffled; all drawn from (seed, epoch).
     """
 
@@ -311,7 +311,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def _make(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, epoch])
-        jitter = rng.uniform(0.9, 1.1, len(self.seconds)) if self.shuffle else 1.0
+        jitter = rng.uniform(0.97, 1.03, len(self.seconds)) if self.shuffle else 1.0
         batches: list[list[int]] = []
         batch: list[int] = []
         longest = 0.0

@@ -1,0 +1,390 @@
+"""From manifests to batches: nothing is lost, everything dropped is named, order repeats."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TEXTS, babble, write_audio, write_manifest
+from torch.utils.data import DataLoader
+
+from tiny_audio import data as data_module
+from tiny_audio.data import (
+    DataError,
+    Dropped,
+    LengthBatchSampler,
+    SpeechDataset,
+    header_seconds,
+    prepare_text,
+    read_source,
+)
+
+
+@pytest.fixture(scope="module")
+def processor(build):
+    return build("whisper", ctc=False)[0]
+
+
+@pytest.fixture(scope="module")
+def lengths():
+    """2,000 clips as long as those of a real corpus: many short, some long."""
+    rng = np.random.default_rng(0)
+    return np.clip(rng.lognormal(1.5, 0.7, 2000), 0.5, 30.0)
+
+
+# -- batches -------------------------------------------------------------------------------------
+
+
+def batches_of(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40, 2000])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_epoch_sees_every_clip_once_in_len_batches(lengths, count, shuffle):
+    sampler = LengthBatchSampler(lengths[:count], 120, seed=3, shuffle=shuffle)
+    for epoch in range(20):
+        batches = batches_of(sampler, epoch)
+        assert sorted(i for batch in batches for i in batch) == list(range(count))
+        assert all(batches)
+        assert len(batches) == len(sampler), f"epoch {epoch}"
+
+
+@pytest.mark.parametrize("budget", [30, 64, 120, 600])
+def test_padded_seconds_stay_within_the_budget(lengths, budget):
+    sampler = LengthBatchSampler(lengths, budget)
+    for epoch in range(5):
+        for batch in batches_of(sampler, epoch):
+            assert len(batch) * lengths[batch].max() <= budget + 1e-9
+    # And it is used: nearly as few batches as the audio allows.
+    if budget > 2 * lengths.max():
+        assert len(sampler) < 1.15 * lengths.sum() / budget + 3
+
+
+@pytest.mark.parametrize("budget", [120, 240])
+def test_padding_is_at_most_five_percent(lengths, budget):
+    sampler = LengthBatchSampler(lengths, budget)
+    padded = [len(b) * lengths[b].max() for b in batches_of(sampler, 0)]
+    share = 1 - lengths.sum() / sum(padded)
+    assert share <= 0.05
+    assert sampler.padding() == pytest.approx(share)
+
+
+def test_order_depends_on_seed_and_epoch_alone(lengths):
+    first, second = (LengthBatchSampler(lengths, 120, seed=5) for _ in range(2))
+    batches_of(second, 2)  # what was asked for before does not matter
+    assert batches_of(first, 4) == batches_of(second, 4)
+    assert batches_of(first, 4) != batches_of(first, 5)
+    assert batches_of(LengthBatchSampler(lengths, 120, seed=6), 4) != batches_of(first, 4)
+    # Who stands beside whom changes too, not only the order of the batches.
+    assert {frozenset(b) for b in batches_of(first, 4)} != {
+        frozenset(b) for b in batches_of(first, 5)
+    }
+    plain = LengthBatchSampler(lengths, 120, shuffle=False)
+    assert batches_of(plain, 0) == batches_of(plain, 1)
+
+
+def test_a_clip_over_the_budget_is_an_error():
+    with pytest.raises(DataError, match=r"batch_seconds=10.*12\.5 s"):
+        LengthBatchSampler([3.0, 12.5], 10)
+
+
+# -- sources -------------------------------------------------------------------------------------
+
+
+def rows_of(source):
+    return list(read_source(source))
+
+
+def test_manifest_paths_are_relative_to_the_manifest(corpus, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rows = rows_of({"path": str(corpus)})
+    assert len(rows) == 12
+    assert rows[3].id == "clip3"
+    assert rows[3].audio == str(corpus.parent / "wav/3.wav")
+    absolute = write_manifest(tmp_path / "abs.jsonl", [{"audio": rows[3].audio, "text": "x"}])
+    assert rows_of({"path": str(absolute)})[0].audio == rows[3].audio
+    # A name relative to the working folder works as well.
+    shutil.copytree(corpus.parent, tmp_path / "moved")
+    assert rows_of({"path": "moved/train.jsonl"})[3].audio == "moved/wav/3.wav"
+
+
+def test_columns_can_have_other_names_and_csv_is_read(corpus, tmp_path):
+    name = corpus.parent / "wav/3.wav"
+    (tmp_path / "m.csv").write_text(f'ID,wav,words\nq7,{name},"one, two"\nq8,{name},three\n')
+    source = {"path": str(tmp_path / "m.csv"), "id_column": "ID", "audio_column": "wav",
+              "text_column": "words"}  # fmt: skip
+    rows = rows_of(source)
+    assert [(r.id, r.text) for r in rows] == [("q7", "one, two"), ("q8", "three")]
+    assert rows[0].duration == pytest.approx(0.9 + 0.27, abs=0.01)  # out of the file's header
+
+
+def test_ids_are_made_up_where_there_are_none(corpus, tmp_path):
+    audio = str(corpus.parent / "wav/3.wav")
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": audio, "text": t} for t in "abc"])
+    assert len({row.id for row in rows_of({"path": str(path)})}) == 3
+
+
+def test_header_seconds(corpus):
+    audio = corpus.parent / "wav/3.wav"
+    assert header_seconds(str(audio)) == pytest.approx(1.17, abs=0.01)
+    assert header_seconds({"bytes": audio.read_bytes()}) == pytest.approx(1.17, abs=0.01)
+    assert header_seconds("gone.wav") == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ({"path": "gone.jsonl"}, DataError, "gone.jsonl: no such file"),
+        ({"text_column": "txt"}, DataError, "no column 'txt'; has .*text"),
+        ({"audio_column": "wav"}, DataError, "no column 'wav'"),
+        (
+            {"text_colum": "text"},
+            ValueError,
+            "unknown key 'text_colum'.*did you mean 'text_column'",
+        ),
+        ({"repeats": 2}, ValueError, "did you mean 'repeat'"),
+    ],
+)
+def test_source_errors_name_the_cause(corpus, source, error, message):
+    with pytest.raises(error, match=message):
+        rows_of({"path": str(corpus), **source})
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "lowered"),
+    [
+        ("Hello,  world!\n", "Hello, world!", "hello world"),
+        ("It cost 1,250 dollars.", "It cost 1,250 dollars.", "it cost 1 250 dollars"),
+        ("don't <laugh> stop [noise] now (sic)", "don't stop now", "don't stop now"),
+        ("HE SAID SO", "he said so", "he said so"),
+        ("NASA", "nasa", "nasa"),
+        ("TV", "TV", "tv"),
+        ("ok", "ok", "ok"),
+        ("Straße, Café — naïve", "Straße, Café — naïve", "straße café naïve"),
+        ("<noise>", "", ""),
+        (" \t ", "", ""),
+        ("...", "...", ""),
+        ("a < b", "a < b", "a b"),
+    ],
+)
+def test_training_text(text, plain, lowered):
+    assert prepare_text(text) == plain
+    assert prepare_text(text, lowercase=True) == lowered
+    assert prepare_text(plain) == plain  # doing it twice changes nothing
+
+
+# -- examples ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(corpus, tmp_path):
+    """Manifest with good clips and one of every kind that cannot be used."""
+    good = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for row in good:
+        row["audio"] = str(corpus.parent / row["audio"])
+    (tmp_path / "broken.wav").write_text("no audio in here " * 50)
+    write_audio(tmp_path / "hush.wav", np.zeros(16_000), 16_000, "pcm_s16le")
+    nan = np.full(16_000, np.nan, np.float32)
+    import soundfile
+
+    soundfile.write(tmp_path / "nan.wav", nan, 16_000, subtype="FLOAT")
+    bad = [
+        {"id": "broken", "audio": "broken.wav", "text": "the cat", "duration": 1.0},
+        {"id": "gone", "audio": "gone.wav", "text": "the cat", "duration": 1.0},
+        {"id": "nan", "audio": "nan.wav", "text": "the cat", "duration": 1.0},
+        {"id": "hush", "audio": "hush.wav", "text": "the cat", "duration": 1.0},
+        {"id": "mute", "audio": good[0]["audio"], "text": " <noise> ", "duration": 0.9},
+        {"id": "null", "audio": good[0]["audio"], "text": None, "duration": 0.9},
+        {"id": "long", "audio": good[0]["audio"], "text": "the cat", "duration": 31.0},
+        {"id": "short", "audio": good[0]["audio"], "text": "the cat", "duration": 0.05},
+        {"id": "wordy", "audio": good[0]["audio"], "text": "the cat sat " * 40, "duration": 0.9},
+    ]
+    return write_manifest(tmp_path / "mixed.jsonl", [*good, *bad])
+
+
+EXPECTED = {
+    "broken": "unreadable audio",
+    "gone": "unreadable audio",
+    "nan": "unreadable audio",
+    "hush": "silent",
+    "mute": "empty text",
+    "null": "empty text",
+    "long": "over max_seconds",
+    "short": "shorter than min_seconds",
+    "wordy": "more tokens than frames",
+}
+
+
+def test_every_drop_has_a_reason_and_a_name(mixed, tmp_path, processor):
+    dropped = Dropped(tmp_path / "dropped.jsonl")
+    data = SpeechDataset([{"path": str(mixed)}], processor, dropped, max_seconds=30.0)
+    seen = []
+    for _ in range(2):  # a second epoch counts nothing twice
+        batch = data.collate([data[i] for i in range(len(data))])
+        for item in batch["dropped"]:
+            dropped.add(item["id"], item["reason"], item["detail"])
+        seen = batch["ids"]
+    assert sorted(seen) == sorted(f"clip{i}" for i in range(12))
+    assert len(batch["input_features"]) == 12
+    assert dropped.counts == Counter(EXPECTED.values())
+    rows = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["reason"] for row in rows} == EXPECTED
+    assert len(rows) == len(EXPECTED)
+    details = {row["id"]: row["detail"] for row in rows}
+    assert "gone.wav" in details["gone"]
+    assert "broken.wav" in details["broken"]
+    assert data.total == 21
+    assert "2 empty text (first: mute)" in str(dropped)
+
+
+def test_too_many_drops_are_an_error():
+    dropped = Dropped()
+    for i in range(6):
+        dropped.add(f"id{i}", "unreadable audio")
+    dropped.check(120, 0.05)
+    with pytest.raises(DataError, match=r"6 of 119 .*max_dropped_fraction=0\.05.*id0"):
+        dropped.check(119, 0.05)
+    with pytest.raises(DataError):
+        dropped.check(6, 0.99)
+
+
+def test_nothing_usable_is_an_error(tmp_path, corpus, processor):
+    audio = str(corpus.parent / "wav/3.wav")
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": audio, "text": ""}])
+    with pytest.raises(DataError, match=r"no usable example.*empty text"):
+        SpeechDataset([{"path": str(path)}], processor, Dropped())
+
+
+def test_token_budget_is_exact(processor):
+    """The clip with as many frames as tokens (and blanks between repeats) is kept."""
+    data = SpeechDataset.__new__(SpeechDataset)
+    data.processor = processor
+    for seconds in (0.5, 1.0, 1.7):
+        frames = processor.frames_for_seconds(seconds)
+        for target, fits in (
+            (list(range(frames)), True),
+            (list(range(frames + 1)), False),
+            ([7] * ((frames + 1) // 2), True),
+            ([7] * ((frames + 1) // 2 + 1), False),
+        ):
+            example = data_module.Example("a", None, "text", seconds, target)
+            assert (data._unfit(example, 0.1, 30) is None) == fits
+
+
+def test_repeat_mixes_sources(corpus, tmp_path, processor):
+    other = write_manifest(
+        tmp_path / "o.jsonl",
+        [{"id": "extra", "audio": str(corpus.parent / "wav/3.wav"), "text": "the cat"}],
+    )
+    sources = [{"path": str(corpus)}, {"path": str(other), "repeat": 5}]
+    data = SpeechDataset(sources, processor, Dropped())
+    count = Counter(example.id for example in data.examples)
+    assert count == {**{f"clip{i}": 1 for i in range(12)}, "extra": 5}
+    assert len(SpeechDataset(sources, processor, Dropped(), max_samples=3)) == 3
+
+
+def test_features_and_targets_of_an_item(corpus, processor):
+    data = SpeechDataset([{"path": str(corpus)}], processor, Dropped(), lowercase=True)
+    item = data[4]
+    assert item["id"] == "clip4"
+    assert processor.decode(item["target"]) == TEXTS[4]
+    samples = data_module.load_audio(str(corpus.parent / "wav/4.wav"))
+    assert torch.equal(item["features"], processor.features(samples))
+    batch = data.collate([data[i] for i in range(3)])
+    assert batch["seconds"] == pytest.approx(0.9 + 0.99 + 1.08)
+
+
+# -- augmentation --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def augmented(corpus, processor):
+    options = {"feature_noise": 0.1, "channel_drop": 0.2, "time_mask": 8}
+    return SpeechDataset([{"path": str(corpus)}], processor, Dropped(), seed=3, **options)
+
+
+def test_augmentation_is_drawn_from_seed_epoch_and_id(augmented):
+    frames = torch.randn(50, 32)
+    original = frames.clone()
+    first = augmented.augment(frames, "a")
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert torch.equal(first, augmented.augment(frames, "a"))
+    assert torch.equal(frames, original)
+    assert not torch.equal(first, augmented.augment(frames, "b"))
+    augmented.epoch = 1
+    assert not torch.equal(first, augmented.augment(frames, "a"))
+    augmented.epoch, augmented.seed = 0, 4
+    assert not torch.equal(first, augmented.augment(frames, "a"))
+    augmented.seed = 3
+    assert torch.equal(first, augmented.augment(frames, "a"))
+
+
+def test_augmentation_is_of_the_size_that_was_asked_for(augmented):
+    frames = torch.ones(400, 500)
+    out = augmented.augment(frames, "a")
+    masked = (out == 0).all(1)
+    assert masked.sum() <= 8
+    dropped = (out[~masked] * 0.8 < 0.5).float().mean(0) > 0.5
+    assert dropped.float().mean() == pytest.approx(0.2, abs=0.05)
+    noise = out[~masked][:, ~dropped] - 1 / 0.8
+    assert noise.std() == pytest.approx(0.1, rel=0.05)
+    assert augmented.augment(torch.ones(3, 500), "b").shape == (3, 500)  # shorter than the mask
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_epoch_of_a_training_run_draws_anew(augmented, workers):
+    """As the Trainer does it: a loader out of accelerate, told the epoch before each."""
+
+    class Frames:
+        """Stands for the cache file of encoder frames."""
+
+        def keys(self):
+            return [f"clip{i}" for i in range(12)]
+
+        def get_tensor(self, key):
+            return torch.ones(20, 32)
+
+    augmented.serve_encoded(Frames())
+    sampler = LengthBatchSampler([e.duration for e in augmented.examples], 6.0)
+    loader = Accelerator(cpu=True).prepare(
+        DataLoader(
+            augmented, batch_sampler=sampler, collate_fn=augmented.collate, num_workers=workers
+        )
+    )
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        clips = {}
+        for batch in loader:
+            clips |= dict(zip(batch["ids"], batch["input_features"], strict=True))
+        epochs.append(clips["clip5"][:20])
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1]), "the dataset was not told of the new epoch"
+
+
+def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, processor):
+    """Two corpora number their clips from 0: each clip must keep its own frames."""
+    from tiny_audio.train import cache_encoder_frames
+
+    sources = []
+    for corpus, seconds in (("a", 0.8), ("b", 1.6)):
+        write_audio(tmp_path / f"{corpus}.wav", babble(seconds, len(sources)), 16_000, "pcm_s16le")
+        row = {"id": "000000", "audio": f"{corpus}.wav", "text": "the cat", "duration": seconds}
+        sources.append({"path": str(write_manifest(tmp_path / f"{corpus}.jsonl", [row]))})
+    _, model = build("whisper", ctc=False)
+    dropped = Dropped()
+    data = SpeechDataset(sources, processor, dropped)
+    try:
+        cache_encoder_frames(model, data, tmp_path / "frames.safetensors", 0)
+    except DataError:
+        return  # refusing ids that occur twice is as good
+    assert len(data) == 2
+    assert [len(data[i]["features"]) for i in range(2)] == [40, 80]

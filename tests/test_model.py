@@ -1,0 +1,552 @@
+"""ASRModel, its CTC head and its decoding: properties that hold for any weights."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import LORAS, TEXTS, build_asr
+from transformers import LlamaConfig, WhisperConfig, WhisperModel
+
+from tiny_audio.asr_config import ASRConfig, projected_frames
+from tiny_audio.asr_modeling import ASRModel, CTCHead, CTCPrefixScorer, encode_whisper
+from tiny_audio.asr_processing import SAMPLE_RATE
+
+VOCAB, END = 12, 1
+
+
+# -- batch = single ------------------------------------------------------------------------------
+
+
+def compare_logits(processor, model, clips, texts, tolerance):
+    """Logits of every clip alone and in a batch, at each of its own positions."""
+    with torch.no_grad():
+        batch = processor(clips, texts)
+        labels = batch.pop("labels")
+        together = model(**batch).logits
+        loss = model(**batch, labels=labels).loss
+        losses, counts = [], []
+        for i, (clip, text) in enumerate(zip(clips, texts, strict=True)):
+            one = processor(clip, text)
+            own = one.pop("labels")
+            alone = model(**one).logits[0]
+            beside = together[i, -len(alone) :]
+            assert beside.shape == alone.shape
+            difference = (beside - alone).abs().max().item()
+            assert difference < tolerance, f"clip {i}: logits differ by {difference:.2e}"
+            losses.append(model(**one, labels=own).loss.item())
+            counts.append(int((own != -100).sum()))
+    mean = sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
+    assert loss.item() == pytest.approx(mean, abs=tolerance)
+
+
+def compare_texts(processor, model, clips, **options):
+    """New tokens of every clip, which are the same alone and in a batch."""
+    together = model.generate(**processor(clips), **options)
+    said = []
+    for row, clip in zip(together, clips, strict=True):
+        alone = model.generate(**processor(clip), **options)[0]
+        rows = [[t for t in ids.tolist() if t != processor.end_token_id] for ids in (row, alone)]
+        assert rows[0] == rows[1]
+        said.append(tuple(rows[0]))
+    return said
+
+
+@pytest.mark.parametrize("bridge", ["frames", "posteriors"])
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+def test_batch_equals_single(build, clips, encoder, bridge):
+    processor, model = build(encoder, bridge=bridge, lora="both")
+    compare_logits(processor, model, clips, TEXTS[:4], 1e-4)
+    said = set()
+    for weight, beams in itertools.product((0.0, 1.0), (1, 2)):
+        said |= set(
+            compare_texts(processor, model, clips, ctc_decode_weight=weight, num_beams=beams)
+        )
+    assert len(said) > len(clips), "all clips gave the same tokens: this shows nothing"
+
+
+@pytest.mark.parametrize("bridge", ["frames", "posteriors"])
+def test_batch_equals_single_on_real_weights(real_bases, real_rows, real_clips, bridge):
+    texts = [row["text"] for row in real_rows]
+    processor, model = build_asr(
+        real_bases.whisper, real_bases.decoder, texts, bridge=bridge, hidden=64, fresh=True
+    )
+    # Frozen fp32 transformers of this size round to about 1e-5 of their logits' size of 20.
+    compare_logits(processor, model, real_clips, texts, 5e-4)
+    said = set()
+    for weight, beams in itertools.product((0.0, 1.0), (1, 2)):
+        options = {"ctc_decode_weight": weight, "num_beams": beams, "max_new_tokens": 6}
+        said |= set(compare_texts(processor, model, real_clips, **options))
+    assert len(said) > len(real_clips), "all clips gave the same tokens: this shows nothing"
+
+
+def test_ctc_transcript_does_not_depend_on_the_batch(build, clips):
+    processor, model = build("hubert")
+    audio = ("input_features", "input_features_mask")
+    batch = processor(clips)
+    together = model.ctc_generate(*(batch[k] for k in audio))
+    alone = [model.ctc_generate(*(processor(c)[k] for k in audio))[0] for c in clips]
+    assert together == alone
+    assert any(together)
+
+
+def test_every_row_stops_at_its_own_token_limit(build, clips):
+    processor, model = build("whisper")
+    batch = processor(clips)
+    _, lengths = model.project(batch["input_features"], batch["input_features_mask"])
+    # A decoder that never ends by itself: without a limit each row would run on.
+    never_end = [lambda ids, scores: scores.index_fill(1, torch.tensor([processor.end_token_id]),
+                                                       float("-inf"))]  # fmt: skip
+    out = model.generate(**batch, logits_processor=never_end)
+    for row, limit in zip(out, model.token_limits(lengths), strict=True):
+        assert int((row != processor.end_token_id).sum()) == int(limit)
+
+
+# -- loss and gradients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bridge", ["frames", "posteriors"])
+def test_label_only_loss_is_the_full_logits_loss(build, clips, bridge):
+    processor, model = build("whisper", bridge=bridge)
+    batch = processor(clips, TEXTS[:4])
+    with torch.no_grad():
+        lean, full = model(**batch), model(**batch, full_logits=True)
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    assert lean.loss.item() == pytest.approx(full.loss.item(), abs=1e-6)
+    labels = batch["labels"]
+    assert lean.logits.shape == (int((labels != -100).sum()), model.config.text_config.vocab_size)
+    # And both are what the textbook says, from logits at every position.
+    scored = logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(scored, labels[:, 1:].flatten())
+    assert lean.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_loss_is_the_mean_over_accumulated_batches(build, clips):
+    processor, model = build("whisper")
+    whole = processor(clips, TEXTS[:4])
+    count = int((whole["labels"] != -100).sum())
+    weights = {"ctc_loss_weight": 0.3}
+    with torch.no_grad():
+        expected = model(**whole, **weights).loss
+        parts = [
+            model(**processor(clips[i : i + 2], TEXTS[i : i + 2]), num_items_in_batch=count,
+                  **weights).loss
+            for i in (0, 2)
+        ]  # fmt: skip
+    assert sum(parts).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+def test_gradient_reaches_what_is_trained_and_nothing_else(build, clips, encoder, lora):
+    processor, model = build(encoder, lora=lora, bridge="posteriors")
+    model.train()
+    model(**processor(clips, TEXTS[:4]), ctc_loss_weight=0.5).loss.backward()
+    parts = set()
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(("projector.", "ctc.", "residual.")) or ".lora_" in name
+        assert parameter.requires_grad == trained, name
+        if trained:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, f"no gradient reaches {name}"
+            parts.add(name.split(".")[0])
+        else:
+            assert parameter.grad is None, name
+    ranks = LORAS[lora]
+    assert ("encoder" in parts, "decoder" in parts) == (ranks[0] > 0, ranks[1] > 0)
+    assert {"projector", "ctc", "residual"} <= parts
+
+
+def test_alignment_stage_trains_without_the_decoder(build, clips):
+    processor, model = build("whisper", lora="decoder")
+    batch = processor(clips, TEXTS[:4])
+    model.decoder.base_model.register_forward_hook(lambda *_: pytest.fail("the decoder was run"))
+    model(**batch, decoder_loss_weight=0.0, ctc_loss_weight=1.0).loss.backward()
+    assert model.projector.gate_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+def test_gradient_checkpointing_changes_no_gradient(build, clips, encoder):
+    grads = []
+    for checkpointing in (False, True):
+        processor, model = build(encoder, lora="both")
+        silence_dropout(model)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls = count_calls(model.encoder.layers[0] if encoder == "whisper"
+                            else model.encoder.encoder.layers[0])  # fmt: skip
+        model(**processor(clips, TEXTS[:4])).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        assert calls["n"] == (2 if checkpointing else 1), "checkpointing runs a layer twice"
+    for name, grad in grads[0].items():
+        if name.startswith("ctc."):
+            continue  # not part of this loss
+        assert torch.allclose(grad, grads[1][name], atol=1e-6), name
+
+
+def count_calls(layer):
+    """Forward calls of a layer, recomputation included."""
+    calls = {"n": 0}
+    target = next(m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm))
+    target.register_forward_hook(lambda *_: calls.__setitem__("n", calls["n"] + 1))
+    return calls
+
+
+def silence_dropout(model):
+    """Set every random part of the base models to zero."""
+    for module in model.modules():
+        for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.audio_config.apply_spec_augment = False
+    model.config.audio_config.layerdrop = 0.0
+
+
+# -- modes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+def test_a_frozen_encoder_is_never_in_training_mode(build, clips, encoder):
+    processor, model = build(encoder, lora="decoder")
+    model.train()
+    assert not any(m.training for m in model.encoder.modules())
+    assert model.projector.training
+    assert model.decoder.training
+    batch = processor(clips, TEXTS[:4])
+    with torch.no_grad():  # the base models' config has dropout; the frozen one must not use it
+        assert torch.equal(model(**batch).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+def test_a_trained_encoder_is_in_training_mode(build, clips, encoder):
+    processor, model = build(encoder, lora="both")
+    model.train()
+    assert all(m.training for m in model.encoder.modules())
+    batch = processor(clips, TEXTS[:4])
+    with torch.no_grad():
+        assert not torch.equal(model(**batch).loss, model(**batch).loss), "its dropout is off"
+        model.eval()
+        assert torch.equal(model(**batch).loss, model(**batch).loss)
+        silence_dropout(model.train())
+        assert torch.equal(model(**batch).loss, model(**batch).loss)
+
+
+def test_projector_starts_as_loud_as_the_token_embeddings(build, clips, real_bases, real_clips):
+    real = build_asr(real_bases.whisper, real_bases.decoder, hidden=64, ctc=False)
+    for (processor, model), some in ((build("whisper"), clips), (real, real_clips)):
+        batch = processor(some)
+        with torch.no_grad():
+            frames, lengths = model.project(batch["input_features"], batch["input_features_mask"])
+        inside = torch.arange(frames.shape[1]) < lengths[:, None]
+        loud = frames[inside].pow(2).mean().sqrt().item()
+        expected = model.decoder.get_input_embeddings().weight.pow(2).mean().sqrt().item()
+        assert loud == pytest.approx(expected, rel=0.2)
+
+
+# -- the CTC head --------------------------------------------------------------------------------
+
+
+def head(classes=3):
+    """A CTC head over a few ids of a vocabulary of 12."""
+    config = ASRConfig(
+        audio_config=WhisperConfig(d_model=8),
+        text_config=LlamaConfig(vocab_size=VOCAB, hidden_size=8, num_attention_heads=2),
+        ctc_token_ids=[3, 5, 8, 9, 10][:classes],
+    )
+    return CTCHead(config)
+
+
+def random_log_probs(clips, frames, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(clips, frames, classes, generator=generator)).log_softmax(-1)
+
+
+def texts_by_brute_force(log_probs, ids):
+    """Probability of every text, summed over all alignments of one clip's log-probs (f, c)."""
+    total = {}
+    frames, classes = log_probs.shape
+    for path in itertools.product(range(classes), repeat=frames):
+        p = math.exp(sum(log_probs[t, k].item() for t, k in enumerate(path)))
+        text = tuple(ids[k - 1] for k, _ in itertools.groupby(path) if k)
+        total[text] = total.get(text, 0.0) + p
+    return total
+
+
+def begins_with(total, prefix):
+    return sum(p for text, p in total.items() if text[: len(prefix)] == prefix)
+
+
+def walk(scorer, prefix, rows=1):
+    """Scores that follow `prefix`, having been asked for each of its prefixes."""
+    for n in range(len(prefix) + 1):
+        ids = torch.tensor([list(prefix[:n])] * rows, dtype=torch.long).view(rows, n)
+        out = scorer(ids, torch.zeros(rows, VOCAB))
+    return out + math.log(VOCAB)  # the decoder is uniform: take its share out again
+
+
+@pytest.mark.parametrize(
+    ("frames", "classes", "seed"), [(5, 4, 0), (4, 3, 1), (5, 3, 2), (1, 4, 3)]
+)
+def test_prefix_score_is_the_sum_over_all_alignments(frames, classes, seed):
+    ctc = head(classes - 1)
+    ids = ctc.token_ids.tolist()
+    log_probs = random_log_probs(1, frames, classes, seed)
+    total = texts_by_brute_force(log_probs[0], ids)
+    assert sum(total.values()) == pytest.approx(1)
+    for length in range(4):
+        for prefix in itertools.product(ids, repeat=length):
+            here = begins_with(total, prefix)
+            if here < 1e-12:
+                continue  # cannot be reached: needs more frames than there are
+            scorer = CTCPrefixScorer(ctc, log_probs, torch.tensor([frames]), END, 1.0)
+            out = walk(scorer, prefix)[0]
+            for token in ids:  # repeated tokens among them
+                expected = begins_with(total, (*prefix, token)) / here
+                assert out[token].exp().item() == pytest.approx(expected, abs=1e-6), (prefix, token)
+            ending = total.get(prefix, 0.0) / here
+            assert out[END].exp().item() == pytest.approx(ending, abs=1e-6), prefix
+            others = [t for t in range(VOCAB) if t not in (*ids, END)]
+            assert torch.isinf(out[others]).all(), "tokens that the head does not know"
+            assert out.exp().sum().item() == pytest.approx(1, abs=1e-6)  # of all continuations
+
+
+def test_end_scores_of_all_texts_sum_to_one():
+    ctc = head(2)
+    log_probs = random_log_probs(1, 4, 3, 5)
+    mass = 0.0
+    for length in range(5):
+        for text in itertools.product(ctc.token_ids.tolist(), repeat=length):
+            score = 0.0
+            for n in range(length + 1):
+                scorer = CTCPrefixScorer(ctc, log_probs, torch.tensor([4]), END, 1.0)
+                out = walk(scorer, text[:n])[0]
+                score += out[text[n] if n < length else END].item()
+            mass += math.exp(score)
+    assert mass == pytest.approx(1, abs=1e-5)
+
+
+def greedy(scorer, rows, steps):
+    """Tokens that a uniform decoder and the scorer choose together, until the end token."""
+    ids = torch.zeros(rows, 0, dtype=torch.long)
+    for _ in range(steps):
+        best = scorer(ids, torch.zeros(rows, VOCAB)).argmax(1)
+        done = (ids == END).any(1)
+        ids = torch.cat([ids, torch.where(done, END, best)[:, None]], 1)
+    return [[t for t in row if t != END] for row in ids.tolist()]
+
+
+def test_joint_greedy_with_a_uniform_decoder_is_greedy_prefix_search():
+    ctc = head(3)
+    ids = ctc.token_ids.tolist()
+    lengths = torch.tensor([5, 3, 4, 1])
+    log_probs = random_log_probs(4, 5, 4, 7)
+    expected = []
+    for row, n in zip(log_probs, lengths.tolist(), strict=True):
+        total = texts_by_brute_force(row[:n], ids)
+        prefix = ()
+        while True:
+            options = {t: begins_with(total, (*prefix, t)) for t in ids}
+            best = max(options, key=options.get)
+            if options[best] <= total.get(prefix, 0.0):
+                break
+            prefix = (*prefix, best)
+        expected.append(list(prefix))
+    # One batch of unequal lengths: the padding frames must not matter, whatever is in them.
+    scorer = CTCPrefixScorer(ctc, log_probs, lengths, END, 1.0)
+    assert greedy(scorer, 4, 6) == expected
+    assert len({tuple(t) for t in expected}) > 1
+
+
+def test_rows_that_beam_search_reorders_find_their_parents():
+    ctc = head(3)
+    a, b, c = ctc.token_ids.tolist()
+    log_probs = random_log_probs(2, 5, 4, 11)
+    lengths = torch.tensor([5, 4])
+    steps = [  # rows 0-2 belong to the first clip, 3-5 to the second
+        [[]] * 6,
+        [[a], [b], [c], [c], [b], [a]],
+        [[b, a], [b, b], [a, a], [a, c], [c, c], [c, a]],
+        [[b, b, a], [b, b, b], [b, a, c], [c, c, a], [a, c, a], [a, c, c]],
+    ]
+    scorer = CTCPrefixScorer(ctc, log_probs, lengths, END, 1.0)
+    for step in steps:
+        ids = torch.tensor(step, dtype=torch.long).view(6, len(step[0]))
+        out = scorer(ids, torch.zeros(6, VOCAB)) + math.log(VOCAB)
+        for i, prefix in enumerate(step):
+            clip = i // 3
+            single = CTCPrefixScorer(
+                ctc, log_probs[clip : clip + 1], lengths[clip : clip + 1], END, 1.0
+            )
+            expected = walk(single, prefix)[0]
+            assert torch.allclose(out[i].exp(), expected.exp(), atol=1e-6), (i, prefix)
+
+
+def test_greedy_merges_repeats_and_drops_blanks():
+    ctc = head(3)
+    a, b, c = ctc.token_ids.tolist()
+    path = torch.tensor([[0, 1, 1, 0, 1, 2, 2, 3, 0, 3], [2, 2, 2, 0, 0, 0, 1, 1, 1, 1]])
+    log_probs = torch.nn.functional.one_hot(path, 4).float().log_softmax(-1)
+    lengths = torch.tensor([10, 6])  # the second clip ends before its last ones
+    assert ctc.greedy(log_probs, lengths) == [[a, a, b, c, c], [b]]
+    assert ctc.greedy(log_probs, torch.tensor([1, 3])) == [[], [b]]
+
+
+def ctc_case(seed=0):
+    torch.manual_seed(seed)
+    ctc = head(5)
+    with torch.no_grad():
+        ctc.blank.weight.normal_()
+    frames, embedding = torch.randn(2, 6, 8), torch.randn(VOCAB, 8)
+    labels = torch.tensor([[-100, 3, 5, 5, 1], [-100, -100, 10, 7, 1]])  # 1 and 7 are no classes
+    return ctc, frames, torch.tensor([6, 4]), labels, embedding
+
+
+def test_ctc_loss_is_minus_the_log_probability_of_the_text():
+    ctc, frames, lengths, labels, embedding = ctc_case()
+    log_probs = ctc(frames, embedding)
+    texts = [(3, 5, 5), (10,)]  # what is left of the labels
+    expected = 0.0
+    for row, n, text in zip(log_probs, lengths.tolist(), texts, strict=True):
+        total = texts_by_brute_force(row[:n].detach(), ctc.token_ids.tolist())
+        expected -= math.log(total[text])
+    assert ctc.loss(frames, lengths, labels, embedding).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_sampled_ctc_loss():
+    ctc, *case = ctc_case()
+    full = ctc.loss(*case).item()
+    for negatives in (5, 6, 100):  # as many as there are classes: nothing is left out
+        assert ctc.loss(*case, negatives=negatives).item() == full
+    for seed, negatives in itertools.product(range(5), (1, 2, 4)):
+        torch.manual_seed(seed)
+        sampled = ctc.loss(*case, negatives=negatives).item()
+        # Fewer rivals can only make the text likelier; its own tokens are always among them.
+        assert 0 < sampled <= full + 1e-5
+    ctc.loss(*case, negatives=2).backward()
+    assert math.isfinite(ctc.log_scale.grad.item())
+
+
+def test_a_target_that_does_not_fit_adds_nothing():
+    ctc, frames, _, labels, embedding = ctc_case()
+    both = ctc.loss(frames, torch.tensor([1, 4]), labels, embedding)  # 4 frames needed, 1 there
+    second = ctc.loss(frames[1:], torch.tensor([4]), labels[1:], embedding)
+    assert both.item() == pytest.approx(second.item(), abs=1e-5)
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+def test_lora_target_that_matches_nothing(tiny_bases):
+    config = ASRConfig(
+        encoder_name=str(tiny_bases / "whisper"),
+        decoder_name=str(tiny_bases / "decoder"),
+        decoder_lora={"r": 4, "target_modules": ["q_proj", "query"]},
+    )
+    with pytest.raises(ValueError, match=r"decoder.*'query'"):
+        ASRModel.from_base(config)
+    with pytest.raises(ValueError, match="target_modules"):
+        ASRConfig(encoder_lora={"r": 4})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoder_lora": {"rank": 4}}, "unknown key 'rank' in LoRA settings"),
+        ({"decoder_lora": {"r": 4, "target_module": ["q_proj"]}}, "did you mean 'target_modules'"),
+        ({"projector_hiden": 3}, "did you mean 'projector_hidden'"),
+        ({"stak": 3}, "did you mean 'stack'"),
+        ({"bridge": "posterior"}, "bridge must be one of"),
+        ({"stack": 0}, "stack must be at least 1"),
+    ],
+)
+def test_config_refuses_what_it_does_not_know(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ASRConfig(**settings)
+
+
+def test_bridge_of_posteriors_needs_a_ctc_head(build):
+    with pytest.raises(ValueError, match="needs a CTC head"):
+        build("whisper", bridge="posteriors", ctc=False)
+    processor, model = build("whisper", ctc=False)
+    batch = processor(np.ones(16000, np.float32) * 0.1, "no no no")
+    with pytest.raises(ValueError, match="no CTC head"):
+        model(**batch, ctc_loss_weight=0.2)
+
+
+@pytest.mark.parametrize("extra", [1, 7])
+def test_more_placeholders_than_frames(build, clips, extra):
+    processor, model = build("whisper")
+    batch = processor(clips[0])
+    more = torch.full((1, extra), processor.audio_token_id)
+    batch["input_ids"] = torch.cat([more, batch["input_ids"]], 1)
+    batch["attention_mask"] = torch.cat([torch.ones_like(more), batch["attention_mask"]], 1)
+    with pytest.raises(ValueError, match="audio placeholders for"):
+        model(**batch)
+
+
+def test_a_row_with_more_placeholders_than_its_own_frames(build, clips):
+    """Even where another row of the batch has so many frames."""
+    processor, model = build("whisper")
+    batch = processor(clips)
+    batch["input_features_mask"][1, 50:] = False  # the longest clip is said to be half a second
+    batch["input_features_mask"][0] = True  # and the first one to be as long as that was
+    with pytest.raises(ValueError, match="audio placeholders for"):
+        model(**batch)
+
+
+def test_whisper_refuses_more_than_thirty_seconds(build):
+    processor, model = build("whisper")
+    limit = SAMPLE_RATE * 30
+    with torch.no_grad():
+        model.project(**audio_of(processor, np.zeros(limit, np.float32)))
+        with pytest.raises(ValueError, match="over 30 s"):
+            model.project(**audio_of(processor, np.zeros(limit + 400, np.float32)))
+
+
+def audio_of(processor, samples):
+    batch = processor(samples)
+    return {k: batch[k] for k in ("input_features", "input_features_mask")}
+
+
+# -- geometry ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+@pytest.mark.parametrize("stack", [1, 3, 5])
+def test_placeholders_are_projected_frames_at_any_length(build, encoder, stack):
+    processor, model = build(encoder, stack=stack, ctc=False)
+    rng = np.random.default_rng(0)
+    for n in [1600, 1601, 4000, 8079, 8080, 8081, *rng.integers(1600, 30000, 6).tolist()]:
+        audio = audio_of(processor, rng.standard_normal(n).astype(np.float32))
+        with torch.no_grad():
+            frames, lengths = model.project(**audio)
+        steps = audio["input_features_mask"].shape[1]
+        assert frames.shape[1] == lengths.item() == processor.frames(steps)
+        assert lengths.item() == projected_frames(model.config, steps)
+
+
+def test_real_length_whisper_features_are_close_to_padded_ones(real_bases, real_clips):
+    processor, model = build_asr(real_bases.whisper, real_bases.decoder, hidden=8, ctc=False)
+    reference = WhisperModel.from_pretrained(real_bases.whisper, dtype=torch.float32).get_encoder()
+    means = []
+    for clip in real_clips:
+        batch = audio_of(processor, clip)
+        full = processor.feature_extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        assert full["input_features"].shape[-1] == 3000
+        with torch.no_grad():
+            mine = encode_whisper(model.encoder, *batch.values())
+            theirs = reference(full["input_features"]).last_hidden_state[:, : mine.shape[1]]
+            cosine = torch.nn.functional.cosine_similarity(mine, theirs, dim=-1)
+            # And at the full length it is the same encoder.
+            whole = encode_whisper(
+                model.encoder, full["input_features"], torch.ones(1, 3000, dtype=torch.bool)
+            )
+        means.append(cosine.mean().item())
+        expected = reference(full["input_features"]).last_hidden_state
+        assert torch.allclose(whole, expected, atol=2e-3)
+    assert np.mean(means) > 0.9, means
+    assert min(means) > 0.8, means  # the shortest clip moves most

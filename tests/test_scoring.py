@@ -1,0 +1,127 @@
+"""Word error rates against an independent implementation, and the interval against the truth."""
+
+import numpy as np
+import pytest
+
+from tiny_audio.commands import scoring
+from tiny_audio.commands.assets import read_manifest
+
+NINE = "cat dog hen cow pig fox owl ram bee"
+
+
+def word_errors(reference: str, hypothesis: str) -> int:
+    """Levenshtein distance over words, by the textbook."""
+    r, h = reference.split(), hypothesis.split()
+    row = list(range(len(h) + 1))
+    for i, word in enumerate(r, 1):
+        before, row = row, [i]
+        for j, other in enumerate(h, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (word != other)))
+    return row[-1]
+
+
+def spoil(rng, words):
+    """Words with some of them dropped, swapped for another or doubled."""
+    out = []
+    for word in words:
+        kind = rng.choice(["keep", "keep", "keep", "drop", "swap", "double"])
+        out += {"keep": [word], "drop": [], "swap": [str(rng.choice(words))]}.get(kind, [word] * 2)
+    return " ".join(out)
+
+
+def check(reference, hypothesis):
+    c = scoring.count(reference, hypothesis)
+    assert c.errors == word_errors(reference, hypothesis), (reference, hypothesis)
+    assert c.words == len(reference.split())
+    hits = c.words - c.substitutions - c.deletions
+    assert hits + c.substitutions + c.insertions == len(hypothesis.split())
+    assert min(c.substitutions, c.deletions, c.insertions, hits) >= 0
+
+
+def test_counts_are_the_edit_distance():
+    rng = np.random.default_rng(0)
+    letters = list("abcd")
+    for _ in range(500):
+        sizes = rng.integers(0, 9, 2)  # zero words too
+        check(*(" ".join(rng.choice(letters, n)) for n in sizes))
+
+
+def test_counts_are_the_edit_distance_on_real_transcripts(real_bases):
+    rng = np.random.default_rng(1)
+    texts = [row["text"] for row in read_manifest(real_bases.train)]
+    for text in texts:
+        check(text, spoil(rng, text.split()))
+        check(text, str(rng.choice(texts)))
+        check(text, "")
+        check("", text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "expected"),
+    [
+        ("a b c", "a b c", (0, 0, 0, 3)),
+        ("a b c", "a x c", (1, 0, 0, 3)),
+        ("a b c", "a c", (0, 1, 0, 3)),
+        ("a b c", "a b b c", (0, 0, 1, 3)),
+        ("a b", "", (0, 2, 0, 2)),
+        ("", "a b", (0, 0, 2, 0)),  # a hallucination on silence
+        ("", "", (0, 0, 0, 0)),
+        ("   ", " a ", (0, 0, 1, 0)),
+    ],
+)
+def test_error_types(reference, hypothesis, expected):
+    c = scoring.count(reference, hypothesis)
+    assert (c.substitutions, c.deletions, c.insertions, c.words) == expected
+
+
+def test_score_normalises_and_keeps_the_raw_rate():
+    out = scoring.score(["Hello, Mr. Smith!", "two"], ["hello mister smith", "2"])
+    assert out["wer"] == out["cer"] == 0
+    assert out["wer_raw"] == pytest.approx(100)
+    assert (out["words"], out["utterances"]) == (4, 2)
+
+
+def test_score_of_a_corpus_is_weighted_by_words():
+    out = scoring.score([NINE, "wolf"], [NINE, "lion"])
+    assert out["wer"] == pytest.approx(10)  # the mean over utterances would be 50
+    assert out["wer_low"] <= out["wer"] <= out["wer_high"]
+
+
+def test_a_hallucination_on_an_empty_reference_counts():
+    out = scoring.score(["hello there", ""], ["hello there", "thank you for watching"])
+    assert out["insertions"] == 4
+    assert out["wer"] == pytest.approx(200)
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="no utterance"):
+        scoring.score([], [])
+
+
+def test_lists_of_unequal_length_are_an_error():
+    with pytest.raises(ValueError):
+        scoring.score(["a", "b"], ["a"])
+
+
+def test_interval_repeats_with_its_seed_and_shrinks_with_more_data():
+    rng = np.random.default_rng(0)
+    words = rng.integers(3, 20, 4000)
+    errors = rng.binomial(words, 0.15)
+    assert scoring.interval(errors, words) == scoring.interval(errors, words)
+    small = np.subtract(*scoring.interval(errors[:100], words[:100])[::-1])
+    large = np.subtract(*scoring.interval(errors, words)[::-1])
+    assert small / large == pytest.approx(np.sqrt(40), rel=0.3)
+
+
+def test_interval_covers_the_true_rate(monkeypatch):
+    """1,000 simulated corpora of 200 utterances whose errors come in clusters, as real ones do."""
+    monkeypatch.setattr(scoring, "RESAMPLES", 400)
+    rng = np.random.default_rng(42)
+    size, inside = 200, 0
+    true = 100 * 0.12  # mean of the Beta below; independent of the utterance's length
+    for i in range(1000):
+        words = rng.integers(4, 25, size)
+        errors = rng.binomial(words, rng.beta(1.2, 8.8, size))
+        low, high = scoring.interval(errors, words, seed=i)
+        inside += low <= true <= high
+    assert 930 <= inside <= 970

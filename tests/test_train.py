@@ -1,0 +1,360 @@
+"""Training runs of tiny models, composed from the real configs: they learn, resume and refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from tiny_audio import train as recipe
+from tiny_audio.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr_pipeline import ASRPipeline
+from tiny_audio.asr_processing import ASRProcessor
+from tiny_audio.data import DataError
+
+
+class Killed(RuntimeError):
+    """Stands for the kill signal."""
+
+
+@pytest.fixture
+def compose(tiny_bases, corpus, tmp_path):
+    """`compose("training.lr=1", steps=(6, 4), ...)`: the quickstart's config on the tiny parts."""
+
+    def make(
+        *overrides, steps=(6, 4), output="run", encoder="whisper", manifest=corpus, **training
+    ):
+        with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
+            cfg = hydra.compose(
+                "config",
+                [
+                    "+experiments=quickstart",
+                    f"model.encoder_model_name={tiny_bases / encoder}",
+                    f"model.decoder_model_name={tiny_bases / 'decoder'}",
+                    "model.projector_hidden=32",
+                    f"run.output_dir={tmp_path / output}",
+                    "training.dataloader_num_workers=0",
+                    "training.logging_steps=1",
+                    "training.save_steps=1000",
+                    "++training.use_cpu=true",
+                    *overrides,
+                ],
+            )
+        cfg.data.train = [{"path": str(manifest)}]
+        for stage, count in zip(cfg.stages, steps, strict=True):
+            settings = {"max_steps": count, "warmup_steps": 1, "batch_seconds": 6, **training}
+            for key, value in settings.items():
+                OmegaConf.update(stage.training, key, value, force_add=True)
+        return cfg
+
+    return make
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def die_at(monkeypatch, step):
+    """Stop the run in the middle of an update, once that many steps are done."""
+    original = recipe.ASRTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(recipe.ASRTrainer, "compute_loss", compute_loss)
+
+
+def assert_same_tensors(first: Path, second: Path):
+    a, b = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert set(a) == set(b)
+    differing = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not differing, f"{len(differing)} of {len(a)} tensors differ, e.g. {differing[:3]}"
+
+
+# -- a whole run ---------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_model_that_transcribes(compose, corpus, capsys):
+    cfg = compose()
+    output = recipe.train(cfg)
+    assert output == Path(cfg.run.output_dir)
+    printed = capsys.readouterr().out
+    for word in ("stage align", "stage decoder", "encoder", "projector", "frozen", "ETA"):
+        assert word in printed
+    for stage, steps in (("align", 6), ("decoder", 4)):
+        rows = log_of(output / stage)
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        for row in rows:
+            assert row["loss"] > 0
+            assert row["audio_seconds_per_second"] > 0
+            assert 0 <= row["padding"] < 0.5
+            assert row["dropped"] == 0
+    assert OmegaConf.load(output / "training_config.yaml").peft.r == 16
+    pipe = ASRPipeline(
+        model=ASRModel.from_pretrained(output), processor=ASRProcessor.from_pretrained(output)
+    )
+    results = pipe([str(corpus.parent / f"wav/{i}.wav") for i in range(3)])
+    assert [set(result) - {"truncated"} for result in results] == [{"text"}] * 3
+    assert_same_trained(output, output / "decoder" / "final")
+    # The same command again does nothing and says so.
+    before = (output / WEIGHTS).stat().st_mtime_ns
+    assert recipe.train(cfg) == output
+    assert "finished" in capsys.readouterr().out
+    assert (output / WEIGHTS).stat().st_mtime_ns == before
+
+
+def assert_same_trained(whole: Path, parts: Path):
+    a, b = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
+    assert set(b) < set(a)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+def test_the_loss_falls(compose, encoder):
+    cfg = compose(
+        "data.max_train_samples=4", "data.feature_noise=0", "data.channel_drop=0",
+        "data.time_mask=0", steps=(30, 30), encoder=encoder, learning_rate=3e-3,
+    )  # fmt: skip
+    cfg.stages[1].training.decoder_learning_rate = 1e-2
+    output = recipe.train(cfg)
+    for stage in ("align", "decoder"):
+        losses = [row["loss"] for row in log_of(output / stage)]
+        first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+        assert last < 0.8 * first, f"{stage}: {first:.2f} -> {last:.2f}"
+
+
+def test_the_second_stage_starts_where_the_first_ended(compose, monkeypatch):
+    cfg = compose(steps=(4, 1))
+    cfg.stages[1].training.learning_rate = 1e-12
+    cfg.stages[1].training.decoder_learning_rate = 1e-12
+    output = recipe.train(cfg)
+    first, second = (load_file(output / s / "final" / WEIGHTS) for s in ("align", "decoder"))
+    for name in ("projector.gate_proj.weight", "ctc.blank.weight", "residual.weight"):
+        assert torch.allclose(first[name], second[name], atol=1e-9), name
+
+
+def test_a_stage_trains_only_what_it_is_told(compose):
+    output = recipe.train(compose(steps=(2, 2)))
+    first, second = (load_file(output / s / "final" / WEIGHTS) for s in ("align", "decoder"))
+    lora = [name for name in first if ".lora_B" in name]
+    assert lora
+    assert all(not first[name].any() for name in lora)  # decoder_learning_rate: 0
+    assert all(second[name].any() for name in lora)
+
+
+# -- stopping and continuing ---------------------------------------------------------------------
+
+LIVELY = ("data.feature_noise=0.1", "data.channel_drop=0.1", "data.time_mask=4",
+          "model.projector_dropout=0.1")  # fmt: skip
+
+
+@pytest.fixture
+def uninterrupted(compose):
+    """The run that the interrupted ones must equal; everything random is switched on."""
+    return recipe.train(compose(*LIVELY, steps=(9, 4), output="whole", save_steps=3,
+                                ctc_negatives=8))  # fmt: skip
+
+
+def test_a_stopped_run_continues_bit_for_bit(compose, monkeypatch, uninterrupted):
+    cfg = compose(*LIVELY, steps=(9, 4), save_steps=3, ctc_negatives=8)
+    output = Path(cfg.run.output_dir)
+    for step in (1, 5, 8):  # before the first checkpoint, then after one and after two
+        with monkeypatch.context() as patch:
+            die_at(patch, step)
+            with pytest.raises(Killed):
+                recipe.train(cfg)
+        assert not (output / recipe.FINISHED).exists()
+    recipe.train(cfg)
+    for stage in ("align", "decoder"):
+        assert_same_tensors(output / stage / "final", uninterrupted / stage / "final")
+    wanted = {row["step"]: row["loss"] for row in log_of(uninterrupted / "align")}
+    assert {row["step"]: row["loss"] for row in log_of(output / "align")} == wanted
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 4])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(compose, monkeypatch, uninterrupted, left):
+    """The process died while it wrote its second checkpoint: the first one is still good."""
+    cfg = compose(*LIVELY, steps=(9, 4), save_steps=3, ctc_negatives=8)
+    folder = Path(cfg.run.output_dir) / "align"
+    die_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        recipe.train(cfg)
+    monkeypatch.undo()
+    files = sorted((folder / "checkpoint-3").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    (folder / "checkpoint-6").mkdir()
+    for path in files[: len(files) * left // 4]:
+        shutil.copy(path, folder / "checkpoint-6" / path.name)
+    last = folder / "checkpoint-6" / path.name
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    recipe.train(cfg)
+    assert_same_tensors(folder / "final", uninterrupted / "align" / "final")
+
+
+def test_fresh_starts_anew(compose, monkeypatch):
+    cfg = compose("run.fresh=true", steps=(3, 1), save_steps=1)
+    with monkeypatch.context() as patch:
+        die_at(patch, 2)
+        with pytest.raises(Killed):
+            recipe.train(cfg)
+    output = recipe.train(cfg)
+    assert [row["step"] for row in log_of(output / "align")] == [1, 2, 3]
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+training.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("+training.batch_second=1", "did you mean 'batch_seconds'"),
+        ("+data.minseconds=1", "did you mean 'min_seconds'"),
+        ("+model.stak=1", "did you mean 'stack'"),
+        ("+encoder_lora.rank=1", "unknown key 'rank' in encoder_lora"),
+        ("+peft.alpha=1", "did you mean 'lora_alpha'"),
+        ("+run.output=1", "did you mean 'output_dir'"),
+        ("+foo=1", "unknown key 'foo'"),
+        ("+modle.stack=1", "did you mean 'model'"),
+    ],
+)
+def test_unknown_keys_are_refused(compose, override, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.train(compose(override))
+
+
+def test_unknown_keys_of_a_stage_are_refused(compose):
+    for where, message in (("training", "learning_rate"), ("data", "max_seconds")):
+        cfg = OmegaConf.to_container(compose())
+        cfg["stages"][0].setdefault(where, {})[message[:-3] + "e"] = 1
+        with pytest.raises(ValueError, match=f"did you mean '{message}'"):
+            recipe.train(OmegaConf.create(cfg))
+
+
+@pytest.mark.parametrize("name", ["config", "+experiments=quickstart"])
+def test_the_shipped_configs_are_accepted(name):
+    with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
+        cfg = hydra.compose("config", [] if name == "config" else [name])
+    recipe.check_config(cfg)
+
+
+def test_a_loss_that_is_not_finite_names_its_clips(compose, monkeypatch):
+    build_model = recipe.build_model
+
+    def broken(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        with torch.no_grad():
+            model.projector.down_proj.weight[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(recipe, "build_model", broken)
+    cfg = compose()
+    with pytest.raises(DataError, match=r"the loss is nan at step 0; clips of the batch: .*clip\d"):
+        recipe.train(cfg)
+    assert not (Path(cfg.run.output_dir) / recipe.FINISHED).exists()
+
+
+def test_broken_clips_are_counted_and_end_the_run_when_too_many(compose, corpus, tmp_path):
+    folder = tmp_path / "holes"
+    shutil.copytree(corpus.parent, folder)
+    (folder / "wav/3.wav").write_text("no audio")
+    cfg = compose("data.max_dropped_fraction=0.1", manifest=folder / "train.jsonl")
+    output = recipe.train(cfg)
+    rows = [json.loads(line) for line in (output / "align/dropped.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["reason"]) for row in rows] == [("clip3", "unreadable audio")]
+    assert log_of(output / "align")[-1]["dropped"] == 1
+    (folder / "wav/4.wav").unlink()
+    cfg = compose("data.max_dropped_fraction=0.1", manifest=folder / "train.jsonl", output="second")
+    with pytest.raises(DataError, match="2 of 12 examples were dropped"):
+        recipe.train(cfg)
+
+
+# -- overrides have an effect --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "part", "rank"),
+    [("peft.r=3", "decoder", 3), ("encoder_lora.r=2", "encoder", 2), ("peft.r=0", "decoder", 0),
+     ("peft.peft_method=null", "decoder", 0)],
+)  # fmt: skip
+def test_lora_overrides_reach_the_model(compose, override, part, rank):
+    output = recipe.train(compose(override, "training.cache_encoder=false", steps=(1, 1)))
+    shapes = [
+        tensor.shape[0]
+        for name, tensor in load_file(output / "decoder/final" / WEIGHTS).items()
+        if name.startswith(part + ".") and ".lora_A" in name
+    ]
+    assert set(shapes) == ({rank} if rank else set())
+
+
+def test_encoder_lora_and_a_cache_of_its_frames_exclude_each_other(compose):
+    with pytest.raises(
+        ValueError, match=r"cache_encoder needs a frozen encoder.*encoder_lora\.r=0"
+    ):
+        recipe.train(compose("encoder_lora.r=2"))
+
+
+def test_a_trained_model_is_continued_where_it_stopped(compose, tmp_path):
+    first = recipe.train(compose(steps=(8, 8)))
+    cfg = compose(
+        f"model.pretrained_model_path={first / 'decoder' / 'final'}", steps=(1, 1), output="next",
+        learning_rate=1e-12,
+    )  # fmt: skip
+    cfg.stages[1].training.decoder_learning_rate = 1e-12
+    second = recipe.train(cfg)
+    assert_close(first / "decoder" / "final", second / "decoder" / "final")
+
+
+def test_a_finished_model_is_continued_where_it_stopped(compose, tmp_path):
+    """From the folder that `train` names at its end, which carries the base models too."""
+    first = recipe.train(compose(steps=(4, 4)))
+    cfg = compose(f"model.pretrained_model_path={first}", steps=(1, 1), output="next",
+                  learning_rate=1e-12)  # fmt: skip
+    cfg.stages[1].training.decoder_learning_rate = 1e-12
+    second = recipe.train(cfg)
+    assert_close(first / "decoder" / "final", second / "decoder" / "final")
+
+
+def assert_close(first: Path, second: Path):
+    a, b = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert set(a) == set(b)
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-6), name
+
+
+def test_the_encoder_cache_is_not_reused_for_other_data(compose, corpus, tmp_path):
+    """The same folder with other data: every clip must be trained on."""
+    lines = corpus.read_text().splitlines()
+    few = corpus.parent / "few.jsonl"
+    few.write_text("\n".join(lines[:5]) + "\n")
+    recipe.train(compose(steps=(1, 1), manifest=few))
+    shutil.rmtree(tmp_path / "run" / "decoder")
+    shutil.rmtree(tmp_path / "run" / "align")
+    (tmp_path / "run" / recipe.FINISHED).unlink()
+    output = recipe.train(compose(steps=(1, 1)))
+    from safetensors import safe_open
+
+    with safe_open(output / "encoder_frames.safetensors", "pt") as frames:
+        assert len(list(frames.keys())) == 12
+
+
+def test_an_override_that_the_stages_shadow_is_not_ignored_in_silence(compose):
+    """`+experiments=quickstart training.learning_rate=...` is the example of train.py's own text.
+
+    Both stages set it themselves, so it must win, or be refused by name.
+    """
+    rate = 7.77e-5
+    with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
+        cfg = hydra.compose("config", ["+experiments=quickstart", f"training.learning_rate={rate}"])
+    try:
+        recipe.check_config(cfg)
+    except ValueError as error:
+        assert "learning_rate" in str(error)
+        return
+    used = [recipe.stage_config(cfg, stage).training.learning_rate for stage in cfg.stages]
+    assert used == [rate, rate]
