@@ -22,6 +22,9 @@ from tiny_audio.asr_modeling import WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor, load_audio
 
+# The last positions: a transcript. Before it the number of positions depends on the bridge, which
+# leaves out blank frames.
+TEXT = slice(-3, None)
 CASES = [
     (encoder, lora, whole)
     for encoder, lora in (("whisper", "both"), ("whisper", "encoder"), ("whisper", "decoder"),
@@ -104,7 +107,7 @@ def test_the_lora_matters_to_those_logits(saved, lora):
             if ".lora_B" in key:
                 parameter.zero_()
         logits = model(**expected["batch"]).logits
-    assert (logits - expected["logits"]).abs().max() > 1e-3
+    assert (logits[:, TEXT] - expected["logits"][:, TEXT]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -178,8 +181,8 @@ def test_half_precision_of_the_base_models(saved, clips, whole):
     expected = torch.load(folder / "expected.pt")
     with torch.no_grad():
         logits = model(**expected["batch"]).logits.float()
-    cosine = torch.nn.functional.cosine_similarity(logits, expected["logits"], dim=-1)
-    assert cosine[expected["batch"]["attention_mask"].bool()].mean() > 0.95
+    pair = logits[:, TEXT], expected["logits"][:, TEXT]
+    assert torch.nn.functional.cosine_similarity(*pair, dim=-1).mean() > 0.95
 
 
 # -- damaged folders -----------------------------------------------------------------------------
@@ -244,6 +247,7 @@ def test_a_base_that_lacks_weights_is_an_error(build, tiny_bases, tmp_path):
     key = next(n for n in tensors if "encoder.layers.1" in n)
     del tensors[key]
     save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    key = key.partition("encoder.")[2]  # as the encoder by itself calls it
     config = ASRConfig(encoder_name=str(base), decoder_name=str(tiny_bases / "decoder"))
     with pytest.raises(ValueError, match=key):
         ASRModel.from_base(config)

@@ -39,6 +39,12 @@ TOKENS_PER_FRAME, SPARE_TOKENS = 1, 8
 MAY_BE_MISSING = {"masked_spec_embed", "encoder.masked_spec_embed"}
 
 
+class WhisperEncoderHalf(WhisperEncoder):
+    """Whisper's encoder, loaded from a checkpoint whose decoder is not wanted."""
+
+    _keys_to_ignore_on_load_unexpected = (r"decoder\.", "proj_out")
+
+
 class AudioProjector(nn.Module):
     """Stack `stack` frames, then a SwiGLU (Shazeer 2020, arXiv 2002.05202) into decoder space.
 
@@ -617,7 +623,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
             base = AutoConfig.from_pretrained(name, revision=revision, **where)
             if base.model_type == "whisper":  # its decoder is not wanted
-                kind, extra = WhisperEncoder, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
+                kind, extra = WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
             model, info = kind.from_pretrained(  # type: ignore[misc]
                 name,
                 revision=revision,
@@ -757,7 +763,7 @@ def is_trained(name: str) -> bool:
 def build_encoder(audio_config: Any) -> nn.Module:
     """An encoder with random weights from its config (the encoder half, for Whisper)."""
     if audio_config.model_type == "whisper":
-        return WhisperEncoder(audio_config)
+        return WhisperEncoderHalf(audio_config)
     return AutoModel.from_config(audio_config)
 
 

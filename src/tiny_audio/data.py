@@ -193,9 +193,13 @@ class SpeechDataset(Dataset):
         self.encoded: Any = None  # encoder frames by id, once there is a cache of them
         self.examples: list[Example] = []
         self.total = 0
+        known: set[str] = set()  # ids: reports and cached frames go by them
         for source in sources:
             for example in read_source(dict(source)):
                 self.total += 1
+                if example.id in known:
+                    example.id = f"{example.id}@{self.total}"
+                known.add(example.id)
                 example.text = prepare_text(example.text, lowercase)
                 example.target = processor.tokenize(example.text)
                 if reason := self._unfit(example, min_seconds, max_seconds):
@@ -235,6 +239,10 @@ class SpeechDataset(Dataset):
         if not samples.any():
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
         return {**item, "features": self.processor.features(samples)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that `augment` draws for; the trainer calls it."""
+        self.epoch = epoch
 
     def serve_encoded(self, encoded: Any) -> None:
         """Serve cached encoder frames (t, d_encoder) from `encoded`, an open safetensors file.
