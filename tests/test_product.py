@@ -1,0 +1,194 @@
+"""The product as a user runs it: a short real training run, and every command of the README."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_audio
+
+from tiny_audio.asr_processing import load_audio
+from tiny_audio.commands import cli, dev
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
+SHORT = (
+    "data.max_train_samples=90 'data.train=[{{path: {manifest}}}]' training.logging_steps=5 "
+    "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
+    "stages.1.training.max_steps=6 stages.1.training.batch_seconds=24 "
+)
+
+
+def bash(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run as a user with the environment active does, from `cwd`."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def workplace(real_bases, real_rows, tmp_path_factory) -> Path:
+    """A folder like a clone in which the quickstart's recipe has run, only shorter."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("src", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    samples = load_audio(real_rows[0]["audio"])
+    write_audio(folder / "talk.mp3", samples, 44_100, "libmp3lame")
+    write_audio(folder / "meeting.m4a", samples, 22_050, "aac")
+    short = SHORT.format(manifest=real_bases.train)
+    done = bash(f"python src/train.py +experiments=quickstart {short}", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def logged(workplace: Path, stage: str) -> list[dict]:
+    lines = (workplace / "outputs/quickstart" / stage / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_short_run_learns(workplace):
+    losses = [row["loss"] for row in logged(workplace, "align")]
+    assert losses[-1] < 0.7 * losses[0]
+    for stage in ("align", "decoder"):
+        for row in logged(workplace, stage):
+            assert 0 < row["grad_norm"] < float("inf")
+            assert 0 <= row["padding"] < 0.5
+
+
+def test_same_text_everywhere(workplace, real_rows):
+    """Pipeline in a process without this package, command line and evaluation: one text."""
+    clips = [row["audio"] for row in real_rows[:3]]
+    model = workplace / "outputs/quickstart"
+    code = (
+        "import sys, json; sys.modules['tiny_audio'] = None; from transformers import pipeline; "
+        f"asr = pipeline('automatic-speech-recognition', {str(model)!r}, trust_remote_code=True); "
+        "print('TEXTS', json.dumps([r['text'] for r in asr(sys.argv[1:])]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, *clips], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    remote = json.loads(out.stdout.split("TEXTS ")[1])
+    said = bash(f"tiny-audio transcribe {' '.join(clips)} --model {model}", workplace)
+    assert [line.split(": ", 1)[1] for line in said.stdout.splitlines()] == remote
+    manifest = workplace / "three.jsonl"
+    rows = [{**row, "audio": str(row["audio"])} for row in real_rows[:3]]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = bash(f"tiny-audio eval {model} --dataset {manifest} --out three", workplace)
+    assert scored.returncode == 0, scored.stderr[-3000:]
+    results = [json.loads(s) for s in (workplace / "three/results.jsonl").read_text().splitlines()]
+    by_id = {row["id"]: row["prediction"] for row in results}
+    assert [by_id[row["id"]] for row in real_rows[:3]] == remote
+
+
+def test_finished_run_is_kept(workplace, real_bases):
+    short = SHORT.format(manifest=real_bases.train)
+    done = bash(f"python src/train.py +experiments=quickstart {short}", workplace)
+    assert done.returncode == 0 and "is finished" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("+training.lerning_rate=1", "learning_rate"),
+        ("+data.minseconds=1", "min_seconds"),
+        ("+modle.stack=2", "model"),
+    ],
+)
+def test_unknown_keys_are_refused(override, hint):
+    done = bash(f"python src/train.py {override}", ROOT)
+    assert done.returncode != 0
+    assert "unknown key" in done.stderr and f"did you mean '{hint}'" in done.stderr
+
+
+# -- the README ----------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+# The only substitutions: a manifest of three clips where a whole test set is scored.
+LONG = ("make quickstart", "+experiments=quickstart")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not any(x in c for x in LONG)])
+def test_readme_command(command, workplace):
+    if command.startswith("make "):  # `make test` is what runs this
+        done = bash(f"{command.replace('make', 'make -n')}", ROOT)
+    else:
+        done = bash(command.replace("/test.jsonl", "/librivox.jsonl"), workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", [c for c in commands() if any(x in c for x in LONG)])
+def test_readme_long_command(command, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    done = bash(command, clone)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_readme_python(workplace):
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
+
+
+def test_readme_names_every_dev_task():
+    for task in dev.TASKS:
+        assert f"`{task}`" in README
+    assert cli.main(["--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in README.split() if p.startswith("docs/") or p.startswith("configs/")),
+)
+def test_readme_paths_exist(path):
+    assert (ROOT / path.strip("`.,)")).exists()
+
+
+# -- the promise of size -------------------------------------------------------------------------
+
+
+def code_lines(path: Path) -> int:
+    """Lines that are not blank, comment or docstring."""
+    import ast
+    import io
+    import tokenize
+
+    text = path.read_text()
+    passive = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
+    skip = {getattr(tokenize, name) for name in passive}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skip:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            lines.difference_update(range(first.lineno, (first.end_lineno or 0) + 1))
+    return len(lines)
+
+
+def test_the_core_stays_small():
+    core = {p.name: code_lines(p) for p in (ROOT / "src/tiny_audio").glob("*.py")}
+    everything = [p for folder in ("src", "bench") for p in (ROOT / folder).rglob("*.py")]
+    assert sum(core.values()) <= 1500, core
+    assert max(core.values()) <= 400, core
+    assert sum(map(code_lines, everything)) <= 4000
