@@ -44,16 +44,11 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
     torch.manual_seed(0)
     with initialize_config_dir(str(CONFIGS), version_base=None):
         cfg = compose("config", ["+experiments=quickstart"])
-    from transformers import AutoConfig
-
-    processor = build_processor(cfg, AutoConfig.from_pretrained(cfg.model.encoder_model_name))
+    processor = build_processor(cfg)
     data = SpeechDataset([dict(cfg.data.train[0])], processor, Dropped(), max_seconds=29.0)
     if not variant.get("real_length"):
         processor.min_seconds, processor.tail_seconds = 30.0, 0.0
-    model = build_model(cfg, None, ctc_vocabulary(data))
-    model.config.audio_token_id = processor.audio_token_id
-    model.config.end_token_id = processor.end_token_id
-    model.train()
+    model = build_model(cfg, processor, ctc_vocabulary(data)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     durations = [example.duration for example in data.examples]

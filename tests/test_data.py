@@ -71,7 +71,6 @@ def test_padding_is_at_most_five_percent(lengths, budget):
     padded = [len(b) * lengths[b].max() for b in batches_of(sampler, 0)]
     share = 1 - lengths.sum() / sum(padded)
     assert share <= 0.05
-    assert sampler.padding() == pytest.approx(share)
 
 
 def test_order_depends_on_seed_and_epoch_alone(lengths):
@@ -288,7 +287,7 @@ def test_repeat_mixes_sources(corpus, tmp_path, processor):
     data = SpeechDataset(sources, processor, Dropped())
     count = Counter(example.id for example in data.examples)
     assert count == {**{f"clip{i}": 1 for i in range(12)}, "extra": 5}
-    assert len(SpeechDataset(sources, processor, Dropped(), max_samples=3)) == 3
+    assert len(SpeechDataset(sources, processor, Dropped(), max_train_samples=3)) == 3
 
 
 def test_features_and_targets_of_an_item(corpus, processor):

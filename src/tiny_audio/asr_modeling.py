@@ -4,6 +4,7 @@ Shapes: b clips, t encoder frames, f projected frames (f = ceil(t / stack)), s p
 tokens, d the decoder's hidden size, c CTC classes (class 0 is the blank).
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -25,24 +26,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file
 
 from .asr_config import ASRConfig, check_keys, encoder_frames
+from .asr_ctc import IGNORE, CTCHead, CTCPrefixScorer, LengthLimit
+from .asr_encoder import WhisperEncoderHalf, build_encoder, encode_whisper
 
 WEIGHTS = "model.safetensors"
-IGNORE = -100  # label positions that carry no target
-LOG_ZERO = -1e4  # log of "impossible", finite so that sums of it stay finite
-# How often a decoder may speak per projected frame, and what every clip may add to that.
-TOKENS_PER_FRAME, SPARE_TOKENS = 1, 8
+SPARE_TOKENS = 8  # a clip may have one token for each projected frame, and these
 # Parameters that a checkpoint of the base model may lack: used only by SpecAugment in training.
 MAY_BE_MISSING = {"masked_spec_embed", "encoder.masked_spec_embed"}
-
-
-class WhisperEncoderHalf(WhisperEncoder):
-    """Whisper's encoder, loaded from a checkpoint whose decoder is not wanted."""
-
-    _keys_to_ignore_on_load_unexpected = (r"decoder\.", "proj_out")
 
 
 class AudioProjector(nn.Module):
@@ -72,183 +65,6 @@ class AudioProjector(nn.Module):
         x = self.input_norm(hidden.view(b, -1, self.input_norm.normalized_shape[0]))
         x = self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (b, f, hidden)
         return self.output_norm(self.down_proj(x)), (lengths + self.stack - 1) // self.stack
-
-
-class CTCHead(nn.Module):
-    """CTC over projected frames whose classifier is the decoder's own token embeddings.
-
-    logit(token) = scale * cosine(frame - mean, embedding - mean), with a learned blank: a frame
-    that means a word lies where the decoder already has that word. Classes 1.. are
-    `ctc_token_ids`; class 0 is the blank.
-    """
-
-    token_ids: Tensor
-    class_of: Tensor
-
-    def __init__(self, config: ASRConfig) -> None:
-        super().__init__()
-        d = config.text_config.hidden_size
-        ids = torch.tensor(config.ctc_token_ids)
-        class_of = torch.zeros(config.text_config.vocab_size, dtype=torch.long)
-        class_of[ids] = torch.arange(1, len(ids) + 1)
-        self.register_buffer("token_ids", ids, persistent=False)
-        self.register_buffer("class_of", class_of, persistent=False)  # 0: not a class of ours
-        self.log_scale = nn.Parameter(torch.tensor(3.0))
-        self.blank = nn.Linear(d, 1)
-        nn.init.zeros_(self.blank.weight)
-        nn.init.zeros_(self.blank.bias)
-
-    def forward(self, frames: Tensor, embedding: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Frames (b, f, d) and the embedding matrix (vocab, d) -> log-probabilities (b, f, c).
-
-        With `classes` (n,), some of 1.., only of the blank and those: (b, f, n + 1).
-        """
-        ids = self.token_ids if classes is None else self.token_ids[classes - 1]
-        rows = embedding.detach()[self.token_ids].to(frames.dtype)  # (c - 1, d)
-        mean = rows.mean(0)
-        rows = rows if classes is None else embedding.detach()[ids].to(frames.dtype)
-        cosine = F.normalize(frames - mean, dim=-1) @ F.normalize(rows - mean, dim=-1).T
-        logits = torch.cat([self.blank(frames), self.log_scale.exp() * cosine], dim=-1)
-        return logits.float().log_softmax(-1)
-
-    def loss(
-        self,
-        frames: Tensor,
-        lengths: Tensor,
-        labels: Tensor,
-        embedding: Tensor,
-        negatives: int = 0,
-    ) -> Tensor:
-        """Summed negative log-likelihood (Graves et al. 2006) of `labels` (b, s); -100 is skipped.
-
-        Tokens that are no class are left out of the target; a target that does not fit into its
-        frames adds nothing (`data.py` drops such clips by name before they come here).
-
-        Args:
-            negatives: score the batch's own tokens against so many others drawn at random (a
-                sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
-        """
-        targets = self.class_of[labels.clamp(min=0)].masked_fill(labels == IGNORE, 0)
-        present = targets > 0
-        chosen = None
-        if 0 < negatives < len(self.token_ids):
-            others = torch.randperm(len(self.token_ids), device=labels.device)[:negatives] + 1
-            chosen = torch.cat([targets[present], others]).unique()
-            targets = torch.searchsorted(chosen, targets) + 1
-        return F.ctc_loss(
-            self(frames, embedding, chosen).transpose(0, 1),
-            targets[present],
-            lengths,
-            present.sum(1),
-            reduction="sum",
-            zero_infinity=True,
-        )
-
-    def greedy(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-        """Best path, repeats merged and blanks dropped: token ids for each clip."""
-        best = log_probs.argmax(-1)
-        paths = [row[:n].unique_consecutive() for row, n in zip(best, lengths, strict=True)]
-        return [self.token_ids[path[path > 0] - 1].tolist() for path in paths]
-
-
-class CTCPrefixScorer(LogitsProcessor):
-    """Joint CTC/decoder decoding: adds the CTC prefix score to the decoder's log-probabilities.
-
-    score(token) = log p_decoder(token | prefix) + weight * log [psi(prefix token) / psi(prefix)]
-    where psi is the CTC probability of all texts that begin so (Watanabe et al. 2017, "Hybrid
-    CTC/Attention Architecture", algorithm 2). All candidates are scored at once: with r(t) the
-    probability that frames up to t spell the prefix, psi(prefix c) = sum_t r(t-1) p(c | t), a
-    matrix product. Rows may be reordered by beam search: a row finds its parent by its tokens.
-    """
-
-    def __init__(self, ctc: CTCHead, log_probs: Tensor, lengths: Tensor, end: int, weight: float):
-        b, f, _ = log_probs.shape
-        beyond = torch.arange(f, device=lengths.device) >= lengths[:, None]
-        log_probs = log_probs.double().masked_fill(beyond[..., None], LOG_ZERO)
-        log_probs[..., 0].masked_fill_(beyond, 0.0)  # padding can only be blank
-        self.log_probs, self.probs = log_probs, log_probs[..., 1:].exp()  # (b, f, c)
-        self.ctc, self.end, self.weight = ctc, end, weight
-        self.tokens = torch.zeros(b, 0, dtype=torch.long, device=lengths.device)
-        self.item = torch.arange(b, device=lengths.device)  # the clip of each row
-        self.r_token = torch.full((b, f), LOG_ZERO, device=lengths.device, dtype=torch.double)
-        self.r_blank = log_probs[..., 0].cumsum(1)  # the empty prefix: blanks only
-        self.score = torch.zeros(b, device=lengths.device, dtype=torch.double)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Token ids (rows, n) so far and logits (rows, vocab) -> joint scores (rows, vocab)."""
-        if input_ids.shape[1]:
-            self._extend(input_ids)
-        elif len(input_ids) > len(self.item):  # beam search: every clip has several rows
-            self._select(self.item.repeat_interleave(len(input_ids) // len(self.item)), input_ids)
-        psi = self._psi()  # (rows, c - 1)
-        end = torch.logaddexp(self.r_token[:, -1], self.r_blank[:, -1])
-        joint = torch.full_like(scores, float("-inf"), dtype=torch.float)
-        joint[:, self.ctc.token_ids] = (self.weight * (psi - self.score[:, None])).float()
-        joint[:, self.end] = (self.weight * (end - self.score)).float()
-        return joint + scores.float().log_softmax(-1)
-
-    def _before(self, r: Tensor, first: float) -> Tensor:
-        """r(t - 1) for every t, with the given value before the first frame."""
-        return torch.cat([r.new_full((len(r), 1), first), r[:, :-1]], dim=1)
-
-    def _phi(self) -> tuple[Tensor, Tensor]:
-        """Probability of the prefix before frame t: (rows, f) for a new token, for a repeat."""
-        empty = self.tokens.shape[1] == 0
-        blank = self._before(self.r_blank, 0.0 if empty else LOG_ZERO)
-        return torch.logaddexp(self._before(self.r_token, LOG_ZERO), blank), blank
-
-    def _psi(self) -> Tensor:
-        """log psi(prefix c) for every class c but the blank: (rows, c - 1)."""
-        fresh, repeat = self._phi()
-        peak = fresh.max(1, keepdim=True).values
-        probs = self.probs[self.item]
-        psi = torch.einsum("rf,rfc->rc", (fresh - peak).exp(), probs)
-        if self.tokens.shape[1]:
-            last = self.ctc.class_of[self.tokens[:, -1]] - 1  # -1: the end token, never extended
-            row = torch.arange(len(last), device=last.device)
-            psi[row, last] = ((repeat - peak).exp() * probs[row, :, last]).sum(1)
-        return psi.clamp(min=1e-300).log() + peak
-
-    def _select(self, rows: Tensor, tokens: Tensor) -> None:
-        self.item, self.tokens = self.item[rows], tokens
-        self.r_token, self.r_blank = self.r_token[rows], self.r_blank[rows]
-        self.score = self.score[rows]
-
-    def _extend(self, input_ids: Tensor) -> None:
-        """Move the state of each row to its parent's prefix plus the row's newest token."""
-        per_item = len(self.item) // len(self.item.unique())
-        item = torch.arange(len(input_ids), device=input_ids.device) // per_item
-        same = (self.tokens[None] == input_ids[:, None, :-1]).all(-1) & (self.item == item[:, None])
-        self._select(same.int().argmax(1), input_ids[:, :-1])
-        newest = self.ctc.class_of[input_ids[:, -1]]
-        row = torch.arange(len(newest), device=newest.device)
-        self.score = self._psi()[row, newest - 1]
-        fresh, blank = self._phi()
-        repeat = self.tokens.shape[1] > 0 and self.tokens[:, -1] == input_ids[:, -1]
-        phi = torch.where(torch.as_tensor(repeat, device=newest.device)[..., None], blank, fresh)
-        # r_token(t) = [r_token(t-1) + phi(t)] p(t) unrolled: one cumulative sum instead of a loop
-        log_p = self.log_probs[self.item, :, newest]  # (rows, f)
-        total = log_p.cumsum(1)
-        self.r_token = total + torch.logcumsumexp(phi - self._before(total, 0.0), 1)
-        total = self.log_probs[self.item, :, 0].cumsum(1)
-        into = self._before(self.r_token, LOG_ZERO)
-        self.r_blank = total + torch.logcumsumexp(into - self._before(total, 0.0), 1)
-        self.tokens = input_ids
-
-
-class LengthLimit(LogitsProcessor):
-    """Ends each row at its own number of new tokens, whatever else is in the batch."""
-
-    def __init__(self, limits: Tensor, end: int) -> None:
-        self.limits, self.end = limits, end
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores (rows, vocab) with nothing but the end token left where a limit is reached."""
-        rows = self.limits.repeat_interleave(len(scores) // len(self.limits))
-        over = (input_ids.shape[1] >= rows)[:, None]
-        only_end = torch.full_like(scores, float("-inf"))
-        only_end[:, self.end] = 0.0
-        return torch.where(over, only_end, scores)
 
 
 class ASRModel(PreTrainedModel, GenerationMixin):
@@ -311,9 +127,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             if self.config.audio_config.model_type == "whisper":
                 hidden = encode_whisper(self.encoder, input_features, input_features_mask)
             else:
-                hidden = self.encoder(
-                    input_features, attention_mask=input_features_mask.long()
-                ).last_hidden_state
+                out = self.encoder(input_features, attention_mask=input_features_mask.long())
+                hidden = out.last_hidden_state
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return hidden * inside[..., None], lengths
 
@@ -360,6 +175,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor,
         audio: Tensor,
+        lengths: Tensor,
         keep: Tensor,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,14 +189,14 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             (b, s'), all -100 when none are given.
 
         Raises:
-            ValueError: when a row has more placeholders than there are frames.
+            ValueError: unless a row has one placeholder for each of its `lengths` (b,) frames.
         """
         slots = input_ids == self.config.audio_token_id  # no row of the embedding: never looked up
         text_ids = input_ids.masked_fill(slots, self.config.end_token_id)
         embeds = self.decoder.get_input_embeddings()(text_ids)
-        if int(slots.sum(1).max()) > audio.shape[1]:
+        if not torch.equal(slots.sum(1), lengths):
             raise ValueError(
-                f"{int(slots.sum(1).max())} audio placeholders for {audio.shape[1]} frames: "
+                f"{slots.sum(1).tolist()} audio placeholders for {lengths.tolist()} frames: "
                 "input_ids and input_features come from different clips or processors"
             )
         index = (slots.cumsum(1) - 1).clamp(min=0)  # (b, s): the frame of each placeholder
@@ -445,7 +261,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths, log_probs)
             embeds, attention_mask, shifted = self.embed(
-                input_ids, attention_mask, audio, keep, labels
+                input_ids, attention_mask, audio, lengths, keep, labels
             )
             hidden = self.decoder.base_model(
                 inputs_embeds=embeds,
@@ -499,18 +315,19 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if self.ctc is not None and (weight or self.residual is not None):
             log_probs = self.ctc(frames, self.decoder.get_input_embeddings().weight)
         audio, keep = self.bridge(frames, lengths, log_probs)
-        embeds, attention_mask, _ = self.embed(input_ids, attention_mask, audio, keep)
+        embeds, attention_mask, _ = self.embed(input_ids, attention_mask, audio, lengths, keep)
         end = self.config.end_token_id
         processors = LogitsProcessorList(logits_processor or [])
         if weight and self.ctc is not None:
             processors.append(CTCPrefixScorer(self.ctc, log_probs, lengths, end, weight))
         limits = self.token_limits(lengths)
         processors.append(LengthLimit(limits, end))
-        kwargs.setdefault("max_new_tokens", int(limits.max()) + 1)
+        config = copy.deepcopy(generation_config or self.generation_config)
+        kwargs = config.update(**{"max_new_tokens": int(limits.max()) + 1, **kwargs})
         return self.decoder.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            generation_config=generation_config or self.generation_config,
+            generation_config=config,
             logits_processor=processors,
             **kwargs,
         )
@@ -518,7 +335,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     @staticmethod
     def token_limits(lengths: Tensor) -> Tensor:
         """Most new tokens that each clip of `lengths` (b,) projected frames may have."""
-        return lengths * TOKENS_PER_FRAME + SPARE_TOKENS
+        return lengths + SPARE_TOKENS
 
     @torch.no_grad()
     def ctc_generate(self, input_features: Tensor, input_features_mask: Tensor) -> list[list[int]]:
@@ -552,13 +369,11 @@ class ASRModel(PreTrainedModel, GenerationMixin):
 
     def checkpoint_names(self, self_contained: bool) -> list[str]:
         """Names of the tensors that a checkpoint holds; of tied ones, the first."""
-        seen: set[int] = set()
-        names = []
+        names: dict[int, str] = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
-            if (self_contained or is_trained(name)) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                names.append(name)
-        return names
+            if self_contained or is_trained(name):
+                names.setdefault(id(tensor), name)
+        return list(names.values())
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -669,6 +484,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if args:
             raise ValueError("ASRModel.from_pretrained takes one positional argument, the model")
         check_keys(kwargs, {"dtype", "device_map", "attn_implementation", *HUB_KEYS}, cls.__name__)
+        if cached_file(str(name_or_path), "config.json", **hub) is None:
+            raise OSError(f"{name_or_path} has no config.json")
         config = config or ASRConfig.from_pretrained(name_or_path, **hub)
         tensors = load_file(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
@@ -708,38 +525,26 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         expected = self.state_dict()
         names = set(self.checkpoint_names(self.config.self_contained))
         if fresh_lora:
+            tensors = {n: t for n, t in tensors.items() if is_trained(n)}
             names = {n for n in names if n in tensors or ".lora_" not in n}
-        wrong = [
-            f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(expected[n].shape)} in the model"
-            for n in sorted(names & set(tensors))
-            if tensors[n].shape != expected[n].shape
-        ]
-        for kind, found in (
-            ("missing", sorted(names - set(tensors))),
-            ("unexpected", sorted(set(tensors) - names)),
-            ("mis-shaped", wrong),
-        ):
-            if found:
-                raise ValueError(f"{source}: {len(found)} {kind} tensors, first {found[:3]}")
+        common = names & set(tensors)
+        found = {
+            "missing": names - common,
+            "unexpected": set(tensors) - common,
+            "mis-shaped": {n for n in common if tensors[n].shape != expected[n].shape},
+        }
+        for kind, bad in found.items():
+            if bad:
+                raise ValueError(f"{source}: {len(bad)} {kind} tensors, first {sorted(bad)[:3]}")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 expected[name].copy_(tensor)
 
 
-HUB_KEYS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "proxies",
-    "subfolder",
-)
+HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
-AUTO_CLASS_KEYS = (
-    *("_from_pipeline", "_commit_hash", "_from_auto"),
-    *("trust_remote_code", "code_revision", "adapter_kwargs"),
-)
+AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
+AUTO_CLASS_KEYS |= {"trust_remote_code", "code_revision"}
 AUTO_MAP: dict[str, Any] = {
     "auto_map": {
         "AutoConfig": "asr_config.ASRConfig",
@@ -760,13 +565,6 @@ def is_trained(name: str) -> bool:
     return name.startswith(("projector.", "ctc.", "residual.")) or ".lora_" in name
 
 
-def build_encoder(audio_config: Any) -> nn.Module:
-    """An encoder with random weights from its config (the encoder half, for Whisper)."""
-    if audio_config.model_type == "whisper":
-        return WhisperEncoderHalf(audio_config)
-    return AutoModel.from_config(audio_config)
-
-
 def add_lora(module: nn.Module, settings: Any, part: str) -> None:
     """Put LoRA (Hu et al. 2021, arXiv 2106.09685) on the named modules of `module`, in place.
 
@@ -780,33 +578,3 @@ def add_lora(module: nn.Module, settings: Any, part: str) -> None:
         if target not in leaves:
             raise ValueError(f"{part} LoRA target {target!r} matches no module of the {part}")
     inject_adapter_in_model(LoraConfig(**settings), module)
-
-
-def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
-    """Whisper's encoder at the real length instead of 30 s: (b, mels, n) -> (b, t, d).
-
-    Position embeddings are cut to t; padding is zeroed before each convolution and hidden from
-    attention, so that a clip's frames do not depend on what else is in the batch.
-
-    Raises:
-        ValueError: when the audio is longer than the encoder's positions.
-    """
-    mask = mask[:, None].to(features.dtype)  # (b, 1, n)
-    positions = encoder.embed_positions.weight
-    dtype = encoder.conv1.weight.dtype
-    x = F.gelu(encoder.conv1((features * mask).to(dtype))) * mask.to(dtype)
-    x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (b, t, d)
-    t = x.shape[1]
-    if t > len(positions):
-        raise ValueError(
-            f"{t} encoder frames, but Whisper has {len(positions)} positions: audio over 30 s must "
-            "be split (the pipeline does)"
-        )
-    x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
-    visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i
-    bias = torch.zeros(len(x), 1, 1, t, dtype=x.dtype, device=x.device)
-    bias = bias.masked_fill(~visible[:, None, None], torch.finfo(x.dtype).min)
-    for layer in encoder.layers:
-        out = layer(x, bias.expand(-1, -1, t, -1))
-        x = out[0] if isinstance(out, tuple) else out
-    return encoder.layer_norm(x)

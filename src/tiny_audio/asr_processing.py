@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -71,13 +72,12 @@ def _decode(source: str | BinaryIO, name: str) -> np.ndarray:
         with av.open(source, mode="r") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)  # keeps the channels
             blocks = [
-                block.to_ndarray()[0]
-                for frame in container.decode(audio=0)
+                block.to_ndarray().mean(0)
+                for frame in chain(container.decode(audio=0), [None])
                 for block in resampler.resample(frame)
             ]
-            blocks += [block.to_ndarray()[0] for block in resampler.resample(None)]
     except (av.FFmpegError, OSError) as error:
         raise AudioError(f"{name}: not readable as audio ({error})") from error
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
@@ -88,9 +88,12 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
     if samples.ndim > 2 or samples.size == 0:
         raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
-    if np.issubdtype(samples.dtype, np.integer):
+    if np.issubdtype(samples.dtype, np.unsignedinteger):
+        middle = np.iinfo(samples.dtype).max // 2 + 1
+        samples = (samples.astype(np.float64) - middle) / middle
+    elif np.issubdtype(samples.dtype, np.integer):
         samples = samples / np.iinfo(samples.dtype).max
-    samples = samples.astype(np.float32)
+    samples = _finite(samples.astype(np.float32), "array")
     if samples.ndim == 2:
         samples = samples.mean(0 if samples.shape[0] <= samples.shape[1] else 1)
     if rate != SAMPLE_RATE:
@@ -98,7 +101,7 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
         frame.sample_rate = rate
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         blocks = [*resampler.resample(frame), *resampler.resample(None)]
-        samples = np.concatenate([block.to_ndarray()[0] for block in blocks])
+        samples = np.concatenate([np.zeros(0, np.float32), *(b.to_ndarray()[0] for b in blocks)])
     return _finite(samples, "array")
 
 

@@ -163,7 +163,7 @@ class SpeechDataset(Dataset):
         dropped: where skipped examples are noted.
         min_seconds, max_seconds: clips outside are skipped.
         lowercase: see `prepare_text`.
-        max_samples: keep the first so many of each epoch; None keeps all.
+        max_train_samples: keep the first so many of each epoch; None keeps all.
         feature_noise: standard deviation of noise on cached encoder frames.
         channel_drop: share of channels of cached encoder frames that are dropped.
         time_mask: longest run of cached encoder frames that is dropped.
@@ -181,7 +181,7 @@ class SpeechDataset(Dataset):
         min_seconds: float = 0.1,
         max_seconds: float = 30.0,
         lowercase: bool = False,
-        max_samples: int | None = None,
+        max_train_samples: int | None = None,
         feature_noise: float = 0.0,
         channel_drop: float = 0.0,
         time_mask: int = 0,
@@ -207,7 +207,7 @@ class SpeechDataset(Dataset):
                     continue
                 repeat = int(source.get("repeat", 1))
                 self.examples += [example] * repeat
-        self.examples = self.examples[:max_samples]
+        self.examples = self.examples[:max_train_samples]
         if not self.examples:
             raise DataError(f"no usable example in {[s.get('path') for s in sources]}: {dropped}")
 
@@ -251,6 +251,9 @@ class SpeechDataset(Dataset):
         """
         self.encoded = encoded
         known = set(encoded.keys())
+        for example in self.examples:
+            if example.id not in known:
+                self.dropped.add(example.id, "no cached frames")
         self.examples = [example for example in self.examples if example.id in known]
 
     def augment(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
@@ -345,8 +348,3 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self._make(self.epoch)
-
-    def padding(self) -> float:
-        """Share of padding in the first epoch's batches."""
-        padded = sum(len(b) * self.seconds[b].max() for b in self.batches)
-        return float(1 - self.seconds.sum() / padded)

@@ -1,22 +1,25 @@
 """The recipe: a Hydra config in, a trained model out, stage by stage.
 
-`python src/train.py +experiments=quickstart training.learning_rate=1e-3` composes
+`python src/train.py +experiments=quickstart peft.r=32` composes
 `configs/hydra`, refuses unknown keys, and runs each of `stages` with the Hugging Face Trainer. The
 same command again continues where it stopped.
 """
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +35,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .asr_config import ASRConfig, check_keys
 from .asr_modeling import WEIGHTS, ASRModel
@@ -43,18 +45,11 @@ logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.
-OWN_TRAINING_KEYS = {
-    "batch_seconds",
-    "decoder_loss_weight",
-    "ctc_loss_weight",
-    "ctc_negatives",
-    "encoder_learning_rate",
-    "decoder_learning_rate",
-    "cache_encoder",
-    "resume_from_checkpoint",
-    "dtype",
-    "attn_implementation",
-}
+OWN_TRAINING_KEYS = set(
+    "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives encoder_learning_rate "
+    "decoder_learning_rate cache_encoder resume_from_checkpoint dtype attn_implementation".split()
+)
+LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives")  # passed to `forward`
 
 
 class ASRTrainer(Trainer):
@@ -106,24 +101,15 @@ class ASRTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's loss; a loss that is not finite stops the run and names its clips."""
         inputs = dict(inputs)
         ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
         for item in inputs.pop("dropped"):
             self.dropped.add(item["id"], item["reason"], item["detail"])
-        outputs = model(
-            **inputs,
-            num_items_in_batch=num_items_in_batch,
-            decoder_loss_weight=self.settings["decoder_loss_weight"],
-            ctc_loss_weight=self.settings["ctc_loss_weight"],
-            ctc_negatives=self.settings["ctc_negatives"],
-        )
+        settings = {key: self.settings[key] for key in LOSS_KEYS}
+        outputs = model(**inputs, **settings, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(outputs.loss):
             raise DataError(
                 f"the loss is {outputs.loss.item()} at step {self.state.global_step}; clips of the "
@@ -150,10 +136,8 @@ class ASRTrainer(Trainer):
 class StepLine(TrainerCallback):
     """Prints a line for each log, and appends it to `log.jsonl` in the run's folder."""
 
-    def __init__(self, path: Path, trainer_of: dict[str, Any]) -> None:
-        self.path, self.box = path, trainer_of
-        self.started = self.last = time.monotonic()
-        self.first_step = 0
+    def __init__(self, path: Path, trainer: ASRTrainer) -> None:
+        self.path, self.trainer = path, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -164,21 +148,15 @@ class StepLine(TrainerCallback):
         """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA."""
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        trainer: ASRTrainer = self.box["trainer"]
-        now = time.monotonic()
+        trainer, now = self.trainer, time.monotonic()
         speed = trainer.seconds / max(now - self.last, 1e-9)
         padding = 1 - trainer.seconds / max(trainer.padded, 1e-9)
         done = max(1, state.global_step - self.first_step)
         eta = (now - self.started) / done * (state.max_steps - state.global_step)
         dropped = sum(trainer.dropped.counts.values())
         trainer.seconds, trainer.padded, self.last = 0.0, 0.0, now
-        row = {
-            "step": state.global_step,
-            **{k: float(v) for k, v in logs.items()},
-            "audio_seconds_per_second": round(speed, 1),
-            "padding": round(padding, 4),
-            "dropped": dropped,
-        }
+        row = {"step": state.global_step, **{k: float(v) for k, v in logs.items()}}
+        row |= {"audio_seconds_per_second": speed, "padding": padding, "dropped": dropped}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         loss, rate = float(logs["loss"]), float(logs["learning_rate"])
@@ -229,20 +207,28 @@ def check_config(cfg: DictConfig) -> None:
         check_keys(stage.get("data") or {}, known.data, f"stage {stage.name}: data")
 
 
-def build_processor(cfg: DictConfig, audio_config: Any) -> ASRProcessor:
+def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse `training.x=...` on the command line where a stage would overrule it."""
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        group, _, name = key.partition(".")
+        for i, stage in enumerate(cfg.stages):
+            if name and name in (stage.get(group) or {}):
+                raise ValueError(
+                    f"{key} is overruled by stage {stage.name}: set stages.{i}.{key} instead"
+                )
+
+
+def build_processor(cfg: DictConfig) -> ASRProcessor:
     """The processor that `cfg` describes: the encoder's features, the decoder's tokens."""
-    kept = ("model_type", "conv_kernel", "conv_stride")
-    geometry = {k: v for k, v in audio_config.to_dict().items() if k in kept}
+    audio_config = AutoConfig.from_pretrained(cfg.model.encoder_model_name)
+    geometry = ("model_type", "conv_kernel", "conv_stride")
+    own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
     return ASRProcessor(
         AutoFeatureExtractor.from_pretrained(cfg.model.encoder_model_name),
         AutoTokenizer.from_pretrained(cfg.model.decoder_model_name),
-        encoder=geometry,
-        stack=cfg.model.stack,
-        prompt_prefix=cfg.model.prompt_prefix,
-        prompt_suffix=cfg.model.prompt_suffix,
-        end_token=cfg.model.end_token,
-        tail_seconds=cfg.model.tail_seconds,
-        max_seconds=cfg.model.max_seconds,
+        encoder={k: v for k, v in audio_config.to_dict().items() if k in geometry},
+        **{key: cfg.model[key] for key in own},
     )
 
 
@@ -257,28 +243,25 @@ def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] 
     return settings
 
 
-def build_model(cfg: DictConfig, start: str | None, ctc_token_ids: list[int] | None) -> ASRModel:
+def build_model(
+    cfg: DictConfig, processor: ASRProcessor, ctc_token_ids: list[int], start: str | None = None
+) -> ASRModel:
     """A model on its base models, its trained parts fresh or from the folder `start`.
 
     Raises:
         ValueError: when `start` holds tensors that this config has no place for.
     """
-    settings = cfg.model
+    own = "stack projector_hidden projector_dropout bridge encoder_revision decoder_revision "
+    own += "ctc_decode_weight prompt_prefix prompt_suffix"
     config = ASRConfig(
-        encoder_name=settings.encoder_model_name,
-        decoder_name=settings.decoder_model_name,
-        encoder_revision=settings.encoder_revision,
-        decoder_revision=settings.decoder_revision,
-        stack=settings.stack,
-        projector_hidden=settings.projector_hidden,
-        projector_dropout=settings.projector_dropout,
-        bridge=settings.bridge,
+        encoder_name=cfg.model.encoder_model_name,
+        decoder_name=cfg.model.decoder_model_name,
         encoder_lora=lora_from(cfg.encoder_lora),
         decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
         ctc_token_ids=ctc_token_ids,
-        ctc_decode_weight=settings.ctc_decode_weight,
-        prompt_prefix=settings.prompt_prefix,
-        prompt_suffix=settings.prompt_suffix,
+        audio_token_id=processor.audio_token_id,
+        end_token_id=processor.end_token_id,
+        **{key: cfg.model[key] for key in own.split()},
     )
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
@@ -296,10 +279,7 @@ def ctc_vocabulary(data: SpeechDataset) -> list[int]:
 def describe(model: ASRModel) -> str:
     """A table of the parts: parameters in total and trained, dtype, mode."""
     lines = [f"{'part':<12}{'total':>16}{'trained':>14}  {'dtype':<10}mode"]
-    for part in ("encoder", "projector", "ctc", "residual", "decoder"):
-        module = getattr(model, part)
-        if module is None:
-            continue
+    for part, module in model.named_children():
         tensors = list(module.parameters())
         total = sum(p.numel() for p in tensors)
         trained = sum(p.numel() for p in tensors if p.requires_grad)
@@ -341,10 +321,16 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, worke
     data.serve_encoded(safe_open(path, "pt"))
 
 
-def stage_config(cfg: DictConfig, stage: DictConfig) -> DictConfig:
-    """The config with one stage's overrides of `training` and `data` merged in."""
-    merged = OmegaConf.merge(cfg, {k: stage[k] for k in ("training", "data") if stage.get(k)})
-    return merged  # type: ignore[return-value]
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one that a kill cut short is removed. The state comes last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            print(f"{path}: was cut short, removed")
+            shutil.rmtree(path)
+    return None
 
 
 def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
@@ -358,30 +344,12 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
     settings: dict[str, Any] = OmegaConf.to_container(cfg.training, resolve=True)  # type: ignore
     dropped = Dropped(folder / "dropped.jsonl")
     previous = ASRConfig.from_pretrained(start) if start else None
-    audio_config = AutoConfig.from_pretrained(cfg.model.encoder_model_name)
-    processor = build_processor(cfg, audio_config)
-    data = SpeechDataset(
-        cfg.data.train,
-        processor,
-        dropped,
-        min_seconds=cfg.data.min_seconds,
-        max_seconds=cfg.data.max_seconds,
-        lowercase=cfg.data.lowercase,
-        max_samples=cfg.data.max_train_samples,
-        feature_noise=cfg.data.feature_noise,
-        channel_drop=cfg.data.channel_drop,
-        time_mask=cfg.data.time_mask,
-        seed=cfg.run.seed,
-    )
+    processor = build_processor(cfg)
+    kept = {k: v for k, v in cfg.data.items() if k not in ("train", "max_dropped_fraction")}
+    data = SpeechDataset(cfg.data.train, processor, dropped, seed=cfg.run.seed, **kept)
     dropped.check(data.total, cfg.data.max_dropped_fraction)
-    uses_ctc = cfg.model.ctc
-    vocabulary = (previous.ctc_token_ids if previous else ctc_vocabulary(data)) if uses_ctc else []
-    model = build_model(cfg, start, vocabulary)
-    model.config.audio_token_id = processor.audio_token_id
-    model.config.end_token_id = processor.end_token_id
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = (
-        processor.end_token_id
-    )
+    vocabulary = previous.ctc_token_ids if previous else ctc_vocabulary(data)
+    model = build_model(cfg, processor, vocabulary if cfg.model.ctc else [], start)
     rates = part_rates(settings, settings["learning_rate"])
     for name, parameter in model.named_parameters():
         if not rates[part_of(name)]:
@@ -390,10 +358,14 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
     print(describe(model))
     print(f"{len(data)} clips, {hours:.2f} h an epoch; dropped: {dropped}")
     if settings["cache_encoder"]:
-        path = folder.parent / "encoder_frames.safetensors"
+        made_of = [cfg.model.encoder_model_name, model.config.encoder_revision, settings["dtype"]]
+        made_of += [processor.tail_seconds, processor.min_seconds]
+        made_of += sorted({(e.id, str(e.audio)[:200], e.duration) for e in data.examples})
+        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+        path = folder.parent / f"encoder_frames-{digest}.safetensors"
         cache_encoder_frames(model, data, path, settings["dataloader_num_workers"])
+        dropped.check(data.total, cfg.data.max_dropped_fraction)
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
-    box: dict[str, Any] = {}
     trainer = ASRTrainer(
         settings,
         model=model,
@@ -407,12 +379,11 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
         ),
         train_dataset=data,
         processing_class=processor,
-        callbacks=[StepLine(folder / "log.jsonl", box)],
     )
-    box["trainer"] = trainer
+    trainer.add_callback(StepLine(folder / "log.jsonl", trainer))
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    resume = settings["resume_from_checkpoint"] or get_last_checkpoint(str(folder))
+    resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     if resume:
         print(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=resume)
@@ -436,12 +407,11 @@ def train(cfg: DictConfig) -> Path:
     start = cfg.model.pretrained_model_path
     for stage in cfg.stages:
         print(f"\n== stage {stage.name}")
-        final = run_stage(stage_config(cfg, stage), output / stage.name, start)
-        start = str(final)
-    model = ASRModel.from_pretrained(start)
-    model.save_pretrained(output)
-    processor = ASRProcessor.from_pretrained(start)
-    processor.save_pretrained(output)
+        own = {k: stage[k] for k in ("training", "data") if stage.get(k)}
+        merged: Any = OmegaConf.merge(cfg, own)
+        start = str(run_stage(merged, output / stage.name, start))
+    ASRModel.from_pretrained(start).save_pretrained(output)
+    ASRProcessor.from_pretrained(start).save_pretrained(output)
     OmegaConf.save(cfg, output / "training_config.yaml")
     (output / FINISHED).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
     print(f"model saved in {output}")
@@ -452,6 +422,7 @@ def train(cfg: DictConfig) -> Path:
 def main(cfg: DictConfig) -> None:
     """Train what the composed config describes; errors are one line, not a stack."""
     try:
+        refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)
     except (ValueError, OSError, DataError) as error:
         if os.environ.get("TINY_AUDIO_TRACEBACK"):

@@ -454,7 +454,7 @@ def convert_whisper_base(cache: Path, target: Path) -> None:
         raw.at = raw.data.index(b"encoder/conv1/bias") - 2  # the length before the name
         variables = dict(raw.variable() for _ in range(80))
         state = whisper_state_dict(variables, {"encoder/num_heads": 8})
-        base = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8}
+        base: dict[str, Any] = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8}
         model = WhisperEncoder(WhisperConfig(**base, encoder_ffn_dim=2048, num_mel_bins=80))
         try:
             model.load_state_dict({k.removeprefix("model.encoder."): v for k, v in state.items()})

@@ -1,6 +1,6 @@
 """`tiny-audio quickstart`: a real recogniser, trained and scored on this CPU in minutes.
 
-Fetches small real weights (Whisper tiny.en's encoder, SmolLM2-135M) and real recordings into a
+Fetches small real weights (Whisper base's encoder, SmolLM2-135M) and real recordings into a
 cache, trains `+experiments=quickstart`, scores it on held-out speech beside Whisper tiny.en, and
 transcribes one held-out clip. Ctrl-C and the same command again continue. Hydra overrides may
 follow, e.g. `run.seed=1 run.output_dir=outputs/seed1`.
