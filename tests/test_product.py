@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 SHORT = (
     "data.max_train_samples=90 'data.train=[{{path: {manifest}}}]' training.logging_steps=5 "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
-    "stages.1.training.max_steps=6 stages.1.training.batch_seconds=24 "
+    "stages.1.training.max_steps=6 "
 )
 
 

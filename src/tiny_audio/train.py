@@ -298,9 +298,11 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, worke
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
     if not path.exists():
-        unique = {example.id: i for i, example in enumerate(data.examples)}
-        order = sorted(unique.values(), key=lambda i: data.examples[i].duration)
-        batches = [order[i : i + 16] for i in range(0, len(order), 16)]
+        order = list({example.id: i for i, example in enumerate(data.examples)}.values())
+        seconds = [data.examples[i].duration for i in order]
+        # By length: a batch of long clips would need gigabytes for their attention scores.
+        budget = LengthBatchSampler(seconds, max(64.0, *seconds), shuffle=False)
+        batches = [[order[i] for i in batch] for batch in budget]
         loader = DataLoader(
             data, batch_sampler=batches, collate_fn=data.collate, num_workers=workers
         )
