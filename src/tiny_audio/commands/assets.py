@@ -143,10 +143,10 @@ def prepare(cache: Path | None = None, synthetic_hours: float = SYNTHETIC_HOURS)
         shutil.rmtree(cache / ".building", ignore_errors=True)
         if shutil.disk_usage(cache).free < DISK_NEEDED:
             raise AssetError(f"less than {DISK_NEEDED / 1e9:.0f} GB free at {cache}: {MAKE_ROOM}")
-        if not assets.encoder.is_dir():
-            convert_whisper_base(cache, assets.encoder)
         if not assets.whisper.is_dir():
             convert_whisper(cache, assets.whisper)
+        if not assets.encoder.is_dir():
+            convert_whisper_base(cache, assets.encoder)
         if not assets.decoder.is_dir():
             convert_smollm2(cache, assets.decoder)
         if not all((speech / f"{name}.jsonl").is_file() for name in REAL_SPLITS):
