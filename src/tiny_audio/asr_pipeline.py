@@ -129,6 +129,7 @@ class ASRPipeline(Pipeline):
         yield from self._round(batch, pre, forward)
 
     def _round(self, inputs: list[AudioInput], pre: dict, forward: dict) -> Iterator[dict]:
+        pre = dict(pre)  # shared by all rounds
         skip_errors = pre.pop("skip_errors", False)
         pieces: list[Piece] = []
         errors: dict[int, str] = {}
