@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from tiny_audio.asr_config import ASRConfig
+from tiny_audio.asr_ctc import spell
 from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
@@ -222,6 +223,8 @@ def build_asr(
         encoder_lora={"r": ranks[0], "target_modules": ["q_proj", "k_proj"]},
         decoder_lora={"r": ranks[1], "target_modules": ["q_proj", "v_proj"]},
         ctc_token_ids=classes,
+        ctc_alphabet=sorted(set(b"abcdefghijklmnopqrstuvwxyz '")) if ctc else [],
+        ctc_hidden=32,
         prompt_prefix=processor.prompt_prefix,
         prompt_suffix=processor.prompt_suffix,
         audio_token_id=processor.audio_token_id,
@@ -230,6 +233,9 @@ def build_asr(
     )
     torch.manual_seed(seed)
     model = ASRModel.from_base(config).eval()
+    if model.characters is not None:
+        spelling = model.characters.spelling
+        spelling.copy_(spell(processor.tokenizer, config.ctc_alphabet, len(spelling)))
     if not fresh:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():

@@ -79,6 +79,9 @@ class ASRConfig(PreTrainedConfig):
         decoder_lora: LoRA on the decoder.
         ctc_token_ids: decoder token ids that the CTC head knows, in the order of its classes
             1, 2, ...; class 0 is the blank. Empty means that there is no CTC head.
+        ctc_alphabet: byte values that the character head knows, in the order of its classes
+            1, 2, ...; class 0 is the blank. Empty means that there is no such head.
+        ctc_hidden: width of the character head.
         ctc_decode_weight: weight of the CTC prefix score in decoding; 0 is the decoder alone.
         prompt_prefix: text before the audio tokens, special tokens of the chat format included.
         prompt_suffix: text after the audio tokens.
@@ -107,6 +110,8 @@ class ASRConfig(PreTrainedConfig):
     encoder_lora: Any = None
     decoder_lora: Any = None
     ctc_token_ids: Any = None
+    ctc_alphabet: Any = None
+    ctc_hidden: int = 768
     ctc_decode_weight: float = 0.0
     prompt_prefix: str = ""
     prompt_suffix: str = ""
@@ -128,6 +133,7 @@ class ASRConfig(PreTrainedConfig):
         self.encoder_lora = lora_settings(self.encoder_lora)
         self.decoder_lora = lora_settings(self.decoder_lora)
         self.ctc_token_ids = list(self.ctc_token_ids or [])
+        self.ctc_alphabet = list(self.ctc_alphabet or [])
         super().__post_init__(**kwargs)
 
 

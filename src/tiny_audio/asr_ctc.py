@@ -1,18 +1,26 @@
-"""The CTC side of the model: alignment head, joint decoding, and the limit on new tokens.
+"""The CTC side of the model: its two heads, joint decoding, and the limit on new tokens.
 
-Shapes: b clips, f projected frames, d the decoder's hidden size, c CTC classes (class 0 is the
-blank), rows hypotheses of a search.
+Shapes: b clips, t encoder frames, f projected frames, d a hidden size, c CTC classes (class 0 is
+the blank), rows hypotheses of a search.
 """
+
+import string
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .asr_config import ASRConfig
 
 IGNORE = -100  # label positions that carry no target
 LOG_ZERO = -1e4  # log of "impossible", finite so that sums of it stay finite
+CONTEXT = 9  # encoder frames that the character head looks at together
+MAX_SPELLING = 16  # bytes of the longest token that can be spelled
+UNSPELLABLE = 255
 
 
 class CTCHead(nn.Module):
@@ -87,89 +95,251 @@ class CTCHead(nn.Module):
         return [self.token_ids[path[path > 0] - 1].tolist() for path in paths]
 
 
+class CharacterHead(nn.Module):
+    """CTC over encoder frames (50 Hz) whose classes are the bytes of lower-cased text.
+
+    A few dozen classes need little speech, so it spells words that no training text holds, where
+    a head over tokens can only say words that it was shown. How it spells is for the decoder to
+    mend: `CTCPrefixScorer` scores the decoder's tokens by their bytes.
+
+    `spelling` (vocab, MAX_SPELLING) holds the classes of each token's bytes, 0 after its end and
+    `UNSPELLABLE` first where it has none; it is saved with the weights, see `spell`.
+    """
+
+    spelling: Tensor
+
+    def __init__(self, config: ASRConfig) -> None:
+        super().__init__()
+        d, self.classes = config.audio_config.hidden_size, len(config.ctc_alphabet)
+        hidden = config.ctc_hidden
+        spelling = torch.zeros(config.text_config.vocab_size, MAX_SPELLING, dtype=torch.uint8)
+        self.register_buffer("spelling", spelling)
+        self.context = nn.Conv1d(d, d, CONTEXT, padding=CONTEXT // 2, groups=d)
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.gate_proj = nn.Linear(d, hidden, bias=False)
+        self.up_proj = nn.Linear(d, hidden, bias=False)
+        self.output = nn.Linear(hidden, self.classes + 1)
+        self.trie: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Encoder frames (b, t, d), zero beyond each clip -> log-probabilities (b, t, c)."""
+        hidden = hidden.to(self.output.weight.dtype)
+        x = self.norm(hidden + self.context(hidden.transpose(1, 2)).transpose(1, 2))
+        return self.output(F.silu(self.gate_proj(x)) * self.up_proj(x)).float().log_softmax(-1)
+
+    def loss(self, hidden: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        """Summed negative log-likelihood of the spelling of `labels` (b, s); -100 is skipped."""
+        spelled = self.spelling[labels.clamp(min=0)].long()  # (b, s, MAX_SPELLING)
+        present = (spelled > 0) & (spelled < UNSPELLABLE) & (labels != IGNORE)[..., None]
+        return F.ctc_loss(
+            self(hidden).transpose(0, 1),
+            spelled[present],
+            lengths,
+            present.sum((1, 2)),
+            reduction="sum",
+            zero_infinity=True,
+        )
+
+    def token_trie(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The spellings as a prefix tree, made once.
+
+        Returns:
+            `child` (nodes, c - 1): the node that a class leads to, -1 for none; node 0 is the
+            root. `ids` (n,): the tokens that have a spelling. `node` (n,): where each one ends.
+        """
+        if self.trie is None or self.trie[0].device != self.spelling.device:
+            spelling = self.spelling.long()
+            ids = (spelling[:, 0] != UNSPELLABLE).nonzero()[:, 0]
+            node = torch.zeros_like(ids)
+            child = ids.new_full((1, self.classes), -1)
+            for column in spelling[ids].T:
+                on = column > 0
+                edges, which = (node[on] * self.classes + column[on] - 1).unique(
+                    return_inverse=True
+                )
+                child.view(-1)[edges] = torch.arange(len(edges), device=ids.device) + len(child)
+                node[on] = which + len(child)
+                child = torch.cat([child, child.new_full((len(edges), self.classes), -1)])
+            self.trie = (child, ids, node)
+        return self.trie
+
+
+def spell(tokenizer: Any, alphabet: list[int], size: int) -> Tensor:
+    """The `spelling` of a byte-level BPE vocabulary in classes of `alphabet` (byte values).
+
+    Punctuation that is not in the alphabet is silent. A token with any other unknown byte, or of
+    more than `MAX_SPELLING` bytes, has no spelling, and so have special tokens.
+
+    Returns:
+        uint8 of shape (size, MAX_SPELLING).
+    """
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    class_of = {byte: i + 1 for i, byte in enumerate(alphabet)}
+    silent = set(string.punctuation.encode()) - set(alphabet)
+    out = torch.zeros(size, MAX_SPELLING, dtype=torch.uint8)
+    out[:, 0] = UNSPELLABLE
+    special = set(tokenizer.all_special_ids)
+    for token, i in tokenizer.get_vocab().items():
+        if i in special or i >= size or not set(token) <= byte_of.keys():
+            continue
+        text = bytes(byte_of[char] for char in token).lower()
+        classes = [class_of.get(byte, UNSPELLABLE) for byte in text if byte not in silent]
+        if len(classes) <= MAX_SPELLING and UNSPELLABLE not in classes:
+            out[i] = torch.tensor(classes + [0] * (MAX_SPELLING - len(classes)))
+    return out
+
+
+@dataclass
+class Prefixes:
+    """CTC forward variables of n text prefixes, log domain; t encoder frames."""
+
+    item: Tensor  # (n,) the clip
+    last: Tensor  # (n,) class of the last byte, 0 for the empty prefix
+    r_label: Tensor  # (n, t) frames up to t spell the prefix, the last of them its last byte
+    r_blank: Tensor  # (n, t) the same, the last of them a blank
+    score: Tensor  # (n,) log psi: all texts that begin with the prefix
+
+    def __getitem__(self, rows: Tensor) -> "Prefixes":
+        return Prefixes(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def __setitem__(self, rows: Tensor, other: "Prefixes") -> None:
+        for f in fields(self):
+            getattr(self, f.name)[rows] = getattr(other, f.name)
+
+
 class CTCPrefixScorer(LogitsProcessor):
     """Joint CTC/decoder decoding: adds the CTC prefix score to the decoder's log-probabilities.
 
     score(token) = log p_decoder(token | prefix) + weight * log [psi(prefix token) / psi(prefix)]
     where psi is the CTC probability of all texts that begin so (Watanabe et al. 2017, "Hybrid
-    CTC/Attention Architecture", algorithm 2). All candidates are scored at once: with r(t) the
-    probability that frames up to t spell the prefix, psi(prefix c) = sum_t r(t-1) p(c | t), a
-    matrix product. Rows may be reordered by beam search: a row finds its parent by its tokens.
+    CTC/Attention Architecture", algorithm 2). The decoder's tokens are scored by their bytes: a
+    search through the tree of spellings proposes the tokens that the audio supports, the best
+    `width` bytes of each depth for each row, and every other token is ruled out.
+
+    With r(t) the probability that frames up to t spell a prefix, psi(prefix c) = sum_t r(t-1)
+    p(c | t) is a matrix product over all classes, and the recursion over t a cumulative sum. Rows
+    may be reordered by beam search: a row finds its parent by its tokens.
     """
 
-    def __init__(self, ctc: CTCHead, log_probs: Tensor, lengths: Tensor, end: int, weight: float):
-        b, f, _ = log_probs.shape
-        beyond = torch.arange(f, device=lengths.device) >= lengths[:, None]
+    def __init__(
+        self,
+        head: CharacterHead,
+        log_probs: Tensor,
+        lengths: Tensor,
+        end: int,
+        weight: float,
+        width: int = 24,
+        slack: float = 20.0,
+    ) -> None:
+        b, t, _ = log_probs.shape
+        beyond = torch.arange(t, device=lengths.device) >= lengths[:, None]
         log_probs = log_probs.double().masked_fill(beyond[..., None], LOG_ZERO)
         log_probs[..., 0].masked_fill_(beyond, 0.0)  # padding can only be blank
-        self.log_probs, self.probs = log_probs, log_probs[..., 1:].exp()  # (b, f, c)
-        self.ctc, self.end, self.weight = ctc, end, weight
-        self.tokens = torch.zeros(b, 0, dtype=torch.long, device=lengths.device)
-        self.item = torch.arange(b, device=lengths.device)  # the clip of each row
-        self.r_token = torch.full((b, f), LOG_ZERO, device=lengths.device, dtype=torch.double)
-        self.r_blank = log_probs[..., 0].cumsum(1)  # the empty prefix: blanks only
-        self.score = torch.zeros(b, device=lengths.device, dtype=torch.double)
+        self.log_probs, self.probs = log_probs, log_probs[..., 1:].exp()  # (b, t, c)
+        self.head, self.end, self.weight = head, end, weight
+        self.width, self.slack = width, slack
+        item = torch.arange(b, device=lengths.device)
+        self.tokens = item.new_zeros(b, 0)
+        self.rows = Prefixes(
+            item=item,
+            last=torch.zeros_like(item),
+            r_label=torch.full_like(log_probs[..., 0], LOG_ZERO),
+            r_blank=log_probs[..., 0].cumsum(1),  # the empty prefix: blanks only
+            score=torch.zeros_like(log_probs[:, 0, 0]),
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids (rows, n) so far and logits (rows, vocab) -> joint scores (rows, vocab)."""
         if input_ids.shape[1]:
-            self._extend(input_ids)
-        elif len(input_ids) > len(self.item):  # beam search: every clip has several rows
-            self._select(self.item.repeat_interleave(len(input_ids) // len(self.item)), input_ids)
-        psi = self._psi()  # (rows, c - 1)
-        end = torch.logaddexp(self.r_token[:, -1], self.r_blank[:, -1])
+            self._follow(input_ids)
+        elif len(input_ids) > len(self.tokens):  # beam search: every clip has several rows
+            self.rows = self.rows[
+                self.rows.item.repeat_interleave(len(input_ids) // len(self.tokens))
+            ]
+            self.tokens = input_ids
+        rows = self.rows
+        _, ids, node = self.head.token_trie()
+        end = torch.logaddexp(rows.r_label[:, -1], rows.r_blank[:, -1])
         joint = torch.full_like(scores, float("-inf"), dtype=torch.float)
-        joint[:, self.ctc.token_ids] = (self.weight * (psi - self.score[:, None])).float()
-        joint[:, self.end] = (self.weight * (end - self.score)).float()
+        joint[:, ids] = self.weight * (self._search()[:, node] - rows.score[:, None].float())
+        joint[:, self.end] = (self.weight * (end - rows.score)).float()
         return joint + scores.float().log_softmax(-1)
 
-    def _before(self, r: Tensor, first: float) -> Tensor:
-        """r(t - 1) for every t, with the given value before the first frame."""
-        return torch.cat([r.new_full((len(r), 1), first), r[:, :-1]], dim=1)
+    @staticmethod
+    def _before(r: Tensor, first: Any) -> Tensor:
+        """r(t - 1) for every t, with `first` before the first frame."""
+        column = r[:, :1].clone()
+        column[:, 0] = first
+        return torch.cat([column, r[:, :-1]], dim=1)
 
-    def _phi(self) -> tuple[Tensor, Tensor]:
-        """Probability of the prefix before frame t: (rows, f) for a new token, for a repeat."""
-        empty = self.tokens.shape[1] == 0
-        blank = self._before(self.r_blank, 0.0 if empty else LOG_ZERO)
-        return torch.logaddexp(self._before(self.r_token, LOG_ZERO), blank), blank
+    def _phi(self, p: Prefixes) -> tuple[Tensor, Tensor]:
+        """Probability of the prefix before frame t: (n, t) for a new byte, for a repeated one."""
+        blank = self._before(p.r_blank, torch.where(p.last == 0, 0.0, LOG_ZERO).to(p.score))
+        return torch.logaddexp(self._before(p.r_label, LOG_ZERO), blank), blank
 
-    def _psi(self) -> Tensor:
-        """log psi(prefix c) for every class c but the blank: (rows, c - 1)."""
-        fresh, repeat = self._phi()
+    def _psi(self, p: Prefixes) -> Tensor:
+        """log psi(prefix c) for every class c but the blank: (n, c - 1)."""
+        fresh, repeat = self._phi(p)
         peak = fresh.max(1, keepdim=True).values
-        probs = self.probs[self.item]
-        psi = torch.einsum("rf,rfc->rc", (fresh - peak).exp(), probs)
-        if self.tokens.shape[1]:
-            last = self.ctc.class_of[self.tokens[:, -1]] - 1  # -1: the end token, never extended
-            row = torch.arange(len(last), device=last.device)
-            psi[row, last] = ((repeat - peak).exp() * probs[row, :, last]).sum(1)
+        probs = self.probs[p.item]
+        psi = torch.einsum("nt,ntc->nc", (fresh - peak).exp(), probs)
+        again = (p.last > 0).nonzero()[:, 0]
+        same = probs[again, :, p.last[again] - 1]
+        psi[again, p.last[again] - 1] = ((repeat - peak)[again].exp() * same).sum(1)
         return psi.clamp(min=1e-300).log() + peak
 
-    def _select(self, rows: Tensor, tokens: Tensor) -> None:
-        self.item, self.tokens = self.item[rows], tokens
-        self.r_token, self.r_blank = self.r_token[rows], self.r_blank[rows]
-        self.score = self.score[rows]
+    def _extend(self, p: Prefixes, byte: Tensor, score: Tensor) -> Prefixes:
+        """Each prefix with one class (n,) more, whose log psi is `score` (n,)."""
+        fresh, blank = self._phi(p)
+        phi = torch.where((p.last == byte)[:, None], blank, fresh)
+        # r_label(t) = [r_label(t-1) + phi(t)] p(t) unrolled: one cumulative sum instead of a loop
+        total = self.log_probs[p.item, :, byte].cumsum(1)  # (n, t)
+        r_label = total + torch.logcumsumexp(phi - self._before(total, 0.0), 1)
+        total = self.log_probs[p.item, :, 0].cumsum(1)
+        into = self._before(r_label, LOG_ZERO)
+        r_blank = total + torch.logcumsumexp(into - self._before(total, 0.0), 1)
+        return Prefixes(p.item, byte, r_label, r_blank, score)
 
-    def _extend(self, input_ids: Tensor) -> None:
+    def _search(self) -> Tensor:
+        """log psi of each row's prefix with the bytes of each node: (rows, nodes), pruned: -inf."""
+        child, _, _ = self.head.token_trie()
+        found = self.rows.score.new_full((len(self.tokens), len(child)), float("-inf")).float()
+        found[:, 0] = self.rows.score.float()
+        least = self.rows.score - self.slack
+        p, row = self.rows, torch.arange(len(self.tokens), device=child.device)
+        node = torch.zeros_like(row)
+        for _ in range(MAX_SPELLING):
+            psi = self._psi(p)
+            psi = psi.masked_fill((child[node] < 0) | (psi < least[row, None]), float("-inf"))
+            parent, byte = psi.isfinite().nonzero().T
+            score = psi[parent, byte]
+            best = score.argsort(descending=True, stable=True)
+            best = best[row[parent[best]].argsort(stable=True)]  # by row, best first
+            owner = row[parent[best]]
+            rank = torch.arange(len(best), device=best.device) - torch.searchsorted(owner, owner)
+            best = best[rank < self.width]
+            if not len(best):
+                break
+            parent, byte, score = parent[best], byte[best], score[best]
+            row, node = row[parent], child[node[parent], byte]
+            found[row, node] = score.float()
+            p = self._extend(p[parent], byte + 1, score)
+        return found
+
+    def _follow(self, input_ids: Tensor) -> None:
         """Move the state of each row to its parent's prefix plus the row's newest token."""
-        per_item = len(self.item) // len(self.item.unique())
+        per_item = len(self.tokens) // len(self.log_probs)
         item = torch.arange(len(input_ids), device=input_ids.device) // per_item
-        same = (self.tokens[None] == input_ids[:, None, :-1]).all(-1) & (self.item == item[:, None])
-        self._select(same.int().argmax(1), input_ids[:, :-1])
-        newest = self.ctc.class_of[input_ids[:, -1]]
-        row = torch.arange(len(newest), device=newest.device)
-        self.score = self._psi()[row, newest - 1]
-        fresh, blank = self._phi()
-        repeat = self.tokens.shape[1] > 0 and self.tokens[:, -1] == input_ids[:, -1]
-        phi = torch.where(torch.as_tensor(repeat, device=newest.device)[..., None], blank, fresh)
-        # r_token(t) = [r_token(t-1) + phi(t)] p(t) unrolled: one cumulative sum instead of a loop
-        log_p = self.log_probs[self.item, :, newest]  # (rows, f)
-        total = log_p.cumsum(1)
-        self.r_token = total + torch.logcumsumexp(phi - self._before(total, 0.0), 1)
-        total = self.log_probs[self.item, :, 0].cumsum(1)
-        into = self._before(self.r_token, LOG_ZERO)
-        self.r_blank = total + torch.logcumsumexp(into - self._before(total, 0.0), 1)
-        self.tokens = input_ids
+        same = (self.tokens[None] == input_ids[:, None, :-1]).all(-1)
+        same &= self.rows.item == item[:, None]
+        self.rows, self.tokens = self.rows[same.int().argmax(1)], input_ids
+        for column in self.head.spelling[input_ids[:, -1]].long().T:
+            on = ((column > 0) & (column < UNSPELLABLE)).nonzero()[:, 0]
+            if not len(on):
+                break
+            p, byte = self.rows[on], column[on]
+            score = self._psi(p).gather(1, byte[:, None] - 1)[:, 0]
+            self.rows[on] = self._extend(p, byte, score)
 
 
 class LengthLimit(LogitsProcessor):

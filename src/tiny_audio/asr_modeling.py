@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
 from .asr_config import ASRConfig, check_keys, encoder_frames
-from .asr_ctc import IGNORE, CTCHead, CTCPrefixScorer, LengthLimit
+from .asr_ctc import IGNORE, CharacterHead, CTCHead, CTCPrefixScorer, LengthLimit
 from .asr_encoder import WhisperEncoderHalf, build_encoder, encode_whisper
 
 WEIGHTS = "model.safetensors"
@@ -90,6 +90,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
         self.projector = AudioProjector(config)
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
+        self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
         self.residual: Any = None
         if config.bridge == "posteriors":
             if self.ctc is None:
@@ -136,8 +137,10 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Audio -> projected frames (b, f, d) in fp32 or autocast dtype, and lengths (b,)."""
-        hidden, lengths = self.encode(input_features, input_features_mask, encoded)
-        return self.projector(hidden.to(self.projector.gate_proj.weight.dtype), lengths)
+        return self._project(*self.encode(input_features, input_features_mask, encoded))
+
+    def _project(self, hidden: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        return self.projector(hidden.to(self.projector.gate_proj.weight.dtype), steps)
 
     def bridge(
         self, frames: Tensor, lengths: Tensor, log_probs: Tensor | None
@@ -220,6 +223,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         decoder_loss_weight: float = 1.0,
         ctc_loss_weight: float = 0.0,
         ctc_negatives: int = 0,
+        character_loss_weight: float = 0.0,
         full_logits: bool = False,
         encoded: bool = False,
     ) -> CausalLMOutput:
@@ -237,13 +241,15 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             decoder_loss_weight: 0 skips the decoder: the cheap alignment stage.
             ctc_loss_weight: weight of the CTC loss per label.
             ctc_negatives: see `CTCHead.loss`.
+            character_loss_weight: weight of the character head's loss per label.
             full_logits: compute the logits at every position all the same (a baseline).
             encoded: see `encode`.
 
         Returns:
             `loss` (scalar) and `logits`: (label positions, vocab), or (b, s, vocab).
         """
-        frames, lengths = self.project(input_features, input_features_mask, encoded)
+        encoder_frames, steps = self.encode(input_features, input_features_mask, encoded)
+        frames, lengths = self._project(encoder_frames, steps)
         log_probs: Any = None
         rows = self.decoder.get_input_embeddings().weight
         if self.residual is not None and (decoder_loss_weight or labels is None):
@@ -258,6 +264,11 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 raise ValueError("ctc_loss_weight is set but the model has no CTC head")
             nll = self.ctc.loss(frames, lengths, labels, rows, ctc_negatives)
             loss = ctc_loss_weight * nll / total
+        if labels is not None and character_loss_weight:
+            if self.characters is None:
+                raise ValueError("character_loss_weight is set but the model has no such head")
+            nll = self.characters.loss(encoder_frames, steps, labels)
+            loss = character_loss_weight * nll / total + (0.0 if loss is None else loss)
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths, log_probs)
             embeds, attention_mask, shifted = self.embed(
@@ -310,16 +321,20 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         Each row may speak one token per projected frame and `SPARE_TOKENS` more.
         """
         weight = self.config.ctc_decode_weight if ctc_decode_weight is None else ctc_decode_weight
-        frames, lengths = self.project(input_features, input_features_mask)
+        hidden, steps = self.encode(input_features, input_features_mask)
+        frames, lengths = self._project(hidden, steps)
         log_probs: Any = None
-        if self.ctc is not None and (weight or self.residual is not None):
+        if self.residual is not None:
             log_probs = self.ctc(frames, self.decoder.get_input_embeddings().weight)
         audio, keep = self.bridge(frames, lengths, log_probs)
         embeds, attention_mask, _ = self.embed(input_ids, attention_mask, audio, lengths, keep)
         end = self.config.end_token_id
         processors = LogitsProcessorList(logits_processor or [])
-        if weight and self.ctc is not None:
-            processors.append(CTCPrefixScorer(self.ctc, log_probs, lengths, end, weight))
+        if weight:
+            if self.characters is None:
+                raise ValueError("ctc_decode_weight is set but the model has no character head")
+            spoken = self.characters(hidden)
+            processors.append(CTCPrefixScorer(self.characters, spoken, steps, end, weight))
         limits = self.token_limits(lengths)
         processors.append(LengthLimit(limits, end))
         config = copy.deepcopy(generation_config or self.generation_config)
@@ -562,7 +577,7 @@ AUTO_MAP: dict[str, Any] = {
 
 def is_trained(name: str) -> bool:
     """Whether a parameter of this name is trained, and so belongs in every checkpoint."""
-    return name.startswith(("projector.", "ctc.", "residual.")) or ".lora_" in name
+    return name.startswith(("projector.", "ctc.", "characters.", "residual.")) or ".lora_" in name
 
 
 def add_lora(module: nn.Module, settings: Any, part: str) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import string
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from .asr_config import ASRConfig, check_keys
+from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
 from .data import DataError, Dropped, LengthBatchSampler, SpeechDataset
@@ -46,10 +48,12 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.
 OWN_TRAINING_KEYS = set(
-    "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives encoder_learning_rate "
-    "decoder_learning_rate cache_encoder resume_from_checkpoint dtype attn_implementation".split()
+    "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
+    "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
+    "attn_implementation".split()
 )
-LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives")  # passed to `forward`
+# Passed to `forward`.
+LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
 
 
 class ASRTrainer(Trainer):
@@ -244,21 +248,27 @@ def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] 
 
 
 def build_model(
-    cfg: DictConfig, processor: ASRProcessor, ctc_token_ids: list[int], start: str | None = None
+    cfg: DictConfig,
+    processor: ASRProcessor,
+    ctc: tuple[list[int], list[int]] = ([], []),
+    start: str | None = None,
 ) -> ASRModel:
     """A model on its base models, its trained parts fresh or from the folder `start`.
+
+    `ctc` holds `ctc_token_ids` and `ctc_alphabet`; empty ones leave that head out.
 
     Raises:
         ValueError: when `start` holds tensors that this config has no place for.
     """
     own = "stack projector_hidden projector_dropout bridge encoder_revision decoder_revision "
-    own += "ctc_decode_weight prompt_prefix prompt_suffix"
+    own += "ctc_decode_weight ctc_hidden prompt_prefix prompt_suffix"
     config = ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
         encoder_lora=lora_from(cfg.encoder_lora),
         decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
-        ctc_token_ids=ctc_token_ids,
+        ctc_token_ids=ctc[0],
+        ctc_alphabet=ctc[1],
         audio_token_id=processor.audio_token_id,
         end_token_id=processor.end_token_id,
         **{key: cfg.model[key] for key in own.split()},
@@ -266,14 +276,20 @@ def build_model(
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
+    model.generation_config.num_beams = cfg.model.num_beams
+    if model.characters is not None:
+        spelling = model.characters.spelling
+        spelling.copy_(spell(processor.tokenizer, ctc[1], len(spelling)))
     if start:
         model.load_tensors(load_file(Path(start) / WEIGHTS), str(start), fresh_lora=True)
     return model
 
 
-def ctc_vocabulary(data: SpeechDataset) -> list[int]:
-    """Token ids that occur in the training transcripts, ascending."""
-    return sorted({token for example in data.examples for token in example.target})
+def ctc_vocabulary(data: SpeechDataset) -> tuple[list[int], list[int]]:
+    """Token ids and lower-case bytes (no punctuation but ') of the training transcripts."""
+    tokens = {token for example in data.examples for token in example.target}
+    text = {byte for example in data.examples for byte in example.text.lower().encode()}
+    return sorted(tokens), sorted((text | set(b" ")) - set(string.punctuation.encode()) | set(b"'"))
 
 
 def describe(model: ASRModel) -> str:
@@ -350,8 +366,11 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
     kept = {k: v for k, v in cfg.data.items() if k not in ("train", "max_dropped_fraction")}
     data = SpeechDataset(cfg.data.train, processor, dropped, seed=cfg.run.seed, **kept)
     dropped.check(data.total, cfg.data.max_dropped_fraction)
-    vocabulary = previous.ctc_token_ids if previous else ctc_vocabulary(data)
-    model = build_model(cfg, processor, vocabulary if cfg.model.ctc else [], start)
+    ctc: Any = ([], [])
+    if cfg.model.ctc:
+        kept = previous and (previous.ctc_token_ids, previous.ctc_alphabet)
+        ctc = kept or ctc_vocabulary(data)
+    model = build_model(cfg, processor, ctc, start)
     rates = part_rates(settings, settings["learning_rate"])
     for name, parameter in model.named_parameters():
         if not rates[part_of(name)]:
