@@ -26,9 +26,13 @@ from transformers import (
     AutoTokenizer,
     HubertConfig,
     HubertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
+    ParakeetCTCConfig,
+    ParakeetEncoderConfig,
+    ParakeetFeatureExtractor,
+    ParakeetForCTC,
     PreTrainedTokenizerFast,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -138,6 +142,18 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         do_stable_layer_norm=True,
         initializer_range=0.1,
     )
+    group = HubertConfig(  # HuBERT base and large-ls960 differ in the norm of their extractor
+        **{**hubert.to_diff_dict(), "feat_extract_norm": "group", "conv_bias": False}
+    )
+    group.do_stable_layer_norm = False
+    parakeet = ParakeetEncoderConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        subsampling_conv_channels=8,
+        initializer_range=0.1,
+    )
     whisper = WhisperConfig(
         d_model=32,
         encoder_layers=2,
@@ -156,7 +172,7 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dropout=0.1,
         init_std=0.1,
     )
-    llama = LlamaConfig(
+    smollm3 = SmolLM3Config(
         vocab_size=len(tokenizer),
         hidden_size=48,
         intermediate_size=96,
@@ -170,12 +186,18 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
     )
     HubertModel(hubert).save_pretrained(folder / "hubert")
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(
-        folder / "hubert"
-    )
+    HubertModel(group).save_pretrained(folder / "hubert-group")
+    for name in ("hubert", "hubert-group"):
+        Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(
+            folder / name
+        )
+    ParakeetForCTC(
+        ParakeetCTCConfig(encoder_config=parakeet.to_dict(), vocab_size=64, pad_token_id=0)
+    ).save_pretrained(folder / "parakeet")
+    ParakeetFeatureExtractor(feature_size=80).save_pretrained(folder / "parakeet")
     WhisperModel(whisper).save_pretrained(folder / "whisper")
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
-    LlamaForCausalLM(llama).save_pretrained(folder / "decoder")
+    SmolLM3ForCausalLM(smollm3).save_pretrained(folder / "decoder")
     tokenizer.save_pretrained(folder / "decoder")
     return folder
 
@@ -198,14 +220,14 @@ def build_asr(
     The parts that start at zero (LoRA, residual, blank) are given random values, as training would,
     so that they matter; `fresh` leaves them as they start.
     """
-    name = "whisper" if "whisper" in encoder.name else "hubert"
     audio_config = json.loads((encoder / "config.json").read_text())
+    audio_config = audio_config.get("encoder_config", audio_config)
     geometry = {
         k: audio_config[k]
-        for k in ("model_type", "conv_kernel", "conv_stride")
+        for k in ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
         if k in audio_config
     }
-    assert geometry["model_type"] == name
+    assert encoder.name.startswith(geometry["model_type"].split("_")[0])
     processor = ASRProcessor(
         AutoFeatureExtractor.from_pretrained(encoder),
         AutoTokenizer.from_pretrained(decoder),

@@ -55,9 +55,10 @@ def compare_texts(processor, model, clips, **options):
 
 
 @pytest.mark.parametrize("bridge", ["frames", "posteriors"])
-@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+@pytest.mark.parametrize("encoder", ["whisper", "hubert", "hubert-group", "parakeet"])
 def test_batch_equals_single(build, clips, encoder, bridge):
-    processor, model = build(encoder, bridge=bridge, lora="both")
+    stack = 1 if encoder == "parakeet" else 4
+    processor, model = build(encoder, bridge=bridge, lora="both", stack=stack)
     compare_logits(processor, model, clips, TEXTS[:4], 1e-4)
     said = set()
     for weight, beams in itertools.product((0.0, 1.0), (1, 2)):

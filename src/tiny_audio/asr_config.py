@@ -149,13 +149,17 @@ def encoder_frames(audio_config: Any, n: Any) -> Any:
     """
     if audio_config.model_type == "whisper":
         return (n + 1) // 2  # the second convolution has stride 2, kernel 3, padding 1
+    if audio_config.model_type == "parakeet_encoder":  # convolutions of stride 2, "same" padding
+        for _ in range(int(audio_config.subsampling_factor).bit_length() - 1):
+            n = (n + 1) // 2
+        return n
     if audio_config.model_type in WAVEFORM_ENCODERS:
         for kernel, stride in zip(audio_config.conv_kernel, audio_config.conv_stride, strict=True):
             n = (n - kernel) // stride + 1
         return n
     raise ValueError(
         f"encoder type {audio_config.model_type!r} is not supported; "
-        f"use whisper or one of {', '.join(WAVEFORM_ENCODERS)}"
+        f"use whisper, parakeet or one of {', '.join(WAVEFORM_ENCODERS)}"
     )
 
 

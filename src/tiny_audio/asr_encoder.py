@@ -1,7 +1,8 @@
-"""What an encoder family needs beyond its transformers class: Whisper at the real length.
+"""What an encoder family needs beyond its transformers class.
 
-Waveform encoders (HuBERT, wav2vec2, WavLM) take lengths and masks as they are. Shapes: b clips, n
-mel frames, t encoder frames, d the encoder's hidden size.
+Whisper runs at the real length; the group norm of the smaller HuBERT and wav2vec2 models takes its
+statistics from real samples alone; Parakeet comes out of its CTC model. Shapes: b clips, n input
+steps, t encoder frames, c channels, d the encoder's hidden size.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AutoModel, ParakeetEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 
@@ -19,10 +20,46 @@ class WhisperEncoderHalf(WhisperEncoder):
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", "proj_out"]  # noqa: RUF012
 
 
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group norm of one channel a group over time that leaves padding out of its statistics.
+
+    With `lengths` (b,) in steps a clip is normalised as it would be alone; transformers'
+    feature extractors of this kind take the padding for silence.
+    """
+
+    lengths: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, c, n) -> (b, c, n), zero beyond `lengths`."""
+        if self.lengths is None:
+            return super().forward(input)
+        inside = torch.arange(input.shape[2], device=input.device) < self.lengths[:, None]
+        inside, count = inside[:, None].to(input.dtype), self.lengths[:, None, None]
+        mean = (input * inside).sum(2, keepdim=True) / count
+        centred = (input - mean) * inside
+        variance = centred.square().sum(2, keepdim=True) / count
+        out = centred * torch.rsqrt(variance + self.eps)
+        return (out * self.weight[:, None] + self.bias[:, None]) * inside
+
+
+def mask_group_norm(encoder: nn.Module) -> list[MaskedGroupNorm]:
+    """Put a `MaskedGroupNorm` in the place of every group norm of an encoder; returns them."""
+    found = []
+    for name, norm in list(encoder.named_modules()):
+        if isinstance(norm, nn.GroupNorm):
+            masked = MaskedGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
+            masked.weight, masked.bias = norm.weight, norm.bias
+            encoder.set_submodule(name, masked)
+            found.append(masked)
+    return found
+
+
 def build_encoder(audio_config: Any) -> nn.Module:
     """An encoder with random weights from its config (the encoder half, for Whisper)."""
     if audio_config.model_type == "whisper":
         return WhisperEncoderHalf(audio_config)
+    if audio_config.model_type == "parakeet_encoder":
+        return ParakeetEncoder(audio_config)
     return AutoModel.from_config(audio_config)
 
 

@@ -23,6 +23,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    ParakeetEncoder,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -30,7 +31,7 @@ from transformers.utils import cached_file
 
 from .asr_config import ASRConfig, check_keys, encoder_frames
 from .asr_ctc import IGNORE, CharacterHead, CTCHead, CTCPrefixScorer, LengthLimit
-from .asr_encoder import WhisperEncoderHalf, build_encoder, encode_whisper
+from .asr_encoder import WhisperEncoderHalf, build_encoder, encode_whisper, mask_group_norm
 
 WEIGHTS = "model.safetensors"
 SPARE_TOKENS = 8  # a clip may have one token for each projected frame, and these
@@ -88,6 +89,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self.post_init()  # before there are children: each of them brings its own weights
         self.encoder: Any = encoder or build_encoder(config.audio_config)
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
+        self.group_norms = mask_group_norm(self.encoder)  # a plain list: the encoder owns them
         self.projector = AudioProjector(config)
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
@@ -123,15 +125,21 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """
         if encoded:
             return input_features, input_features_mask.sum(1)
-        lengths = encoder_frames(self.config.audio_config, input_features_mask.sum(1))
+        audio = self.config.audio_config
+        lengths = encoder_frames(audio, input_features_mask.sum(1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
-            if self.config.audio_config.model_type == "whisper":
+            if audio.model_type == "whisper":
                 hidden = encode_whisper(self.encoder, input_features, input_features_mask)
             else:
+                for norm in self.group_norms:  # they stand behind the first convolution
+                    kernel, stride = audio.conv_kernel[0], audio.conv_stride[0]
+                    norm.lengths = (input_features_mask.sum(1) - kernel) // stride + 1
+                if input_features.ndim == 3:  # Parakeet takes time before mels
+                    input_features = input_features.transpose(1, 2)
                 out = self.encoder(input_features, attention_mask=input_features_mask.long())
                 hidden = out.last_hidden_state
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        return hidden * inside[..., None], lengths
+        return hidden.masked_fill(~inside[..., None], 0.0), lengths
 
     def project(
         self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
@@ -454,6 +462,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             base = AutoConfig.from_pretrained(name, revision=revision, **where)
             if base.model_type == "whisper":  # its decoder is not wanted
                 kind, extra = WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
+            elif base.model_type.startswith("parakeet"):  # nor its CTC or transducer head
+                kind, extra = ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}}
+                extra["config"] = getattr(base, "encoder_config", base)
             model, info = kind.from_pretrained(  # type: ignore[misc]
                 name,
                 revision=revision,

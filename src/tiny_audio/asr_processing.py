@@ -175,6 +175,8 @@ class ASRProcessor(ProcessorMixin):
             samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="np"
         )
         values = torch.from_numpy(np.asarray(out[self.feature_extractor.model_input_names[0]][0]))
+        if self.encoder["model_type"] == "parakeet_encoder":  # time first, a frame of padding last
+            return values[: int(out["attention_mask"][0].sum())]
         return values.T if values.ndim == 2 else values
 
     def frames(self, steps: int) -> int:

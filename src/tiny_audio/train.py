@@ -226,7 +226,8 @@ def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
 def build_processor(cfg: DictConfig) -> ASRProcessor:
     """The processor that `cfg` describes: the encoder's features, the decoder's tokens."""
     audio_config = AutoConfig.from_pretrained(cfg.model.encoder_model_name)
-    geometry = ("model_type", "conv_kernel", "conv_stride")
+    audio_config = vars(audio_config).get("encoder_config", audio_config)  # of Parakeet's models
+    geometry = ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
     own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
     return ASRProcessor(
         AutoFeatureExtractor.from_pretrained(cfg.model.encoder_model_name),
