@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, WhisperConfig, WhisperModel
 
 from tiny_audio.asr_config import ASRConfig, projected_frames
 from tiny_audio.asr_ctc import UNSPELLABLE, CharacterHead, CTCHead, CTCPrefixScorer, spell
-from tiny_audio.asr_modeling import ASRModel, encode_whisper
+from tiny_audio.asr_encoder import encode_whisper
+from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_processing import SAMPLE_RATE
 
 VOCAB, END = 12, 1

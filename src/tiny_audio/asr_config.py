@@ -20,12 +20,28 @@ LORA_DEFAULTS: dict[str, Any] = {
     "target_modules": [],
 }
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
+IGNORE = -100  # label positions that carry no target
 BRIDGES = ("frames", "posteriors")
 # Keys that transformers itself writes into or passes to a config.
 HF_KEYS = {
     *("auto_map", "custom_pipelines", "model_type", "name_or_path", "num_labels"),
     *("attn_implementation", "output_attentions", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+# What the saved config says about the code beside it, for trust_remote_code.
+AUTO_MAP: dict[str, Any] = {
+    "auto_map": {
+        "AutoConfig": "asr_config.ASRConfig",
+        "AutoModelForSpeechSeq2Seq": "asr_modeling.ASRModel",
+        "AutoProcessor": "asr_processing.ASRProcessor",
+    },
+    "custom_pipelines": {
+        "automatic-speech-recognition": {
+            "impl": "asr_pipeline.ASRPipeline",
+            "pt": ["AutoModelForSpeechSeq2Seq"],
+        }
+    },
 }
 
 

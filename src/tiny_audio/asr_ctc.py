@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .asr_config import ASRConfig
+from .asr_config import IGNORE, ASRConfig
 
-IGNORE = -100  # label positions that carry no target
 LOG_ZERO = -1e4  # log of "impossible", finite so that sums of it stay finite
 CONTEXT = 9  # encoder frames that the character head looks at together
 MAX_SPELLING = 16  # bytes of the longest token that can be spelled

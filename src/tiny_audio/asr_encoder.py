@@ -42,16 +42,23 @@ class MaskedGroupNorm(nn.GroupNorm):
         return (out * self.weight[:, None] + self.bias[:, None]) * inside
 
 
-def mask_group_norm(encoder: nn.Module) -> list[MaskedGroupNorm]:
-    """Put a `MaskedGroupNorm` in the place of every group norm of an encoder; returns them."""
-    found = []
+def mask_group_norm(encoder: nn.Module) -> None:
+    """Put a `MaskedGroupNorm` in the place of every group norm of an encoder."""
     for name, norm in list(encoder.named_modules()):
         if isinstance(norm, nn.GroupNorm):
             masked = MaskedGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
             masked.weight, masked.bias = norm.weight, norm.bias
             encoder.set_submodule(name, masked)
-            found.append(masked)
-    return found
+
+
+def encoder_class(base: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that loads the encoder of a base model's config, and arguments to load it with."""
+    if base.model_type == "whisper":  # its decoder is not wanted
+        return WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
+    if base.model_type.startswith("parakeet"):  # nor the CTC or transducer head
+        config = vars(base).get("encoder_config", base)
+        return ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}, "config": config}
+    return AutoModel, {}
 
 
 def build_encoder(audio_config: Any) -> nn.Module:
@@ -61,6 +68,22 @@ def build_encoder(audio_config: Any) -> nn.Module:
     if audio_config.model_type == "parakeet_encoder":
         return ParakeetEncoder(audio_config)
     return AutoModel.from_config(audio_config)
+
+
+def run_encoder(encoder: Any, config: Any, features: Tensor, mask: Tensor) -> Tensor:
+    """Features (b, n) or (b, mels, n) with their mask (b, n) -> frames (b, t, d).
+
+    What lies beyond a clip's own frames is arbitrary; the frames themselves do not depend on it.
+    """
+    if config.model_type == "whisper":
+        return encode_whisper(encoder, features, mask)
+    for module in encoder.modules():
+        if isinstance(module, MaskedGroupNorm):  # it stands behind the first convolution
+            kernel, stride = config.conv_kernel[0], config.conv_stride[0]
+            module.lengths = (mask.sum(1) - kernel) // stride + 1
+    if features.ndim == 3:  # Parakeet takes time before mels
+        features = features.transpose(1, 2)
+    return encoder(features, attention_mask=mask.long()).last_hidden_state
 
 
 def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:

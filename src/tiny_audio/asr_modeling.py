@@ -17,21 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    ParakeetEncoder,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
-from .asr_config import ASRConfig, check_keys, encoder_frames
-from .asr_ctc import IGNORE, CharacterHead, CTCHead, CTCPrefixScorer, LengthLimit
-from .asr_encoder import WhisperEncoderHalf, build_encoder, encode_whisper, mask_group_norm
+from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
+from .asr_ctc import CharacterHead, CTCHead, CTCPrefixScorer, LengthLimit
+from .asr_encoder import build_encoder, encoder_class, mask_group_norm, run_encoder
 
 WEIGHTS = "model.safetensors"
 SPARE_TOKENS = 8  # a clip may have one token for each projected frame, and these
@@ -89,7 +87,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self.post_init()  # before there are children: each of them brings its own weights
         self.encoder: Any = encoder or build_encoder(config.audio_config)
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
-        self.group_norms = mask_group_norm(self.encoder)  # a plain list: the encoder owns them
+        mask_group_norm(self.encoder)
         self.projector = AudioProjector(config)
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
@@ -125,19 +123,10 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """
         if encoded:
             return input_features, input_features_mask.sum(1)
-        audio = self.config.audio_config
-        lengths = encoder_frames(audio, input_features_mask.sum(1))
+        audio_config = self.config.audio_config
+        lengths = encoder_frames(audio_config, input_features_mask.sum(1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
-            if audio.model_type == "whisper":
-                hidden = encode_whisper(self.encoder, input_features, input_features_mask)
-            else:
-                for norm in self.group_norms:  # they stand behind the first convolution
-                    kernel, stride = audio.conv_kernel[0], audio.conv_stride[0]
-                    norm.lengths = (input_features_mask.sum(1) - kernel) // stride + 1
-                if input_features.ndim == 3:  # Parakeet takes time before mels
-                    input_features = input_features.transpose(1, 2)
-                out = self.encoder(input_features, attention_mask=input_features_mask.long())
-                hidden = out.last_hidden_state
+            hidden = run_encoder(self.encoder, audio_config, input_features, input_features_mask)
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return hidden.masked_fill(~inside[..., None], 0.0), lengths
 
@@ -456,15 +445,13 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         loaded = []
         for part in ("encoder", "decoder"):
             name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
-            kind: Any = AutoModel if part == "encoder" else AutoModelForCausalLM
+            kind: Any = AutoModelForCausalLM
             extra: dict[str, Any] = {}
             where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
-            base = AutoConfig.from_pretrained(name, revision=revision, **where)
-            if base.model_type == "whisper":  # its decoder is not wanted
-                kind, extra = WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
-            elif base.model_type.startswith("parakeet"):  # nor its CTC or transducer head
-                kind, extra = ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}}
-                extra["config"] = getattr(base, "encoder_config", base)
+            if part == "encoder":
+                kind, extra = encoder_class(
+                    AutoConfig.from_pretrained(name, revision=revision, **where)
+                )
             model, info = kind.from_pretrained(  # type: ignore[misc]
                 name,
                 revision=revision,
@@ -571,19 +558,6 @@ HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
 AUTO_CLASS_KEYS |= {"trust_remote_code", "code_revision"}
-AUTO_MAP: dict[str, Any] = {
-    "auto_map": {
-        "AutoConfig": "asr_config.ASRConfig",
-        "AutoModelForSpeechSeq2Seq": "asr_modeling.ASRModel",
-        "AutoProcessor": "asr_processing.ASRProcessor",
-    },
-    "custom_pipelines": {
-        "automatic-speech-recognition": {
-            "impl": "asr_pipeline.ASRPipeline",
-            "pt": ["AutoModelForSpeechSeq2Seq"],
-        }
-    },
-}
 
 
 def is_trained(name: str) -> bool:

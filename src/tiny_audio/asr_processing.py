@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from .asr_config import encoder_frames
+from .asr_config import IGNORE, encoder_frames
 
 SAMPLE_RATE = 16_000  # Hz
-IGNORE = -100
 
 # What can be transcribed: a path or URL, the bytes of a file, an open file, samples, or a dict.
 AudioInput = str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor | dict[str, Any]
