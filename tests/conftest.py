@@ -257,7 +257,9 @@ def build_asr(
     model = ASRModel.from_base(config).eval()
     if model.characters is not None:
         spelling = model.characters.spelling
-        spelling.copy_(spell(processor.tokenizer, config.ctc_alphabet, len(spelling)))
+        spelling.copy_(
+            spell(processor.tokenizer, config.ctc_alphabet, len(spelling), set(config.ctc_alphabet))
+        )
     if not fresh:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():

@@ -4,7 +4,6 @@ Shapes: b clips, t encoder frames, f projected frames, d a hidden size, c CTC cl
 the blank), rows hypotheses of a search.
 """
 
-import string
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -163,27 +162,27 @@ class CharacterHead(nn.Module):
         return self.trie
 
 
-def spell(tokenizer: Any, alphabet: list[int], size: int) -> Tensor:
-    """The `spelling` of a byte-level BPE vocabulary in classes of `alphabet` (byte values).
+def spell(tokenizer: Any, alphabet: list[int], size: int, written: set[int]) -> Tensor:
+    """The `spelling` of a byte-level BPE vocabulary in classes of `alphabet`, both byte values.
 
-    Punctuation that is not in the alphabet is silent. A token with any other unknown byte, or of
-    more than `MAX_SPELLING` bytes, has no spelling, and so have special tokens.
+    Only tokens made of the bytes `written` in the training text are spelled, of at most
+    `MAX_SPELLING` bytes, and no special tokens. Upper case is spelled as lower case, and bytes
+    that are not in the alphabet (punctuation) are silent.
 
     Returns:
         uint8 of shape (size, MAX_SPELLING).
     """
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     class_of = {byte: i + 1 for i, byte in enumerate(alphabet)}
-    silent = set(string.punctuation.encode()) - set(alphabet)
     out = torch.zeros(size, MAX_SPELLING, dtype=torch.uint8)
     out[:, 0] = UNSPELLABLE
     special = set(tokenizer.all_special_ids)
     for token, i in tokenizer.get_vocab().items():
         if i in special or i >= size or not set(token) <= byte_of.keys():
             continue
-        text = bytes(byte_of[char] for char in token).lower()
-        classes = [class_of.get(byte, UNSPELLABLE) for byte in text if byte not in silent]
-        if len(classes) <= MAX_SPELLING and UNSPELLABLE not in classes:
+        text = bytes(byte_of[char] for char in token)
+        classes = [class_of[byte] for byte in text.lower() if byte in class_of]
+        if len(classes) <= MAX_SPELLING and set(text) <= written:
             out[i] = torch.tensor(classes + [0] * (MAX_SPELLING - len(classes)))
     return out
 
@@ -261,6 +260,10 @@ class CTCPrefixScorer(LogitsProcessor):
         end = torch.logaddexp(rows.r_label[:, -1], rows.r_blank[:, -1])
         joint = torch.full_like(scores, float("-inf"), dtype=torch.float)
         joint[:, ids] = self.weight * (self._search()[:, node] - rows.score[:, None].float())
+        if input_ids.shape[1]:  # silence costs nothing: never two silent tokens in a row
+            mute = ids[node == 0]
+            twice = (input_ids[:, -1:] == mute).any(1)
+            joint[twice.nonzero(), mute] = float("-inf")
         joint[:, self.end] = (self.weight * (end - rows.score)).float()
         return joint + scores.float().log_softmax(-1)
 

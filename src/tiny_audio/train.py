@@ -251,12 +251,12 @@ def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] 
 def build_model(
     cfg: DictConfig,
     processor: ASRProcessor,
-    ctc: tuple[list[int], list[int]] = ([], []),
+    ctc: tuple[list[int], list[int], set[int]] = ([], [], set()),
     start: str | None = None,
 ) -> ASRModel:
     """A model on its base models, its trained parts fresh or from the folder `start`.
 
-    `ctc` holds `ctc_token_ids` and `ctc_alphabet`; empty ones leave that head out.
+    `ctc` is what `ctc_vocabulary` returns; an empty list leaves that head out.
 
     Raises:
         ValueError: when `start` holds tensors that this config has no place for.
@@ -280,17 +280,19 @@ def build_model(
     model.generation_config.num_beams = cfg.model.num_beams
     if model.characters is not None:
         spelling = model.characters.spelling
-        spelling.copy_(spell(processor.tokenizer, ctc[1], len(spelling)))
+        spelling.copy_(spell(processor.tokenizer, ctc[1], len(spelling), ctc[2]))
     if start:
         model.load_tensors(load_file(Path(start) / WEIGHTS), str(start), fresh_lora=True)
     return model
 
 
-def ctc_vocabulary(data: SpeechDataset) -> tuple[list[int], list[int]]:
-    """Token ids and lower-case bytes (no punctuation but ') of the training transcripts."""
+def ctc_vocabulary(data: SpeechDataset) -> tuple[list[int], list[int], set[int]]:
+    """What occurs in the training transcripts: token ids, lower-case bytes but punctuation (', the
+    apostrophe, is a letter), and bytes as written."""
     tokens = {token for example in data.examples for token in example.target}
-    text = {byte for example in data.examples for byte in example.text.lower().encode()}
-    return sorted(tokens), sorted((text | set(b" ")) - set(string.punctuation.encode()) | set(b"'"))
+    written = {byte for example in data.examples for byte in f" {example.text}".encode()}
+    spoken = set(bytes(written).lower()) - set(string.punctuation.encode())
+    return sorted(tokens), sorted(spoken | (written & set(b"'"))), written
 
 
 def describe(model: ASRModel) -> str:
@@ -367,11 +369,11 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
     kept = {k: v for k, v in cfg.data.items() if k not in ("train", "max_dropped_fraction")}
     data = SpeechDataset(cfg.data.train, processor, dropped, seed=cfg.run.seed, **kept)
     dropped.check(data.total, cfg.data.max_dropped_fraction)
-    ctc: Any = ([], [])
-    if cfg.model.ctc:
-        kept = previous and (previous.ctc_token_ids, previous.ctc_alphabet)
-        ctc = kept or ctc_vocabulary(data)
-    model = build_model(cfg, processor, ctc, start)
+    tokens, alphabet, written = ctc_vocabulary(data)
+    if previous:  # its own spelling comes with its weights
+        tokens, alphabet = previous.ctc_token_ids, previous.ctc_alphabet
+    heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [], written)
+    model = build_model(cfg, processor, heads, start)
     rates = part_rates(settings, settings["learning_rate"])
     for name, parameter in model.named_parameters():
         if not rates[part_of(name)]:
