@@ -256,10 +256,8 @@ def build_asr(
     torch.manual_seed(seed)
     model = ASRModel.from_base(config).eval()
     if model.characters is not None:
-        spelling = model.characters.spelling
-        spelling.copy_(
-            spell(processor.tokenizer, config.ctc_alphabet, len(spelling), set(config.ctc_alphabet))
-        )
+        spelling, letters = model.characters.spelling, config.ctc_alphabet
+        spelling.copy_(spell(processor.tokenizer, letters, len(spelling), set(letters)))
     if not fresh:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():

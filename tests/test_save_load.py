@@ -140,7 +140,8 @@ def test_no_choice_of_this_run_is_saved(saved, tiny_bases, case):
         if case[2]:
             assert str(tiny_bases) not in path.read_text(), f"{path.name} names a local folder"
     weights = load_file(folder / WEIGHTS)
-    trained = {n for n in weights if n.startswith(("projector.", "ctc.", "residual."))}
+    ours = ("projector.", "ctc.", "characters.", "residual.")
+    trained = {n for n in weights if n.startswith(ours)}
     assert trained
     ours = trained | {n for n in weights if ".lora_" in n}
     assert (set(weights) == ours) != case[2]

@@ -134,7 +134,7 @@ def assert_same_trained(whole: Path, parts: Path):
 def test_the_loss_falls(compose, encoder):
     cfg = compose(
         "data.max_train_samples=4", "data.feature_noise=0", "data.channel_drop=0",
-        "data.time_mask=0", steps=(30, 30), encoder=encoder, learning_rate=3e-3,
+        "data.time_mask=0", steps=(30, 50), encoder=encoder, learning_rate=3e-3,
     )  # fmt: skip
     cfg.stages[1].training.decoder_learning_rate = 1e-2
     output = recipe.train(cfg)

@@ -30,8 +30,11 @@ from .transcribe import load_pipeline
 # Rows of the table: name, options of the pipeline, and which model reads the clips.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("this model (joint CTC/decoder decoding)", {}),
-    "decoder": ("  its decoder alone", {"ctc_decode_weight": 0.0}),
-    "ctc": ("  its CTC head alone", {"ctc_only": True}),
+    "decoder": (
+        "  its decoder alone, greedy",
+        {"ctc_decode_weight": 0.0, "generate_kwargs": {"num_beams": 1}},
+    ),
+    "ctc": ("  its CTC head alone, greedy", {"ctc_only": True}),
     "baseline": ("Whisper tiny.en", {}),
 }
 
