@@ -443,15 +443,16 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             ValueError: when a base model lacks weights.
         """
         loaded = []
+        where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
         for part in ("encoder", "decoder"):
             name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
-            kind: Any = AutoModelForCausalLM
-            extra: dict[str, Any] = {}
-            where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
+            kind, extra = AutoModelForCausalLM, dict[str, Any]()
+            file = Path(str(cached_file(name, "config.json", revision=revision, **where)))
+            if file.parts[-3:-2] == ("snapshots",):  # the Hub's cache: the folder is the commit
+                revision = file.parts[-2]
             if part == "encoder":
-                kind, extra = encoder_class(
-                    AutoConfig.from_pretrained(name, revision=revision, **where)
-                )
+                base = AutoConfig.from_pretrained(name, revision=revision, **where)
+                kind, extra = encoder_class(base)
             model, info = kind.from_pretrained(  # type: ignore[misc]
                 name,
                 revision=revision,
@@ -463,8 +464,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
                 raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
             loaded.append(model)
-            commit = vars(model.config).get("_commit_hash")  # absent for a local folder
-            setattr(config, f"{part}_revision", commit or revision)
+            setattr(config, f"{part}_revision", revision)
         encoder, decoder = loaded
         config.audio_config, config.text_config = encoder.config, decoder.config
         embeddings = decoder.get_input_embeddings().weight.detach()

@@ -42,6 +42,7 @@ from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
 from .data import DataError, Dropped, LengthBatchSampler, SpeechDataset
+from .hub import HubPusher, PushError, git_hash, hub_target, model_card, push_folder
 
 logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
@@ -50,7 +51,7 @@ FINISHED = "finished.json"
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
-    "attn_implementation".split()
+    "attn_implementation push_to_hub hub_model_id".split()
 )
 # Passed to `forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
@@ -354,8 +355,11 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
-    """Train one stage in `folder`, from the trained folder `start`; returns its `final` folder."""
+def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | None = None) -> Path:
+    """Train one stage in `folder`, from the trained folder `start`; returns its `final` folder.
+
+    Each checkpoint is pushed to `hub_id`, if there is one.
+    """
     final = folder / "final"
     if (final / FINISHED).exists():
         print(f"{folder}: finished before, kept")
@@ -406,6 +410,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
     )
     trainer.add_callback(StepLine(folder / "log.jsonl", trainer))
     trainer.remove_callback(PrinterCallback)
+    if hub_id:
+        trainer.add_callback(HubPusher(hub_id))
     started = time.monotonic()
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     if resume:
@@ -413,7 +419,16 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None) -> Path:
     trainer.train(resume_from_checkpoint=resume)
     dropped.check(data.total, cfg.data.max_dropped_fraction)
     trainer.save_model(str(final))
-    summary = {"steps": trainer.state.global_step, "seconds": time.monotonic() - started}
+    parameters = list(model.parameters())
+    summary = {
+        "name": folder.name,
+        "steps": trainer.state.global_step,
+        "clips": len(data),
+        "hours": hours,
+        "seconds": time.monotonic() - started,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+    }
     (final / FINISHED).write_text(json.dumps(summary) + "\n")
     return final
 
@@ -427,18 +442,26 @@ def train(cfg: DictConfig) -> Path:
     if (output / FINISHED).exists():
         print(f"{output} is finished; run.fresh=true starts anew")
         return output
+    hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
     start = cfg.model.pretrained_model_path
     for stage in cfg.stages:
         print(f"\n== stage {stage.name}")
         own = {k: stage[k] for k in ("training", "data") if stage.get(k)}
         merged: Any = OmegaConf.merge(cfg, own)
-        start = str(run_stage(merged, output / stage.name, start))
+        start = str(run_stage(merged, output / stage.name, start, hub_id))
     ASRModel.from_pretrained(start).save_pretrained(output)
     ASRProcessor.from_pretrained(start).save_pretrained(output)
     OmegaConf.save(cfg, output / "training_config.yaml")
-    (output / FINISHED).write_text(json.dumps({"seconds": time.monotonic() - started}) + "\n")
+    stages = [json.loads((output / s.name / "final" / FINISHED).read_text()) for s in cfg.stages]
+    facts = {key: max(stage[key] for stage in stages) for key in ("parameters", "trained")}
+    facts |= {"seconds": time.monotonic() - started, "stages": stages, "git_hash": git_hash()}
+    facts["command"] = " ".join(["python", *sys.argv])
+    (output / "README.md").write_text(model_card(output, facts))
+    (output / FINISHED).write_text(json.dumps(facts) + "\n")
     print(f"model saved in {output}")
+    if hub_id:
+        print(f"pushed to {push_folder(output, hub_id, 'the finished model')}")
     return output
 
 
@@ -448,7 +471,7 @@ def main(cfg: DictConfig) -> None:
     try:
         refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)
-    except (ValueError, OSError, DataError) as error:
+    except (ValueError, OSError, DataError, PushError) as error:
         if os.environ.get("TINY_AUDIO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ VERBS = {
     "train": "train a model: Hydra config and overrides, as src/train.py",
     "eval": "word error rate of a model on a dataset, with interval and report files",
     "transcribe": "audio files in, text out",
+    "push": "put a trained model on the Hugging Face Hub",
     "quickstart": "train, score and use a real recogniser on this CPU",
     "dev": "format, lint, type-check, test, check",
 }

@@ -7,7 +7,6 @@ results.jsonl (raw and normalised texts, as it goes: the same command continues)
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,17 +18,11 @@ from tqdm import tqdm
 
 from ..asr_processing import AudioError, load_audio
 from ..data import DataError, Example, read_source
+from ..hub import git_hash
 from .scoring import count, normalizer, score
 from .transcribe import load_pipeline
 
 CHUNK = 32  # utterances between two writes
-
-
-def git_hash() -> str:
-    """Commit of the working tree, with + when it was changed, or "unknown" outside git."""
-    run = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    out = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return out.stdout.strip() or "unknown"
 
 
 def transcribe(pipe: Any, examples: list[Example], options: dict[str, Any]) -> Iterator[dict]:

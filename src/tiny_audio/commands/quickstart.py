@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 from transformers.utils import logging
 
 from ..data import DataError, read_source
+from ..hub import git_hash, model_card
 from ..train import CONFIGS, FINISHED, clock, train
 from .assets import AssetError, Assets, prepare
-from .eval import evaluate, git_hash
+from .eval import evaluate
 from .transcribe import load_pipeline
 
 # Rows of the table: name, options of the pipeline, and which model reads the clips.
@@ -132,6 +133,7 @@ def run(overrides: list[str]) -> int:
         "git_hash": git_hash(),
     }
     (model / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (model / "README.md").write_text(model_card(model))
     print(f"\n{table(scores)}\n")
     print(
         f"set-up {clock(prepared)}, training {clock(train_seconds)}, total {clock(total)}; "

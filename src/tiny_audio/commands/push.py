@@ -1,0 +1,47 @@
+"""`tiny-audio push FOLDER [REPO]`: put a trained model on the Hugging Face Hub.
+
+Needs HF_TOKEN. What is pushed is config, trained tensors, processor, code and a model card; with
+--merged the base models' weights too, so that the model needs nothing else.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ..asr_modeling import ASRModel
+from ..asr_processing import ASRProcessor
+from ..hub import PushError, hub_target, model_card, push_folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Push; 1 and one line when it fails. The local folder is only read, but for its card."""
+    parser = argparse.ArgumentParser(
+        prog="tiny-audio push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="finished model, e.g. outputs/stage1")
+    parser.add_argument("repo", nargs="?", help="user/name; default: <user>/tiny-audio")
+    parser.add_argument("--merged", action="store_true", help="with the base models' weights")
+    parser.add_argument("--private", action="store_true", help="if the repository is made now")
+    args = parser.parse_args(argv)
+    try:
+        if not (args.folder / "config.json").is_file():
+            raise ValueError(f"{args.folder} holds no config.json: it is no finished model folder")
+        repo = hub_target(True, args.repo)
+        assert repo is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = args.folder
+            if args.merged:
+                folder = Path(scratch) / args.folder.resolve().name
+                ASRModel.from_pretrained(args.folder).save_pretrained(folder, self_contained=True)
+                ASRProcessor.from_pretrained(args.folder).save_pretrained(folder)
+                (folder / "README.md").write_text(model_card(args.folder))
+            else:
+                (folder / "README.md").write_text(model_card(folder))
+            print(push_folder(folder, repo, "tiny-audio push", private=args.private or None))
+    except (PushError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,166 @@
+"""Models on the Hugging Face Hub: the model card, and pushes that never cost the local copy."""
+
+import json
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import TrainerCallback
+
+from .asr_config import ASRConfig
+
+logger = logging.getLogger(__name__)
+# What a model folder holds for its users; checkpoints, caches and the optimizer stay at home.
+PUSHED = ["*.json", "*.py", "*.jinja", "*.md", "merges.txt", "*.model", "model.safetensors"]
+PUSHED += ["training_config.yaml"]
+KEPT = ["*/*", "trainer_state.json", "summary.json", "finished.json"]
+
+
+class PushError(RuntimeError):
+    """A push that failed; the message says why and that the local copy is whole."""
+
+
+def push_folder(folder: Path, repo_id: str, message: str, private: bool | None = None) -> str:
+    """Upload a model folder's own files as one commit; returns the model's address.
+
+    Args:
+        folder: as `save_pretrained` wrote it.
+        repo_id: "user/name"; made where it does not exist.
+        private: of a repository that is made now.
+
+    Raises:
+        PushError: when the Hub refuses or cannot be reached.
+    """
+    try:
+        api = HfApi()
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=PUSHED,
+            ignore_patterns=KEPT,
+        )
+        return str(url)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PushError(
+            f"push to {repo_id} failed ({reason}); nothing is lost: "
+            f"`tiny-audio push {folder} {repo_id}` tries again"
+        ) from error
+
+
+def hub_target(push: bool | None, repo_id: str | None) -> str | None:
+    """Where a run pushes: `repo_id`, or <user>/tiny-audio; None where it does not.
+
+    `push` None means: where there is a token. Asked before the training, not after it.
+
+    Raises:
+        ValueError: when pushing is asked for and there is no token.
+        PushError: when the Hub does not say whose token it is.
+    """
+    token = os.environ.get("HF_TOKEN")
+    if push is False or (push is None and not token):
+        return None
+    if not token:
+        raise ValueError(
+            "training.push_to_hub=true needs HF_TOKEN in the environment: make a token with write "
+            "access at https://huggingface.co/settings/tokens, or set training.push_to_hub=false"
+        )
+    if repo_id:
+        return repo_id
+    try:
+        return f"{HfApi().whoami()['name']}/tiny-audio"
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise PushError(
+            f"the Hub does not say whose HF_TOKEN this is ({str(error).splitlines()[0]}): set "
+            "training.hub_model_id=<user>/<name>, or training.push_to_hub=false"
+        ) from error
+
+
+class HubPusher(TrainerCallback):
+    """Pushes every checkpoint; a failure is a warning, and the run goes on."""
+
+    def __init__(self, repo_id: str) -> None:
+        self.repo_id = repo_id
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Push the checkpoint that was just written."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        try:
+            push_folder(folder, self.repo_id, f"step {state.global_step}")
+        except PushError as error:
+            logger.warning("%s; tried again at the next checkpoint and at the end", error)
+
+
+def git_hash() -> str:
+    """Commit of the working tree, with + when it was changed, or "unknown" outside git."""
+    run = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        out = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return out.stdout.strip() or "unknown"
+
+
+def model_card(folder: Path, facts: dict[str, Any] | None = None) -> str:
+    """README.md of a model folder, filled from what lies in it: nothing is made up.
+
+    Reads `config.json`, and where they exist `training_config.yaml`, `finished.json` (steps, clips,
+    hours, parameters) and `summary.json` (the evaluation).
+    """
+    config = ASRConfig.from_pretrained(folder)
+    facts = dict(facts or {})
+    for name in ("finished.json", "summary.json"):
+        if (folder / name).exists():
+            facts |= json.loads((folder / name).read_text())
+    bases = [config.encoder_name, config.decoder_name]
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["tiny-audio", "speech"],
+    }
+    hub_ids = [base for base in bases if "/" in base]
+    if hub_ids:
+        front["base_model"] = hub_ids
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+    lines += [f"# {folder.resolve().name}", "", "A speech recogniser trained with tiny-audio:"]
+    for part, base, revision, lora in (
+        ("encoder", bases[0], config.encoder_revision, config.encoder_lora),
+        ("decoder", bases[1], config.decoder_revision, config.decoder_lora),
+    ):
+        how = (
+            f"LoRA r {lora['r']} on {', '.join(lora['target_modules'])}" if lora["r"] else "frozen"
+        )
+        lines.append(f"- {part}: `{base}`{f' at {revision}' if revision else ''}, {how}")
+    for stage in facts.get("stages", []):
+        lines.append(
+            f"- stage {stage['name']}: {stage['steps']:,} steps on {stage['clips']:,} clips, "
+            f"{stage['hours']:.2f} hours"
+        )
+    if "trained" in facts:
+        lines.append(f"- {facts['trained']:,} of {facts['parameters']:,} parameters trained")
+    if "wer" in facts:
+        lines.append(
+            f"- WER {facts['wer']:.1f} % [{facts['wer_low']:.1f}, {facts['wer_high']:.1f}] on "
+            f"{facts['utterances']} held-out clips"
+        )
+    else:
+        lines.append("- WER: not measured yet (`tiny-audio eval`)")
+    for key, label in (("command", "command"), ("git_hash", "code at commit")):
+        if key in facts:
+            lines.append(f"- {label}: `{facts[key]}`")
+    lines += ["", "```python", "from transformers import pipeline", ""]
+    lines.append('asr = pipeline("automatic-speech-recognition", MODEL, trust_remote_code=True)')
+    lines += ['print(asr("talk.mp3")["text"])', "```", ""]
+    if (folder / "training_config.yaml").exists():
+        lines += ["The whole configuration of the run is in `training_config.yaml`.", ""]
+    return "\n".join(lines)

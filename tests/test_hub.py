@@ -1,0 +1,172 @@
+"""Pushing to and loading from a Hub: the real huggingface_hub against a server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub import serve
+
+ROOT = Path(__file__).parents[1]
+REPO = "someone/tiny-audio"
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_bases):
+    with serve() as server:
+        server.add("base/whisper", tiny_bases / "whisper")
+        server.add("base/decoder", tiny_bases / "decoder")
+        yield server
+
+
+def run(hub, home: Path, *command: str, token: str | None = "hf_secret", cwd: Path = ROOT):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    if token:
+        env["HF_TOKEN"] = token
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
+
+
+def train(hub, home: Path, corpus: Path, output: Path, *overrides: str, **options):
+    """The recipe of a plain `python src/train.py` on the tiny base models, by their Hub ids."""
+    return run(
+        hub, home, sys.executable, "src/train.py",
+        "model.encoder_model_name=base/whisper", "model.decoder_model_name=base/decoder",
+        "model.projector_hidden=32", "encoder_lora.r=2", "peft.r=2",
+        f"data.train=[{{path: {corpus}}}]", f"run.output_dir={output}", f"hydra.run.dir={home}",
+        "training.max_steps=4", "training.save_steps=2", "training.logging_steps=2",
+        "training.batch_seconds=6", "training.dataloader_num_workers=0", "+training.use_cpu=true",
+        *overrides, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(hub, corpus, tmp_path_factory):
+    """A run that pushed its checkpoints and its result, because there was a token."""
+    home, output = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("out") / "model"
+    done = train(hub, home, corpus, output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home, output, done
+
+
+def test_a_run_pushes_its_checkpoints_and_its_result(hub, trained):
+    _, output, done = trained
+    assert hub.messages[:3] == ["step 2", "step 4", "the finished model"]
+    assert f"pushed to {hub.url}/{REPO}" in done.stdout
+    files = hub.repos[REPO]
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "asr_modeling.py"):
+        assert files[name] == (output / name).read_bytes(), name
+    for name in ("asr_ctc.py", "asr_encoder.py", "handler.py", "generation_config.json"):
+        assert name in files
+    assert not {n for n in files if "optimizer" in n or "/" in n or n.endswith((".pt", ".bin"))}
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_the_commits_of_the_base_models_are_recorded(hub, trained):
+    config = json.loads(hub.repos[REPO]["config.json"])
+    for part, base in (("encoder", "base/whisper"), ("decoder", "base/decoder")):
+        assert config[f"{part}_name"] == base
+        assert config[f"{part}_revision"] == hub.commit(base)
+
+
+def test_the_model_card_tells_what_was_done(hub, trained):
+    _, output, _ = trained
+    card = hub.repos[REPO]["README.md"].decode()
+    facts = json.loads((output / "finished.json").read_text())
+    for said in (
+        "library_name: transformers", "automatic-speech-recognition", "base/whisper",
+        hub.commit("base/whisper"), "4 steps", "LoRA r 2 on q_proj, k_proj",
+        f"{facts['trained']:,} of {facts['parameters']:,} parameters", "WER: not measured yet",
+        facts["git_hash"],
+    ):  # fmt: skip
+        assert said in card, said
+
+
+PIPELINE = """
+import json, sys
+sys.modules["tiny_audio"] = None
+from transformers import pipeline
+asr = pipeline("automatic-speech-recognition", sys.argv[1], trust_remote_code=True)
+print("TEXTS", json.dumps([asr(f)["text"] for f in sys.argv[2:]]))
+"""
+
+
+def texts(done) -> list[str]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("TEXTS ")[1])
+
+
+def test_the_pushed_model_says_what_the_local_one_says(hub, trained, corpus, tmp_path):
+    home, output, _ = trained
+    clips = [str(corpus.parent / f"wav/{i}.wav") for i in range(3)]
+    python = (sys.executable, "-c", PIPELINE)
+    local = texts(run(hub, home, *python, str(output), *clips))
+    assert local == texts(run(hub, tmp_path, *python, REPO, *clips, token=None))
+    assert any(local)
+
+
+def test_push_by_hand_and_merged(hub, trained, corpus, tmp_path):
+    home, output, _ = trained
+    command = (sys.executable, "-m", "tiny_audio.commands.cli", "push", str(output))
+    code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = (sys.executable, "-c", code, "push", str(output), "someone/whole", "--merged")
+    done = run(hub, home, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == f"{hub.url}/someone/whole"
+    whole = hub.repos["someone/whole"]
+    assert json.loads(whole["config.json"])["self_contained"]
+    assert len(whole["model.safetensors"]) > len(hub.repos[REPO]["model.safetensors"])
+    clip = str(corpus.parent / "wav/0.wav")
+    python = (sys.executable, "-c", PIPELINE)
+    bases = {name: hub.repos.pop(name) for name in ("base/whisper", "base/decoder")}
+    try:  # nothing else is needed
+        alone = texts(run(hub, tmp_path, *python, "someone/whole", clip, token=None))
+    finally:
+        hub.repos |= bases
+    assert alone == texts(run(hub, home, *python, str(output), clip))
+
+
+def test_a_refused_push_costs_nothing(hub, trained, corpus, tmp_path):
+    home, _, _ = trained
+    hub.fail = True
+    try:
+        done = train(hub, home, corpus, tmp_path / "model", "training.hub_model_id=someone/else")
+    finally:
+        hub.fail = False
+    assert done.returncode == 1
+    assert "push to someone/else failed" in done.stderr.splitlines()[-1]
+    assert (done.stdout + done.stderr).count("tried again at") == 2  # a warning for each checkpoint
+    assert (tmp_path / "model/model.safetensors").exists()
+    again = train(hub, home, corpus, tmp_path / "model", "training.hub_model_id=someone/else")
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+def test_pushing_without_a_token_is_refused_before_training(hub, corpus, tmp_path):
+    done = train(hub, tmp_path, corpus, tmp_path / "m", "training.push_to_hub=true", token=None)
+    assert done.returncode == 1 and "HF_TOKEN" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "m").exists()
+
+
+def test_no_push_where_it_is_turned_off(hub, trained, corpus, tmp_path):
+    home, _, _ = trained
+    before = list(hub.messages)
+    done = train(hub, home, corpus, tmp_path / "m", "training.push_to_hub=false")
+    assert done.returncode == 0 and hub.messages == before
+
+
+@pytest.mark.long
+def test_the_pushed_model_needs_four_packages(hub, trained, corpus, tmp_path):
+    """A new environment with torch, transformers, peft and av, and nothing of ours."""
+    _, output, _ = trained
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = str(tmp_path / "venv/bin/python")
+    packages = ["torch==2.13.0", "transformers", "peft", "av"]
+    pip = [python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
+    subprocess.run([*pip, *packages], check=True)
+    clip = str(corpus.parent / "wav/0.wav")
+    home = tmp_path / "home"
+    alone = texts(run(hub, home, python, "-c", PIPELINE, REPO, clip, token=None, cwd=tmp_path))
+    here = (sys.executable, "-c", PIPELINE)
+    assert alone == texts(run(hub, home, *here, str(output), clip))
