@@ -387,3 +387,11 @@ def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, pr
         return  # refusing ids that occur twice is as good
     assert len(data) == 2
     assert [len(data[i]["features"]) for i in range(2)] == [40, 80]
+
+
+def test_a_batch_size_limits_the_clips_of_a_batch():
+    seconds = np.random.default_rng(0).uniform(1, 4, 100).tolist()
+    plain = LengthBatchSampler(seconds, 60.0, seed=1)
+    small = LengthBatchSampler(seconds, 60.0, seed=1, most=5)
+    assert max(map(len, plain)) > 5 and max(map(len, small)) == 5
+    assert sorted(i for batch in small for i in batch) == list(range(100))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub import serve
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 REPO = "someone/tiny-audio"
@@ -62,6 +63,33 @@ def test_a_run_pushes_its_checkpoints_and_its_result(hub, trained):
         assert name in files
     assert not {n for n in files if "optimizer" in n or "/" in n or n.endswith((".pt", ".bin"))}
     assert "hf_secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["stage1", "parakeet", "archive/lora_decoder", "mac_minimal"])
+def test_the_presets_run(hub, tiny_bases, corpus, tmp_path, name):
+    """With their own Hub ids, under which this Hub holds small models of the same classes."""
+    hub.add("facebook/hubert-xlarge-ls960-ft", tiny_bases / "hubert")
+    hub.add("nvidia/parakeet-ctc-1.1b", tiny_bases / "parakeet")
+    hub.add("openai/whisper-tiny.en", tiny_bases / "whisper")
+    for decoder in ("HuggingFaceTB/SmolLM3-3B", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        hub.add(decoder, tiny_bases / "decoder")
+    stages = 1 if name == "mac_minimal" else 2
+    short = [f"++stages.{i}.training.max_steps=2" for i in range(stages)]
+    done = run(
+        hub, tmp_path, sys.executable, "src/train.py", f"+experiments={name}", *short,
+        f"data.train=[{{path: {corpus}}}]", f"run.output_dir={tmp_path / 'm'}",
+        f"hydra.run.dir={tmp_path}", "training.dataloader_num_workers=0",
+        "training.logging_steps=1", "model.projector_hidden=32", "training.batch_seconds=6",
+        "+training.use_cpu=true", token=None,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "m/model.safetensors").exists()
+    if stages == 2:
+        assert "training.bf16=True is off: there is no CUDA device" in done.stdout
+        assert "stage projector" in done.stdout and "stage lora" in done.stdout
+    loras = {n.split(".")[0] for n in load_file(tmp_path / "m/model.safetensors")
+             if ".lora_" in n}  # fmt: skip
+    assert loras == ({"decoder"} if "lora_decoder" in name else {"encoder", "decoder"})
 
 
 def test_the_commits_of_the_base_models_are_recorded(hub, trained):

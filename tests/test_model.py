@@ -212,6 +212,16 @@ def silence_dropout(model):
     model.config.audio_config.layerdrop = 0.0
 
 
+def test_training_leaves_the_statistics_of_batch_norms_alone(build, clips):
+    processor, model = build("parakeet", lora="both", stack=1)
+    assert model.config.audio_config.layerdrop == 0
+    before = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+    model.train()
+    model(**processor(clips, TEXTS[:4])).loss.backward()
+    after = dict(model.named_buffers())
+    assert before and all(torch.equal(before[n], after[n]) for n in before)
+
+
 # -- modes ---------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,7 @@ def encoder_class(base: Any) -> tuple[Any, dict[str, Any]]:
         return WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
     if base.model_type.startswith("parakeet"):  # nor the CTC or transducer head
         config = vars(base).get("encoder_config", base)
+        config.layerdrop = 0.0  # trained without; the published configs say 0.1 all the same
         return ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}, "config": config}
     return AutoModel, {}
 

@@ -369,8 +369,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Training mode for the trained parts; a frozen encoder stays as it was pretrained, with
         no dropout, layer drop or time masking. The decoder follows: gradients flow through it."""
         super().train(mode)
-        if not self.encoder_is_trained:
-            self.encoder.eval()
+        for module in self.encoder.modules():
+            if not self.encoder_is_trained or isinstance(module, nn.BatchNorm1d):
+                module.eval()  # running statistics are no trained weights: they would not be saved
         return self
 
     def get_input_embeddings(self) -> nn.Module:

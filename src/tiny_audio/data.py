@@ -296,13 +296,19 @@ class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length whose padded audio stays within `batch_seconds`.
 
     Examples are sorted by their duration with up to 3 % of jitter, cut into batches by the budget,
-    and the batches are shuffled; all drawn from (seed, epoch).
+    and the batches are shuffled; all drawn from (seed, epoch). `most` limits the clips in a batch
+    as well.
     """
 
     def __init__(
-        self, seconds: Sequence[float], batch_seconds: float, seed: int = 0, shuffle: bool = True
+        self,
+        seconds: Sequence[float],
+        batch_seconds: float,
+        seed: int = 0,
+        shuffle: bool = True,
+        most: int | None = None,
     ) -> None:
-        self.seconds = np.asarray(seconds)
+        self.seconds, self.most = np.asarray(seconds), most or len(seconds)
         if self.seconds.max() > batch_seconds:
             raise DataError(
                 f"training.batch_seconds={batch_seconds} is below the longest clip "
@@ -328,7 +334,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         longest = 0.0
         for i in np.argsort(-self.seconds * jitter, kind="stable"):
             longest = max(longest, self.seconds[i])
-            if batch and longest * (len(batch) + 1) > self.batch_seconds:
+            full = len(batch) == self.most or longest * (len(batch) + 1) > self.batch_seconds
+            if batch and full:
                 batches.append(batch)
                 batch, longest = [], self.seconds[i]
             batch.append(int(i))

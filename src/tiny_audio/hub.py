@@ -111,14 +111,14 @@ def git_hash() -> str:
     return out.stdout.strip() or "unknown"
 
 
-def model_card(folder: Path, facts: dict[str, Any] | None = None) -> str:
+def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:
     """README.md of a model folder, filled from what lies in it: nothing is made up.
 
     Reads `config.json`, and where they exist `training_config.yaml`, `finished.json` (steps, clips,
     hours, parameters) and `summary.json` (the evaluation).
     """
     config = ASRConfig.from_pretrained(folder)
-    facts = dict(facts or {})
+    facts: dict[str, Any] = dict(known or {})
     for name in ("finished.json", "summary.json"):
         if (folder / name).exists():
             facts |= json.loads((folder / name).read_text())

@@ -51,7 +51,7 @@ FINISHED = "finished.json"
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
-    "attn_implementation push_to_hub hub_model_id".split()
+    "attn_implementation per_device_train_batch_size push_to_hub hub_model_id".split()
 )
 # Passed to `forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
@@ -77,6 +77,7 @@ class ASRTrainer(Trainer):
             [example.duration for example in data.examples],
             self.settings["batch_seconds"],
             self.args.seed,
+            most=self.settings["per_device_train_batch_size"],
         )
         loader = DataLoader(
             data,
@@ -309,6 +310,17 @@ def describe(model: ASRModel) -> str:
     return "\n".join(lines)
 
 
+def fit_device(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what only a GPU has (bf16, TF32), each named where it is turned off."""
+    fitted = dict(settings)
+    if not torch.cuda.is_available():
+        for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
+            if fitted.get(key):
+                print(f"training.{key}={fitted[key]} is off: there is no CUDA device")
+                fitted[key] = instead
+    return fitted
+
+
 def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, workers: int) -> None:
     """Run the frozen encoder once over `data`, into `path`, and have `data` serve its frames.
 
@@ -366,7 +378,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         return final
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(cfg.run.seed)
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.training, resolve=True)  # type: ignore
+    settings = fit_device(OmegaConf.to_container(cfg.training, resolve=True))  # type: ignore
+    cfg.training.dtype = settings["dtype"]
     dropped = Dropped(folder / "dropped.jsonl")
     previous = ASRConfig.from_pretrained(start) if start else None
     processor = build_processor(cfg)

@@ -1,0 +1,147 @@
+"""The shipped recipes: exact sizes of the big one, every preset and override that is promised."""
+
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tiny_audio import train as recipe
+from tiny_audio.asr_config import ASRConfig
+from tiny_audio.asr_modeling import ASRModel
+
+FIXTURES = Path(__file__).parent / "fixtures"
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def composed(*overrides: str):
+    with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
+        cfg = hydra.compose("config", list(overrides))
+    recipe.check_config(cfg)
+    return cfg
+
+
+def base_config(name: str) -> dict:
+    return {k: v for k, v in json.loads((FIXTURES / name).read_text()).items() if k[0] != "_"}
+
+
+def on_meta(cfg) -> ASRModel:
+    """The model of a config at the real sizes of HuBERT-XLarge and SmolLM3-3B, without weights."""
+    config = ASRConfig(
+        encoder_name=cfg.model.encoder_model_name,
+        decoder_name=cfg.model.decoder_model_name,
+        audio_config=base_config("hubert-xlarge-ls960-ft.json"),
+        text_config=base_config("SmolLM3-3B.json"),
+        stack=cfg.model.stack,
+        projector_hidden=cfg.model.projector_hidden,
+        encoder_lora=recipe.lora_from(cfg.encoder_lora),
+        decoder_lora=recipe.lora_from(cfg.peft, cfg.peft.peft_method),
+        audio_token_id=1,
+        end_token_id=2,
+    )
+    with torch.device("meta"):
+        return ASRModel(config)
+
+
+def count(model: ASRModel, part: str, lora: bool = False) -> int:
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.startswith(part + ".") and (".lora_" in name) == lora
+    )
+
+
+def test_the_big_recipe_has_the_sizes_that_it_promises():
+    cfg = composed("+experiments=stage1")
+    model = on_meta(cfg)
+    assert cfg.model.encoder_model_name == "facebook/hubert-xlarge-ls960-ft"
+    assert cfg.model.decoder_model_name == "HuggingFaceTB/SmolLM3-3B"
+    assert count(model, "encoder") == 962_497_408
+    assert count(model, "decoder") == 3_075_098_624
+    assert count(model, "projector") == 2 * 6400 * 8192 + 8192 * 2048 + 6400 + 2048 == 121_643_264
+    assert count(model, "encoder", lora=True) == 48 * 2 * 8 * 2 * 1280 == 1_966_080
+    assert count(model, "decoder", lora=True) == 36 * 64 * (2 * 2048 + 2048 + 512) == 15_335_424
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 121_643_264 + 1_966_080 + 15_335_424
+    for said in ("962.5M", "3,075.1M", "121.6M", "1.97M", "15.34M"):
+        assert said in README, said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "encoder", "decoder"),
+    [
+        (["encoder_lora.r=8", "peft.r=64"], 1_966_080, 15_335_424),
+        (["encoder_lora.r=0"], 0, 15_335_424),
+        (["peft.r=0"], 1_966_080, 0),
+        (["peft.peft_method=null"], 1_966_080, 0),
+        (["encoder_lora.r=0", "peft.peft_method=null"], 0, 0),
+        (["encoder_lora.target_modules=[q_proj,v_proj]"], 1_966_080, 15_335_424),
+        (
+            ["peft.target_modules=[q_proj,k_proj,v_proj,o_proj]"],
+            1_966_080,
+            36 * 64 * 2 * (2048 + 2048 + 2048 + 512),
+        ),
+        (["encoder_lora.r=16"], 2 * 1_966_080, 15_335_424),
+    ],
+    ids=str,
+)
+def test_lora_overrides_have_their_effect(overrides, encoder, decoder):
+    model = on_meta(composed("+experiments=stage1", *overrides))
+    assert count(model, "encoder", lora=True) == encoder
+    assert count(model, "decoder", lora=True) == decoder
+    if "encoder_lora.target_modules=[q_proj,v_proj]" in overrides:
+        names = {n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in model.encoder.named_parameters()
+                 if ".lora_" in n}  # fmt: skip
+        assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_lora_alpha_scales_the_update(part):
+    group = "encoder_lora" if part == "encoder" else "peft"
+    scale = {}
+    for alpha in (16, 32):
+        model = on_meta(composed("+experiments=stage1", f"{group}.lora_alpha={alpha}"))
+        layers = [m for m in getattr(model, part).modules() if hasattr(m, "lora_A")]
+        scale[alpha] = {layer.scaling["default"] for layer in layers}
+    assert scale[32] == {2 * scale[16].pop()}
+
+
+def test_the_stages_of_the_big_recipe():
+    cfg = composed("+experiments=stage1")
+    first, second = cfg.stages
+    assert first.training.encoder_learning_rate == first.training.decoder_learning_rate == 0
+    assert second.training.encoder_learning_rate > 0 < second.training.decoder_learning_rate
+    assert cfg.training.bf16 and cfg.training.gradient_checkpointing
+    assert cfg.data.train[0].path == "speechbrain/LoquaciousSet"
+    assert cfg.data.train[0].audio_column == "wav" and cfg.data.train[0].text_column == "text"
+
+
+def test_the_plain_run_is_the_minimal_one():
+    plain, minimal = composed(), composed("+experiments=mac_minimal")
+    assert plain.training.max_steps == 20
+    for group in ("model", "data", "training", "stages", "encoder_lora", "peft"):
+        assert plain[group] == minimal[group], group
+    assert "3B" not in OmegaConf.to_yaml(plain) and "xlarge" not in OmegaConf.to_yaml(plain)
+
+
+def test_the_other_presets():
+    frozen = composed("+experiments=archive/lora_decoder")
+    assert frozen.encoder_lora.r == 0 and frozen.peft.r == 64
+    assert frozen.stages == composed("+experiments=stage1").stages
+    modern = composed("+experiments=parakeet")
+    assert modern.model.encoder_model_name == "nvidia/parakeet-ctc-1.1b"
+    assert modern.model.stack == 1 and modern.training.bf16
+    assert modern.run.output_dir == "outputs/parakeet"
+
+
+def test_values_that_are_given_reach_the_trainer():
+    cfg = composed(
+        "training.learning_rate=1e-4", "training.per_device_train_batch_size=5",
+        "data.max_train_samples=1000", "training.max_steps=20",
+        "model.encoder_model_name=facebook/hubert-large-ls960-ft",
+    )  # fmt: skip
+    assert cfg.training.learning_rate == 1e-4 and cfg.training.max_steps == 20
+    assert cfg.data.max_train_samples == 1000
+    assert cfg.model.encoder_model_name == "facebook/hubert-large-ls960-ft"
