@@ -2,7 +2,7 @@
 
     python bench/training_speed.py --threads 1 --seconds 60
 
-Each row trains the same model (the quickstart's Whisper tiny.en + SmolLM2-135M, LoRA on the
+Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
 decoder) on the quickstart's recorded clips for a while, the encoder run in the loop. The plain way
 is random batches of 8, clips padded to 30 s, logits at every position; our three changes are then
 added one by one. Each row runs in a process of its own, so that its peak memory is its own.
@@ -68,6 +68,7 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
             **inputs,
             decoder_loss_weight=weights[0],
             ctc_loss_weight=weights[1],
+            character_loss_weight=1.0 if variant.get("ctc") else 0.0,
             full_logits=not variant.get("label_logits") and not variant.get("ctc"),
         ).loss
         loss.backward()

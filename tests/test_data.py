@@ -15,6 +15,8 @@ from tiny_audio import data as data_module
 from tiny_audio.data import (
     DataError,
     Dropped,
+    Frames,
+    FrameWriter,
     LengthBatchSampler,
     SpeechDataset,
     header_seconds,
@@ -341,17 +343,7 @@ def test_augmentation_is_of_the_size_that_was_asked_for(augmented):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_epoch_of_a_training_run_draws_anew(augmented, workers):
     """As the Trainer does it: a loader out of accelerate, told the epoch before each."""
-
-    class Frames:
-        """Stands for the cache file of encoder frames."""
-
-        def keys(self):
-            return [f"clip{i}" for i in range(12)]
-
-        def get_tensor(self, key):
-            return torch.ones(20, 32)
-
-    augmented.serve_encoded(Frames())
+    augmented.serve_encoded({f"clip{i}": torch.ones(20, 32) for i in range(12)})
     sampler = LengthBatchSampler([e.duration for e in augmented.examples], 6.0)
     loader = Accelerator(cpu=True).prepare(
         DataLoader(
@@ -382,11 +374,26 @@ def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, pr
     dropped = Dropped()
     data = SpeechDataset(sources, processor, dropped)
     try:
-        cache_encoder_frames(model, data, tmp_path / "frames.safetensors", 0)
+        cache_encoder_frames(model, data, tmp_path / "frames.json", 0)
     except DataError:
         return  # refusing ids that occur twice is as good
     assert len(data) == 2
     assert [len(data[i]["features"]) for i in range(2)] == [40, 80]
+
+
+def test_frames_are_read_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    clips = {f"clip/{n}": rng.standard_normal((n, 6)).astype(np.float16) for n in (3, 1, 50)}
+    with FrameWriter(tmp_path / "frames.json") as writer:
+        for clip, frames in clips.items():
+            writer.add(clip, frames)
+    read = Frames(tmp_path / "frames.json")
+    assert list(read) == list(clips)
+    assert all(np.array_equal(read[clip].numpy(), clips[clip]) for clip in clips)
+    with pytest.raises(KeyboardInterrupt), FrameWriter(tmp_path / "half.json") as writer:
+        writer.add("clip", clips["clip/3"])
+        raise KeyboardInterrupt
+    assert not (tmp_path / "half.json").exists(), "half of it looks whole"
 
 
 def test_a_batch_size_limits_the_clips_of_a_batch():

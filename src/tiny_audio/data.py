@@ -154,6 +154,44 @@ def header_seconds(audio: Any) -> float:
         return 0.0
 
 
+class FrameWriter:
+    """Writes encoder frames (t, d) of clips into one flat fp16 file, as they come.
+
+    `path` (.json) is the index, written last: while it is missing the file is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.index, self.width = path, dict[str, tuple[int, int]](), 0
+        self.at = 0
+
+    def __enter__(self) -> "FrameWriter":
+        self.file = self.path.with_suffix(".f16").open("wb")
+        return self
+
+    def add(self, clip: str, frames: np.ndarray) -> None:
+        """Append the frames of one clip."""
+        self.index[clip] = (self.at, len(frames))
+        self.at, self.width = self.at + len(frames), frames.shape[1]
+        self.file.write(frames.tobytes())
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.file.close()
+        if kind is None:
+            index = {"width": self.width, "clips": self.index}
+            self.path.with_suffix(".tmp").write_text(json.dumps(index))
+            self.path.with_suffix(".tmp").replace(self.path)
+
+
+class Frames(dict[str, torch.Tensor]):
+    """What a `FrameWriter` wrote: frames (t, d) in fp16 by clip, read from disk when used."""
+
+    def __init__(self, path: Path) -> None:
+        index = json.loads(path.read_text())
+        flat: Any = np.memmap(path.with_suffix(".f16"), np.float16, mode="c")
+        rows = torch.from_numpy(flat).view(-1, index["width"])
+        super().__init__({clip: rows[at : at + n] for clip, (at, n) in index["clips"].items()})
+
+
 class SpeechDataset(Dataset):
     """Checked examples, read and turned into features when asked for.
 
@@ -230,7 +268,7 @@ class SpeechDataset(Dataset):
         example = self.examples[index]
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
         if self.encoded is not None:
-            frames = self.encoded.get_tensor(example.id)
+            frames = self.encoded[example.id]
             return {**item, "features": self.augment(frames, example.id)}
         try:
             samples = load_audio(example.audio)
@@ -244,17 +282,16 @@ class SpeechDataset(Dataset):
         """Choose the epoch that `augment` draws for; the trainer calls it."""
         self.epoch = epoch
 
-    def serve_encoded(self, encoded: Any) -> None:
-        """Serve cached encoder frames (t, d_encoder) from `encoded`, an open safetensors file.
+    def serve_encoded(self, encoded: dict[str, torch.Tensor]) -> None:
+        """Serve cached encoder frames: `encoded` holds (t, d_encoder) by the examples' ids.
 
         Examples that are not in it could not be read when it was made; they are left out.
         """
         self.encoded = encoded
-        known = set(encoded.keys())
         for example in self.examples:
-            if example.id not in known:
+            if example.id not in encoded:
                 self.dropped.add(example.id, "no cached frames")
-        self.examples = [example for example in self.examples if example.id in known]
+        self.examples = [example for example in self.examples if example.id in encoded]
 
     def augment(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
         """Noise, dropped channels and a dropped run of frames on encoder frames (t, d).

@@ -22,8 +22,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
@@ -41,7 +40,7 @@ from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
-from .data import DataError, Dropped, LengthBatchSampler, SpeechDataset
+from .data import DataError, Dropped, Frames, FrameWriter, LengthBatchSampler, SpeechDataset
 from .hub import HubPusher, PushError, git_hash, hub_target, model_card, push_folder
 
 logger = logging.getLogger(__name__)
@@ -338,8 +337,8 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, worke
         loader = DataLoader(
             data, batch_sampler=batches, collate_fn=data.collate, num_workers=workers
         )
-        frames: dict[str, torch.Tensor] = {}
-        with torch.inference_mode(), tqdm(total=len(order), desc="encoding", unit="clip") as bar:
+        writer, bar = FrameWriter(path), tqdm(total=len(order), desc="encoding", unit="clip")
+        with torch.inference_mode(), writer, bar:
             for batch in loader:
                 for item in batch["dropped"]:
                     data.dropped.add(item["id"], item["reason"], item["detail"])
@@ -348,11 +347,9 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, worke
                 }
                 hidden, lengths = model.encode(**audio)
                 for clip, rows, n in zip(batch["ids"], hidden, lengths, strict=True):
-                    frames[clip] = rows[:n].half().cpu().clone()
+                    writer.add(clip, rows[:n].half().cpu().numpy())
                 bar.update(len(batch["ids"]))
-        save_file(frames, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-    data.serve_encoded(safe_open(path, "pt"))
+    data.serve_encoded(Frames(path))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -403,7 +400,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         made_of += [processor.tail_seconds, processor.min_seconds]
         made_of += sorted({(e.id, str(e.audio)[:200], e.duration) for e in data.examples})
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-        path = folder.parent / f"encoder_frames-{digest}.safetensors"
+        path = folder.parent / f"encoder_frames-{digest}.json"
         cache_encoder_frames(model, data, path, settings["dataloader_num_workers"])
         dropped.check(data.total, cfg.data.max_dropped_fraction)
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
