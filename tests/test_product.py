@@ -252,6 +252,6 @@ def code_lines(path: Path) -> int:
 def test_the_core_stays_small():
     core = {p.name: code_lines(p) for p in (ROOT / "src/tiny_audio").glob("*.py")}
     everything = [p for folder in ("src", "bench") for p in (ROOT / folder).rglob("*.py")]
-    assert sum(core.values()) <= 1800, core  # 1,500 is the aim: see docs/log.md
+    assert sum(core.values()) <= 2000, core  # 1,500 is the aim: see docs/log.md
     assert max(core.values()) <= 400, core
     assert sum(map(code_lines, everything)) <= 4000
