@@ -137,7 +137,6 @@ def test_the_pushed_model_says_what_the_local_one_says(hub, trained, corpus, tmp
 
 def test_push_by_hand_and_merged(hub, trained, corpus, tmp_path):
     home, output, _ = trained
-    command = (sys.executable, "-m", "tiny_audio.commands.cli", "push", str(output))
     code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     command = (sys.executable, "-c", code, "push", str(output), "someone/whole", "--merged")
     done = run(hub, home, *command)

@@ -26,6 +26,11 @@ class PushError(RuntimeError):
     """A push that failed; the message says why and that the local copy is whole."""
 
 
+def one_line(error: Exception) -> str:
+    """The first line of an error's message; its name where it has none, as timeouts often do."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def push_folder(folder: Path, repo_id: str, message: str, private: bool | None = None) -> str:
     """Upload a model folder's own files as one commit; returns the model's address.
 
@@ -49,9 +54,8 @@ def push_folder(folder: Path, repo_id: str, message: str, private: bool | None =
         )
         return str(url)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise PushError(
-            f"push to {repo_id} failed ({reason}); nothing is lost: "
+            f"push to {repo_id} failed ({one_line(error)}); nothing is lost: "
             f"`tiny-audio push {folder} {repo_id}` tries again"
         ) from error
 
@@ -79,7 +83,7 @@ def hub_target(push: bool | None, repo_id: str | None) -> str | None:
         return f"{HfApi().whoami()['name']}/tiny-audio"
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise PushError(
-            f"the Hub does not say whose HF_TOKEN this is ({str(error).splitlines()[0]}): set "
+            f"the Hub does not say whose HF_TOKEN this is ({one_line(error)}): set "
             "training.hub_model_id=<user>/<name>, or training.push_to_hub=false"
         ) from error
 

@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
                 folder = Path(scratch) / args.folder.resolve().name
                 ASRModel.from_pretrained(args.folder).save_pretrained(folder, self_contained=True)
                 ASRProcessor.from_pretrained(args.folder).save_pretrained(folder)
-                (folder / "README.md").write_text(model_card(args.folder))
-            else:
-                (folder / "README.md").write_text(model_card(folder))
+            (folder / "README.md").write_text(model_card(args.folder))
             print(push_folder(folder, repo, "tiny-audio push", private=args.private or None))
     except (PushError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
             trust_remote_code=ours is not None,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         sys.exit(f"error: {model} cannot be loaded as a model: {reason}")
 
 
