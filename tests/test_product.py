@@ -15,8 +15,8 @@ from conftest import write_audio
 from tiny_audio.asr_pipeline import split_at_pauses
 from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev
-from tiny_audio.commands.scoring import score
 from tiny_audio.commands.transcribe import load_pipeline
+from tiny_audio.scoring import score
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_audio.commands import scoring
+from tiny_audio import scoring
 from tiny_audio.commands.assets import read_manifest
 
 NINE = "cat dog hen cow pig fox owl ram bee"

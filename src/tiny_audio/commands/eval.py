@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..asr_processing import AudioError, load_audio
 from ..data import DataError, Example, read_source
 from ..hub import git_hash
-from .scoring import count, normalizer, score
+from ..scoring import count, normalizer, score
 from .transcribe import load_pipeline
 
 CHUNK = 32  # utterances between two writes
