@@ -1,11 +1,14 @@
 """Training speed on real clips: audio-seconds per CPU-second, ours against the field's plain way.
 
     python bench/training_speed.py --threads 1 --seconds 60
+    python bench/training_speed.py --table memory
 
 Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
 decoder) on the quickstart's recorded clips for a while, the encoder run in the loop. The plain way
 is random batches of 8, clips padded to 30 s, logits at every position; our three changes are then
-added one by one. Each row runs in a process of its own, so that its peak memory is its own.
+added one by one. The table `memory` shows what logits at labels only, gradient checkpointing and a
+LoRA in the encoder cost or save, on batches of one size. Each row runs in a process of its own, so
+that its peak memory is its own.
 """
 
 import argparse
@@ -30,6 +33,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "our CTC stage": {"length_batches": True, "real_length": True, "ctc": True},
 }
+OURS = {"length_batches": True, "real_length": True, "label_logits": True}
+MEMORY: dict[str, dict[str, Any]] = {
+    "decoder LoRA, logits at labels only": OURS,
+    "full logits": {**OURS, "label_logits": False},
+    "gradient checkpointing": {**OURS, "checkpointing": True},
+    "encoder LoRA": {**OURS, "encoder_lora": True},
+    "encoder LoRA, gradient checkpointing": {**OURS, "encoder_lora": True, "checkpointing": True},
+}
 
 
 def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds: float) -> dict:
@@ -43,12 +54,22 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", ["+experiments=quickstart"])
+        rank = 8 if variant.get("encoder_lora") else 0
+        cfg = compose("config", ["+experiments=quickstart", f"encoder_lora.r={rank}"])
     processor = build_processor(cfg)
     data = SpeechDataset([dict(cfg.data.train[0])], processor, Dropped(), max_seconds=29.0)
     if not variant.get("real_length"):
         processor.min_seconds, processor.tail_seconds = 30.0, 0.0
     model = build_model(cfg, processor, ctc_vocabulary(data)).train()
+    if variant.get("checkpointing"):
+        model.gradient_checkpointing_enable()
+    logits = 0
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        nonlocal logits
+        logits = max(logits, output.numel() * output.element_size())
+
+    model.decoder.get_output_embeddings().register_forward_hook(note)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     durations = [example.duration for example in data.examples]
@@ -84,7 +105,8 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
         "audio_per_cpu_second": audio / (time.process_time() - started),
         "padding": 1 - audio / padded,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "steps": steps,
+        "logits_mb": logits / 1e6,
+        "seconds_a_step": (time.process_time() - started) / steps,
     }
 
 
@@ -96,33 +118,38 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds for each row")
     parser.add_argument("--batch-seconds", type=float, default=32.0, help="decoder stage's budget")
+    parser.add_argument("--table", choices=("speed", "memory"), default="speed")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    variants = VARIANTS if args.table == "speed" else MEMORY
     if args.only:
-        figures = measure(VARIANTS[args.only], args.threads, args.seconds, args.batch_seconds)
+        figures = measure(variants[args.only], args.threads, args.seconds, args.batch_seconds)
         print(json.dumps(figures))
         return
-    lines = [
-        f"Training speed, {date.today()}, {args.threads} thread(s), CPU, fp32; "
-        f"`python bench/training_speed.py --threads {args.threads} --seconds {args.seconds:g} "
-        f"--batch-seconds {args.batch_seconds:g}`\n",
-        "| way | audio-s per CPU-s | ratio to plain | padding | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    plain = None
-    for name in VARIANTS:
-        command = [sys.executable, __file__, "--only", name, "--threads", str(args.threads)]
-        command += ["--seconds", str(args.seconds), "--batch-seconds", str(args.batch_seconds)]
+    options = ["--table", args.table, "--threads", str(args.threads)]
+    options += ["--seconds", f"{args.seconds:g}", "--batch-seconds", f"{args.batch_seconds:g}"]
+    rows: dict[str, dict[str, float]] = {}
+    for name in variants:
+        command = [sys.executable, __file__, "--only", name, *options]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        row = json.loads(out.splitlines()[-1])
-        plain = plain or row["audio_per_cpu_second"]
+        rows[name] = json.loads(out.splitlines()[-1])
+        print(name, rows[name], flush=True)
+    first = next(iter(rows.values()))
+    lines = [
+        f"Training {args.table}, {date.today()}, {args.threads} thread(s), CPU, fp32; "
+        f"`python bench/training_speed.py {' '.join(options)}`\n",
+        "| way | audio-s per CPU-s | ratio to the first | CPU-s a step | padding | logits | "
+        "peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        speed = row["audio_per_cpu_second"]
         lines.append(
-            f"| {name} | {row['audio_per_cpu_second']:.2f} | "
-            f"{row['audio_per_cpu_second'] / plain:.1f}x | {100 * row['padding']:.0f} % | "
-            f"{row['peak_gb']:.1f} GB |"
+            f"| {name} | {speed:.2f} | {speed / first['audio_per_cpu_second']:.2f}x | "
+            f"{row['seconds_a_step']:.1f} | {100 * row['padding']:.0f} % | "
+            f"{row['logits_mb']:.0f} MB | {row['peak_gb']:.1f} GB |"
         )
-        print(lines[-1], flush=True)
-    path = Path(__file__).parent / "results" / f"training_speed_{date.today()}.md"
+    path = Path(__file__).parent / "results" / f"training_{args.table}_{date.today()}.md"
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -12,14 +12,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
+import hydra
 import numpy as np
 import pytest
 import soundfile
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoFeatureExtractor,
@@ -44,6 +47,7 @@ from tiny_audio.asr_ctc import spell
 from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
+from tiny_audio.train import CONFIGS
 
 TEXTS = (
     "the cat sat",
@@ -306,6 +310,53 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row = {"id": f"clip{i}", "audio": f"wav/{i}.wav", "text": text, "duration": seconds}
         rows.append(row)
     return write_manifest(folder / "train.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def compose_in(tiny_bases, corpus):
+    """`compose_in(folder, "training.lr=1", steps=(6, 4), ...)`: the quickstart, on tiny parts."""
+
+    def make(
+        folder,
+        *overrides,
+        steps=(6, 4),
+        output="run",
+        encoder="whisper",
+        manifest=corpus,
+        **training,
+    ):
+        with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+            cfg = hydra.compose(
+                "config",
+                [
+                    "+experiments=quickstart",
+                    f"model.encoder_model_name={tiny_bases / encoder}",
+                    f"model.decoder_model_name={tiny_bases / 'decoder'}",
+                    "model.projector_hidden=32",
+                    f"run.output_dir={folder / output}",
+                    "training.dataloader_num_workers=0",
+                    "training.logging_steps=1",
+                    "training.save_steps=1000",
+                    "training.eval_strategy=no",
+                    "++training.use_cpu=true",
+                    *overrides,
+                ],
+            )
+        cfg.data.train = [{"path": str(manifest)}]
+        cfg.data.eval = [{"path": str(manifest), "sample": 3}]
+        for stage, count in zip(cfg.stages, steps, strict=True):
+            settings = {"max_steps": count, "warmup_steps": 1, "batch_seconds": 6, **training}
+            for key, value in settings.items():
+                OmegaConf.update(stage.training, key, value, force_add=True)
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def compose(compose_in, tmp_path):
+    """`compose_in` in this test's own folder."""
+    return partial(compose_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev
 from tiny_audio.commands.transcribe import load_pipeline
 from tiny_audio.scoring import score
+from tiny_audio.trainer import LOG, read_log
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,8 +57,8 @@ def workplace(real_bases, real_rows, tmp_path_factory) -> Path:
 
 
 def logged(workplace: Path, stage: str) -> list[dict]:
-    lines = (workplace / "outputs/quickstart" / stage / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    rows = read_log(workplace / "outputs/quickstart" / stage / LOG)
+    return [row for row in rows if "loss" in row]
 
 
 def test_short_run_learns(workplace):
@@ -223,6 +224,20 @@ def test_readme_names_every_dev_task():
 )
 def test_readme_paths_exist(path):
     assert (ROOT / path.strip("`.,)")).exists()
+
+
+@pytest.mark.long
+def test_poetry_installs_the_same_project(tmp_path):
+    """`poetry check`, and the console scripts by `poetry run` in the environment that is active."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    pip = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--quiet", "poetry>=2,<3"]
+    subprocess.run(pip, check=True)
+    poetry = tmp_path / "venv/bin/poetry"
+    active = {"VIRTUAL_ENV": sys.prefix, "HOME": str(tmp_path)}
+    assert bash(f"{poetry} check", ROOT, **active).stdout.strip().endswith("All set!")
+    for script, said in (("eval", "word error rate"), ("check", "Run a task")):
+        done = bash(f"{poetry} run {script} --help", ROOT, **active)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
 # -- the promise of size -------------------------------------------------------------------------

@@ -17,10 +17,12 @@ import torch
 from conftest import LORAS, TEXTS, babble, write_audio
 from safetensors.torch import load_file, save_file
 
+from tiny_audio import train as recipe
 from tiny_audio.asr_config import ASRConfig
 from tiny_audio.asr_modeling import WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor, load_audio
+from tiny_audio.trainer import LOG, read_log
 
 # The last positions: a transcript. Before it the number of positions depends on the bridge, which
 # leaves out blank frames.
@@ -345,3 +347,84 @@ def test_the_endpoint_answers_as_the_pipeline_does(alone):
     there, here = alone
     assert there["endpoint"] == here["wav"]
     assert there["endpoint decoder"] == here["decoder"]
+
+
+# -- trained, saved, loaded, continued -----------------------------------------------------------
+
+
+def run_and_keep_logits(cfg, batch, monkeypatch):
+    """Run a recipe; returns its folder and the logits of `batch` just before the last save."""
+    kept = {}
+    original = ASRModel.save_pretrained
+
+    def save_pretrained(self, folder, **kwargs):
+        if Path(folder).name == "final":
+            self.eval()
+            with torch.no_grad():
+                kept["logits"] = self(**batch).logits
+        original(self, folder, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ASRModel, "save_pretrained", save_pretrained)
+        return recipe.train(cfg), kept["logits"]
+
+
+def check_combination(cfg, lora, batch, folder, monkeypatch):
+    """Train, save, load in a new process: the same logits; continue: the same loss."""
+    cfg.encoder_lora.r, cfg.peft.r = LORAS[lora]
+    cfg.training.cache_encoder = False
+    cfg.training.eval_strategy = "steps"
+    cfg.stages = cfg.stages[1:]
+    cfg.stages[0].training.update({"eval_steps": 2, "max_steps": 2, "warmup_steps": 0})
+    output, logits = run_and_keep_logits(cfg, batch, monkeypatch)
+    tensors = load_file(output / "decoder/final" / WEIGHTS)
+    for part, rank in zip(("encoder", "decoder"), LORAS[lora], strict=True):
+        trained = [t for n, t in tensors.items() if n.startswith(part) and ".lora_B" in n]
+        assert bool(trained) == (rank > 0) and all(t.any() for t in trained), part
+    torch.save(batch, folder / "batch.pt")
+    run_python(
+        """
+        import sys, torch
+        from tiny_audio.asr_modeling import ASRModel
+        torch.set_num_threads(int(sys.argv[4]))
+        with torch.no_grad():
+            logits = ASRModel.from_pretrained(sys.argv[1])(**torch.load(sys.argv[2])).logits
+        torch.save(logits, sys.argv[3])
+        """,
+        output, folder / "batch.pt", folder / "logits.pt", torch.get_num_threads(),
+    )  # fmt: skip
+    assert torch.equal(torch.load(folder / "logits.pt"), logits)
+    cfg.model.pretrained_model_path, cfg.run.output_dir = str(output), str(folder / "next")
+    cfg.training.learning_rate = 0.0
+    cfg.stages[0].training.update(
+        {"learning_rate": 1e-12, "decoder_learning_rate": 1e-12, "encoder_learning_rate": 1e-12,
+         "max_steps": 1, "eval_steps": 1}
+    )  # fmt: skip
+    (before,), (after,) = (
+        [row["eval_loss"] for row in read_log(run / "decoder" / LOG) if "eval_loss" in row]
+        for run in (output, recipe.train(cfg))
+    )
+    assert after == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("lora", list(LORAS))
+def test_lora_combinations_of_tiny_models(compose, corpus, lora, monkeypatch, tmp_path):
+    cfg = compose(encoder="hubert", learning_rate=1e-3)
+    processor = recipe.build_processor(cfg)
+    batch = processor([load_audio(str(corpus.parent / f"wav/{i}.wav")) for i in (3, 0)])
+    check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lora", list(LORAS))
+def test_lora_combinations_of_real_models(
+    compose, real_bases, real_clips, lora, monkeypatch, tmp_path
+):
+    cfg = compose(f"run.output_dir={tmp_path / 'run'}")
+    cfg.model.encoder_model_name = str(real_bases.encoder)
+    cfg.model.decoder_model_name = str(real_bases.decoder)
+    cfg.data.train = [{"path": str(real_bases.dev), "sample": 8}]
+    cfg.data.eval = cfg.data.train
+    cfg.stages[1].training.batch_seconds = 30
+    batch = recipe.build_processor(cfg)(real_clips[:2])
+    check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import hydra
@@ -22,51 +21,6 @@ from tiny_audio.data import DataError, Frames
 
 class Killed(RuntimeError):
     """Stands for the kill signal."""
-
-
-@pytest.fixture(scope="module")
-def compose_in(tiny_bases, corpus):
-    """`compose_in(folder, "training.lr=1", steps=(6, 4), ...)`: the quickstart, on tiny parts."""
-
-    def make(
-        folder,
-        *overrides,
-        steps=(6, 4),
-        output="run",
-        encoder="whisper",
-        manifest=corpus,
-        **training,
-    ):
-        with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
-            cfg = hydra.compose(
-                "config",
-                [
-                    "+experiments=quickstart",
-                    f"model.encoder_model_name={tiny_bases / encoder}",
-                    f"model.decoder_model_name={tiny_bases / 'decoder'}",
-                    "model.projector_hidden=32",
-                    f"run.output_dir={folder / output}",
-                    "training.dataloader_num_workers=0",
-                    "training.logging_steps=1",
-                    "training.save_steps=1000",
-                    "++training.use_cpu=true",
-                    *overrides,
-                ],
-            )
-        cfg.data.train = [{"path": str(manifest)}]
-        for stage, count in zip(cfg.stages, steps, strict=True):
-            settings = {"max_steps": count, "warmup_steps": 1, "batch_seconds": 6, **training}
-            for key, value in settings.items():
-                OmegaConf.update(stage.training, key, value, force_add=True)
-        return cfg
-
-    return make
-
-
-@pytest.fixture
-def compose(compose_in, tmp_path):
-    """`compose_in` in this test's own folder."""
-    return partial(compose_in, tmp_path)
 
 
 def log_of(folder: Path) -> list[dict]:

@@ -158,7 +158,7 @@ class ASRProcessor(ProcessorMixin):
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self.end_token_id = tokenizer.convert_tokens_to_ids(end_token)
         if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no token {end_token!r} to end a transcript with")
+            raise ValueError(f"end_token {end_token!r} is no token of the decoder's tokenizer")
         self.prefix_ids = tokenizer.encode(prompt_prefix, add_special_tokens=False)
         self.suffix_ids = tokenizer.encode(prompt_suffix, add_special_tokens=False)
 

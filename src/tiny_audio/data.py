@@ -36,6 +36,7 @@ SOURCE: dict[str, Any] = {
     "text_column": "text",
     "duration_column": "duration",
     "repeat": 1,  # times that each example is seen in an epoch
+    "sample": None,  # so many rows of it, drawn once and for all
 }
 ANNOTATION = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)")
 
@@ -125,6 +126,8 @@ def read_source(source: dict[str, Any]) -> Iterator[Example]:
             raise DataError(f"{source['path']}: no column {source[key]!r}; has {rows.column_names}")
     if isinstance(rows.features[source["audio_column"]], Audio):
         rows = rows.cast_column(source["audio_column"], Audio(decode=False))
+    if source["sample"] and source["sample"] < len(rows):
+        rows = rows.shuffle(seed=0).select(range(source["sample"]))
     row: Any
     for i, row in enumerate(rows):
         audio = row[source["audio_column"]]

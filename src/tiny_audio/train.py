@@ -6,10 +6,12 @@ same command again continues where it stopped.
 """
 
 import ctypes
+import gc
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import string
 import sys
@@ -30,19 +32,20 @@ from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoTokenizer,
-    Trainer,
-    TrainerCallback,
+    EarlyStoppingCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import is_flash_attn_2_available
 
 from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
 from .data import DataError, Dropped, Frames, FrameWriter, LengthBatchSampler, SpeechDataset
-from .hub import HubPusher, PushError, git_hash, hub_target, model_card, push_folder
+from .hub import HubPusher, PushError, git_hash, hub_target, model_card, one_line, push_folder
+from .trainer import ASRTrainer, StepLine, part_of, part_rates, start_trackers
 
 logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
@@ -51,146 +54,9 @@ FINISHED = "finished.json"
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
-    "attn_implementation per_device_train_batch_size push_to_hub hub_model_id".split()
+    "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
+    "early_stopping_patience".split()
 )
-# Passed to `forward`.
-LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
-
-
-class ASRTrainer(Trainer):
-    """The Hugging Face Trainer with length-budget batches and a learning rate for each part."""
-
-    model: Any
-    processing_class: Any
-
-    def __init__(self, settings: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self.settings = settings
-        self.dropped: Dropped = kwargs["train_dataset"].dropped
-        self.seconds = self.padded = 0.0  # audio since the last log line
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # `forward` takes num_items_in_batch
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches within `training.batch_seconds`, in an order that (seed, epoch) fixes."""
-        data: Any = self.train_dataset
-        sampler = LengthBatchSampler(
-            [example.duration for example in data.examples],
-            self.settings["batch_seconds"],
-            self.args.seed,
-            most=self.settings["per_device_train_batch_size"],
-        )
-        loader = DataLoader(
-            data,
-            batch_sampler=sampler,
-            collate_fn=data.collate,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=False,  # workers must see the dataset's epoch
-        )
-        return self.accelerator.prepare(loader)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a group for each part: projector and CTC head, encoder LoRA, decoder LoRA."""
-        if self.optimizer is None:
-            rates = part_rates(self.settings, self.args.learning_rate)
-            groups: dict[str, list[Any]] = {part: [] for part in rates}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    groups[part_of(name)].append(parameter)
-            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options.pop("lr")
-            self.optimizer = optimizer(
-                [{"params": ps, "lr": rates[part]} for part, ps in groups.items() if ps],
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                **options,
-            )
-        return self.optimizer
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The model's loss; a loss that is not finite stops the run and names its clips."""
-        inputs = dict(inputs)
-        ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
-        for item in inputs.pop("dropped"):
-            self.dropped.add(item["id"], item["reason"], item["detail"])
-        settings = {key: self.settings[key] for key in LOSS_KEYS}
-        outputs = model(**inputs, **settings, num_items_in_batch=num_items_in_batch)
-        if not torch.isfinite(outputs.loss):
-            raise DataError(
-                f"the loss is {outputs.loss.item()} at step {self.state.global_step}; clips of the "
-                f"batch: {', '.join(ids)}. No update was made"
-            )
-        if model.training:
-            mask = inputs["input_features_mask"]
-            self.seconds += seconds
-            self.padded += seconds * mask.numel() / int(mask.sum())
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trained tensors, config, processor and code; base weights only in the final save."""
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, self_contained=False)
-            self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint) / WEIGHTS
-        (model or self.model).load_tensors(load_file(path), str(path))
-
-
-class StepLine(TrainerCallback):
-    """Prints a line for each log, and appends it to `log.jsonl` in the run's folder."""
-
-    def __init__(self, path: Path, trainer: ASRTrainer) -> None:
-        self.path, self.trainer = path, trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.started = self.last = time.monotonic()
-        self.first_step = state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
-        """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA."""
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        trainer, now = self.trainer, time.monotonic()
-        speed = trainer.seconds / max(now - self.last, 1e-9)
-        padding = 1 - trainer.seconds / max(trainer.padded, 1e-9)
-        done = max(1, state.global_step - self.first_step)
-        eta = (now - self.started) / done * (state.max_steps - state.global_step)
-        dropped = sum(trainer.dropped.counts.values())
-        trainer.seconds, trainer.padded, self.last = 0.0, 0.0, now
-        row = {"step": state.global_step, **{k: float(v) for k, v in logs.items()}}
-        row |= {"audio_seconds_per_second": speed, "padding": padding, "dropped": dropped}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        loss, rate = float(logs["loss"]), float(logs["learning_rate"])
-        print(
-            f"step {state.global_step:>5}/{state.max_steps} "
-            f"{100 * state.global_step / state.max_steps:3.0f} % | "
-            f"loss {loss:.3f} | lr {rate:.1e} | {speed:.0f} s audio/s | "
-            f"padding {100 * padding:.1f} % | dropped {dropped} | ETA {clock(eta)}",
-            flush=True,
-        )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def part_of(name: str) -> str:
-    """Which learning rate a parameter takes: projector (with the CTC head), encoder, decoder."""
-    return name.split(".")[0] if name.startswith(("encoder.", "decoder.")) else "projector"
-
-
-def part_rates(settings: dict[str, Any], default: float) -> dict[str, float]:
-    """Learning rate of each part; one that is not set follows `learning_rate`, 0 freezes."""
-    own = {p: settings[f"{p}_learning_rate"] for p in ("encoder", "decoder")}
-    return {"projector": default, **{p: default if r is None else r for p, r in own.items()}}
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -203,6 +69,7 @@ def check_config(cfg: DictConfig) -> None:
     known.model = OmegaConf.load(CONFIGS / "model/hubert_smollm3.yaml")
     known.data = OmegaConf.load(CONFIGS / "data/loquacious.yaml")
     training = OWN_TRAINING_KEYS | {field.name for field in fields(TrainingArguments)}
+    training -= {"activation_checkpointing"}  # `gradient_checkpointing` here
     check_keys(cfg, [*known, "training"], "the config")
     for group in ("run", "model", "encoder_lora", "peft", "data"):
         check_keys(cfg[group], known[group], group)
@@ -227,13 +94,21 @@ def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 def build_processor(cfg: DictConfig) -> ASRProcessor:
     """The processor that `cfg` describes: the encoder's features, the decoder's tokens."""
-    audio_config = AutoConfig.from_pretrained(cfg.model.encoder_model_name)
+    names = {key: cfg.model[key] for key in ("encoder_model_name", "decoder_model_name")}
+    key = "encoder_model_name"
+    try:
+        audio_config = AutoConfig.from_pretrained(names[key])
+        extractor = AutoFeatureExtractor.from_pretrained(names[key])
+        key = "decoder_model_name"
+        tokenizer = AutoTokenizer.from_pretrained(names[key])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model.{key}={names[key]}: {one_line(error)}") from error
     audio_config = vars(audio_config).get("encoder_config", audio_config)  # of Parakeet's models
     geometry = ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
     own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
     return ASRProcessor(
-        AutoFeatureExtractor.from_pretrained(cfg.model.encoder_model_name),
-        AutoTokenizer.from_pretrained(cfg.model.decoder_model_name),
+        extractor,
+        tokenizer,
         encoder={k: v for k, v in audio_config.to_dict().items() if k in geometry},
         **{key: cfg.model[key] for key in own},
     )
@@ -318,6 +193,15 @@ def fit_device(settings: dict[str, Any]) -> dict[str, Any]:
             if fitted.get(key):
                 print(f"training.{key}={fitted[key]} is off: there is no CUDA device")
                 fitted[key] = instead
+    if fitted["attn_implementation"] is None:
+        why = "there is no CUDA device" if not torch.cuda.is_available() else ""
+        if not is_flash_attn_2_available():
+            why = why or "flash-attn is not installed"
+        elif fitted["dtype"] not in ("bfloat16", "float16"):
+            why = why or "it needs training.dtype=bfloat16"
+        if not why:
+            fitted["attn_implementation"] = "flash_attention_2"
+        print(f"no FlashAttention 2: {why}" if why else "attention: FlashAttention 2")
     return fitted
 
 
@@ -386,13 +270,23 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(cfg.run.seed)
     settings = fit_device(OmegaConf.to_container(cfg.training, resolve=True))  # type: ignore
-    cfg.training.dtype = settings["dtype"]
+    cfg.training.dtype, cfg.training.attn_implementation = (
+        settings["dtype"], settings["attn_implementation"],
+    )  # fmt: skip
     dropped = Dropped(folder / "dropped.jsonl")
     previous = ASRConfig.from_pretrained(start) if start else None
     processor = build_processor(cfg)
-    kept = {k: v for k, v in cfg.data.items() if k not in ("train", "max_dropped_fraction")}
-    data = SpeechDataset(cfg.data.train, processor, dropped, seed=cfg.run.seed, **kept)
+    limits = {key: cfg.data[key] for key in ("min_seconds", "max_seconds", "lowercase")}
+    augment = {key: cfg.data[key] for key in ("feature_noise", "channel_drop", "time_mask")}
+    augment |= {"max_train_samples": cfg.data.max_train_samples, "seed": cfg.run.seed}
+    data = SpeechDataset(cfg.data.train, processor, dropped, **limits, **augment)
     dropped.check(data.total, cfg.data.max_dropped_fraction)
+    evaluation = None
+    if settings["eval_strategy"] != "no":
+        if not cfg.data.eval:
+            raise ValueError("data.eval names no clips: set it, or training.eval_strategy=no")
+        unused = Dropped(folder / "dropped_eval.jsonl")
+        evaluation = SpeechDataset(cfg.data.eval, processor, unused, **limits)
     tokens, alphabet, written = ctc_vocabulary(data)
     if previous:  # its own spelling comes with its weights
         tokens, alphabet = previous.ctc_token_ids, previous.ctc_alphabet
@@ -414,6 +308,10 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
         dropped.check(data.total, cfg.data.max_dropped_fraction)
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
+    # transformers' newer name of it; the field's own is kept in the configs
+    arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
+    trackers = start_trackers(settings["report_to"], folder, whole)
     trainer = ASRTrainer(
         settings,
         model=model,
@@ -423,13 +321,18 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
             remove_unused_columns=False,
             disable_tqdm=True,
             logging_nan_inf_filter=False,
+            report_to=trackers,
             **arguments,
         ),
         train_dataset=data,
+        eval_dataset=evaluation,
         processing_class=processor,
     )
-    trainer.add_callback(StepLine(folder / "log.jsonl", trainer))
+    names = [stage.name for stage in cfg.stages]
+    trainer.add_callback(StepLine(folder, names, cfg.run.price_per_hour))
     trainer.remove_callback(PrinterCallback)
+    if settings["early_stopping_patience"]:
+        trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
     if hub_id:
         trainer.add_callback(HubPusher(hub_id))
     started = time.monotonic()
@@ -470,13 +373,15 @@ def train(cfg: DictConfig) -> Path:
         own = {k: stage[k] for k in ("training", "data") if stage.get(k)}
         merged: Any = OmegaConf.merge(cfg, own)
         start = str(run_stage(merged, output / stage.name, start, hub_id))
+        gc.collect()  # the trainer and its callbacks hold one another, and the model with them
+        return_freed_memory()
     ASRModel.from_pretrained(start).save_pretrained(output)
     ASRProcessor.from_pretrained(start).save_pretrained(output)
     OmegaConf.save(cfg, output / "training_config.yaml")
     stages = [json.loads((output / s.name / "final" / FINISHED).read_text()) for s in cfg.stages]
     facts = {key: max(stage[key] for stage in stages) for key in ("parameters", "trained")}
     facts |= {"seconds": time.monotonic() - started, "stages": stages, "git_hash": git_hash()}
-    facts["command"] = " ".join(["python", *sys.argv])
+    facts["command"] = " ".join(["python", *sys.argv]).replace(" ++", " ")
     (output / "README.md").write_text(model_card(output, facts))
     (output / FINISHED).write_text(json.dumps(facts) + "\n")
     print(f"model saved in {output}")
@@ -485,8 +390,17 @@ def train(cfg: DictConfig) -> Path:
     return output
 
 
+def main() -> None:
+    """`python src/train.py`: Hydra's command line.
+
+    Hydra refuses unknown keys without naming the nearest; `++` lets them through to `check_config`.
+    """
+    sys.argv[1:] = [f"++{a}" if re.match(r"\w+\.[\w.]+=", a) else a for a in sys.argv[1:]]
+    compose_and_train()
+
+
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base=None)
-def main(cfg: DictConfig) -> None:
+def compose_and_train(cfg: DictConfig) -> None:
     """Train what the composed config describes; errors are one line, not a stack."""
     try:
         refuse_shadowed(cfg, HydraConfig.get().overrides.task)

@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from ..data import DataError, read_source
 from ..hub import git_hash, model_card
-from ..train import CONFIGS, FINISHED, clock, train
+from ..train import CONFIGS, FINISHED, train
+from ..trainer import clock
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate
 from .transcribe import load_pipeline

@@ -1,0 +1,319 @@
+"""The Hugging Face Trainer for this model: batches by length, evaluation with WER, the log."""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from .asr_config import IGNORE
+from .asr_modeling import WEIGHTS
+from .data import DataError, Dropped, LengthBatchSampler
+from .scoring import score
+
+# Passed to `forward`.
+LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
+LOG = "log.jsonl"
+
+
+class ASRTrainer(Trainer):
+    """The Hugging Face Trainer with length-budget batches and a learning rate for each part."""
+
+    model: Any
+    processing_class: Any
+
+    def __init__(self, settings: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.settings = settings
+        self.dropped: Dropped = kwargs["train_dataset"].dropped
+        self.seconds = self.padded = 0.0  # audio since the last log line
+        self.logged_at = time.monotonic()
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # `forward` takes num_items_in_batch
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches within `training.batch_seconds`, in an order that (seed, epoch) fixes."""
+        data: Any = self.train_dataset
+        sampler = LengthBatchSampler(
+            [example.duration for example in data.examples],
+            self.settings["batch_seconds"],
+            self.args.seed,
+            most=self.settings["per_device_train_batch_size"],
+        )
+        loader = DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=data.collate,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=False,  # workers must see the dataset's epoch
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a group for each part: projector and CTC head, encoder LoRA, decoder LoRA."""
+        if self.optimizer is None:
+            rates = part_rates(self.settings, self.args.learning_rate)
+            groups: dict[str, list[Any]] = {part: [] for part in rates}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    groups[part_of(name)].append(parameter)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("lr")
+            self.optimizer = optimizer(
+                [{"params": ps, "lr": rates[part]} for part, ps in groups.items() if ps],
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; a loss that is not finite stops the run and names its clips."""
+        inputs = dict(inputs)
+        ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
+        for item in inputs.pop("dropped"):
+            self.dropped.add(item["id"], item["reason"], item["detail"])
+        settings = {key: self.settings[key] for key in LOSS_KEYS}
+        if not model.training:
+            settings["ctc_negatives"] = 0  # all classes: nothing is drawn
+        outputs = model(**inputs, **settings, num_items_in_batch=num_items_in_batch)
+        if not torch.isfinite(outputs.loss):
+            raise DataError(
+                f"the loss is {outputs.loss.item()} at step {self.state.global_step}; clips of the "
+                f"batch: {', '.join(ids)}. No update was made"
+            )
+        if model.training:
+            mask = inputs["input_features_mask"]
+            self.seconds += seconds
+            self.padded += seconds * mask.numel() / int(mask.sum())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @torch.no_grad()
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and WER (percent) on the evaluation clips; draws nothing, so training goes on alike.
+
+        Decoded greedily, joined with the CTC score where the model's own decoding is; by the token
+        CTC head alone in a stage that does not train the decoder's loss.
+        """
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        loss, labels = 0.0, 0
+        said: list[str] = []
+        heard: list[str] = []
+        lengths = [example.duration for example in data.examples]
+        budget = max(self.settings["batch_seconds"], *lengths)
+        for rows in LengthBatchSampler(lengths, budget, shuffle=False):
+            items = [data[row] for row in rows]
+            batch: Any = self._prepare_inputs(data.collate(items))
+            for item in batch["dropped"]:
+                data.dropped.add(item["id"], item["reason"], item["detail"])
+            batch["dropped"] = []
+            n = int((batch["labels"] != IGNORE).sum())
+            features = [item["features"] for item in items if "features" in item]
+            prompt = self.processing_class.collate(features).to(model.device)
+            with self.compute_loss_context_manager():
+                loss, labels = loss + n * float(self.compute_loss(model, batch)), labels + n
+                if self.settings["decoder_loss_weight"]:
+                    ids = model.generate(**prompt, num_beams=1)
+                else:
+                    ids = model.ctc_generate(prompt.input_features, prompt.input_features_mask)
+            heard += [self.processing_class.decode(row) for row in ids]
+            said += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
+                     "features" in i]  # fmt: skip
+        model.train()
+        metrics = {"loss": loss / labels, "wer": score(said, heard)["wer"], "clips": len(said)}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(metrics)
+        self.logged_at = time.monotonic()  # no part of the training's speed
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add audio-seconds/s, padding, dropped examples to what every tracker is given."""
+        if "loss" in logs:
+            now = time.monotonic()
+            logs["audio_seconds_per_second"] = self.seconds / max(now - self.logged_at, 1e-9)
+            logs["padding"] = 1 - self.seconds / max(self.padded, 1e-9)
+            logs["dropped"] = sum(self.dropped.counts.values())
+            self.seconds, self.padded, self.logged_at = 0.0, 0.0, now
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trained tensors, config, processor and code; base weights only in the final save."""
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, self_contained=False)
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint) / WEIGHTS
+        (model or self.model).load_tensors(load_file(path), str(path))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        print(f"best: {best}, {self.args.metric_for_best_model} {self.state.best_metric:.2f}")
+        self._load_from_checkpoint(str(best))
+
+
+class StepLine(TrainerCallback):
+    """Prints a line for each log and appends it to `log.jsonl`; draws the curves as it goes.
+
+    Args:
+        folder: of the stage.
+        stages: names of all stages, whose curves are in `curves.png` beside their folders.
+        price: of an hour, in any currency; None: no cost is said.
+    """
+
+    def __init__(self, folder: Path, stages: Sequence[str], price: float | None) -> None:
+        self.path, self.stages, self.price = folder / LOG, stages, price
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock; lines of steps that a resumed run makes again are taken out."""
+        rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.before = rows[-1]["seconds"] if rows else 0.0  # spent before this start
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
+        """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA, cost."""
+        logs = logs or {}
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
+            return
+        spent = time.monotonic() - self.started
+        row = {"step": state.global_step, "seconds": self.before + spent}
+        row |= {key: float(value) for key, value in logs.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "eval_loss" in logs:
+            print(
+                f"step {state.global_step:>5}: evaluation loss {logs['eval_loss']:.3f}, "
+                f"WER {logs['eval_wer']:.1f} % of {logs['eval_clips']} clips",
+                flush=True,
+            )
+            return
+        done = max(1, state.global_step - self.first_step)
+        left = spent / done * (state.max_steps - state.global_step)
+        parts = [
+            f"step {state.global_step:>5}/{state.max_steps} "
+            f"{100 * state.global_step / state.max_steps:3.0f} %",
+            f"loss {row['loss']:.3f}",
+            f"lr {row['learning_rate']:.1e}",
+            f"{row['audio_seconds_per_second']:.0f} s audio/s",
+            f"padding {100 * row['padding']:.1f} %",
+            f"dropped {row['dropped']:.0f}",
+            f"ETA {clock(left)}",
+        ]
+        if self.price is not None:
+            spent_now, in_all = ((self.before + spent + x) / 3600 * self.price for x in (0, left))
+            parts.append(f"cost {spent_now:.2f} of {in_all:.2f}")
+        print(" | ".join(parts), flush=True)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the curves beside the checkpoint."""
+        if state.is_world_process_zero:
+            draw_curves(self.path.parents[1], self.stages)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the curves once more."""
+        self.on_save(args, state, control)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `log.jsonl`, without a last line that a kill cut short; none where no file is."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def draw_curves(output: Path, stages: Sequence[str]) -> None:
+    """Write `curves.png`: loss, WER and learning rate of the stages under `output`."""
+    from matplotlib.figure import Figure  # not pyplot: no state, no window
+
+    logs = {stage: read_log(output / stage / LOG) for stage in stages}
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = (("loss", ("loss", "eval_loss")), ("WER %", ("eval_wer",)),
+              ("learning rate", ("learning_rate",)))  # fmt: skip
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
+        start = 0
+        for stage, rows in logs.items():
+            for key in keys:
+                points = [(start + row["step"], row[key]) for row in rows if key in row]
+                if points:
+                    style = "o-" if key.startswith("eval_") else "-"
+                    axes.plot(*zip(*points, strict=True), style, ms=3, lw=1, label=f"{stage} {key}")
+            start += max((row["step"] for row in rows), default=0)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    figure.savefig(output / "curves.tmp.png", dpi=110)
+    (output / "curves.tmp.png").replace(output / "curves.png")
+
+
+def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[str]:
+    """Names of the trackers that a stage reports to, started; what cannot be started is said.
+
+    `wanted` None: wandb where it is installed and has a key (or WANDB_MODE=offline).
+    """
+    if wanted not in (None, "wandb", ["wandb"]):
+        return [] if wanted == "none" else [wanted] if isinstance(wanted, str) else list(wanted)
+    local = f"the log is in {folder / LOG}"
+    if find_spec("wandb") is None:
+        print(f"no wandb (pip install 'tiny-audio[wandb]'): {local}")
+        return []
+    import wandb
+    from requests.utils import get_netrc_auth
+
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    if not (offline or os.environ.get("WANDB_API_KEY") or get_netrc_auth(server)):
+        print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
+        return []
+    mark = folder / "wandb_id"  # a resumed run goes on in the same curve
+    if not mark.exists():
+        mark.write_text(secrets.token_hex(4))
+    try:
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tiny-audio"),
+            name=f"{folder.parent.name}/{folder.name}",
+            id=mark.read_text(),
+            resume="allow",
+            dir=str(folder.parent),
+            config=config,
+            settings=wandb.Settings(init_timeout=30),
+        )
+    except (wandb.Error, OSError) as error:
+        print(f"wandb cannot be reached ({type(error).__name__}): {local}")
+        return []
+    return ["wandb"]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def part_of(name: str) -> str:
+    """Which learning rate a parameter takes: projector (with the CTC head), encoder, decoder."""
+    return name.split(".")[0] if name.startswith(("encoder.", "decoder.")) else "projector"
+
+
+def part_rates(settings: dict[str, Any], default: float) -> dict[str, float]:
+    """Learning rate of each part; one that is not set follows `learning_rate`, 0 freezes."""
+    own = {p: settings[f"{p}_learning_rate"] for p in ("encoder", "decoder")}
+    return {"projector": default, **{p: default if r is None else r for p, r in own.items()}}
