@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LORAS, TEXTS, babble, write_audio
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from tiny_audio import train as recipe
@@ -396,6 +397,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
     assert torch.equal(torch.load(folder / "logits.pt"), logits)
     cfg.model.pretrained_model_path, cfg.run.output_dir = str(output), str(folder / "next")
     cfg.training.learning_rate = 0.0
+    OmegaConf.set_struct(cfg, False)
     cfg.stages[0].training.update(
         {"learning_rate": 1e-12, "decoder_learning_rate": 1e-12, "encoder_learning_rate": 1e-12,
          "max_steps": 1, "eval_steps": 1}

@@ -4,9 +4,12 @@ Every example that cannot be used is skipped with a reason, counted and named; n
 fit. The order of batches depends on (seed, epoch) alone, so that a resumed run repeats it.
 """
 
+import io
 import json
 import logging
+import random
 import re
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import hydra
 import numpy as np
 import torch
 from datasets import Audio, load_dataset
@@ -36,8 +40,15 @@ SOURCE: dict[str, Any] = {
     "text_column": "text",
     "duration_column": "duration",
     "repeat": 1,  # times that each example is seen in an epoch
-    "sample": None,  # so many rows of it, drawn once and for all
+    "sample": None,  # so many rows of it, drawn once and for all (of a stream: the first)
+    "silence": False,  # its clips hold no speech: an empty transcript is meant
+    "weight": 1.0,  # of a stream: how often it is drawn from, beside the others
 }
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+BUILDERS |= {".arrow": "arrow", ".tar": "webdataset"}
+# Slower than anybody reads, faster than anybody speaks.
+CHARACTERS_PER_SECOND = (0.3, 40.0)
+GLOBAL_DRAWS = threading.Lock()
 ANNOTATION = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)")
 
 
@@ -54,6 +65,7 @@ class Example:
     text: str
     duration: float
     target: list[int] = field(default_factory=list)
+    silence: bool = False
 
 
 class Dropped:
@@ -64,14 +76,22 @@ class Dropped:
         self.first: dict[str, str] = {}
         self.seen: set[str] = set()
         self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        for line in lines:  # of a run that was stopped
+            if line.endswith("}"):
+                row = json.loads(line)
+                self._count(row["id"], row["reason"])
+
+    def _count(self, example_id: str, reason: str) -> None:
+        self.seen.add(example_id)
+        self.counts[reason] += 1
+        self.first.setdefault(reason, example_id)
 
     def add(self, example_id: str, reason: str, detail: str = "") -> None:
         """Note a skipped example; one that was noted before is not counted again."""
         if example_id in self.seen:
             return
-        self.seen.add(example_id)
-        self.counts[reason] += 1
-        self.first.setdefault(reason, example_id)
+        self._count(example_id, reason)
         if self.path is not None:
             with self.path.open("a") as file:
                 row = {"id": example_id, "reason": reason, "detail": detail}
@@ -103,58 +123,91 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     return text.lower() if text.isupper() and len(text) > 3 else text
 
 
-def read_source(source: dict[str, Any]) -> Iterator[Example]:
-    """Rows of one source as they are, unchecked, in file order. See `SOURCE` for its keys.
+def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Path]:
+    """Rows of one source as `datasets` reads them, and the folder that paths are relative to.
 
     Raises:
         DataError: when the source, its split or one of its columns does not exist.
     """
-    check_keys(source, SOURCE, "a data source")
-    source = {**SOURCE, **source}
     path = Path(str(source["path"])).expanduser()
-    if path.suffix in (".jsonl", ".json", ".csv", ".tsv"):
+    how: dict[str, Any] = {"split": source["split"], "streaming": streaming}
+    if path.suffix in BUILDERS:
         if not path.is_file():
-            raise DataError(f"manifest {path}: no such file")
-        kind = "json" if path.suffix.startswith(".json") else "csv"
-        rows = load_dataset(kind, data_files=str(path), split="train")
-    elif path.is_dir():
-        rows = load_dataset("audiofolder", data_dir=str(path), split=source["split"])
-    else:
-        rows = load_dataset(str(source["path"]), source["name"], split=source["split"])
-    for key in ("audio_column", "text_column"):
-        if source[key] not in rows.column_names:
-            raise DataError(f"{source['path']}: no column {source[key]!r}; has {rows.column_names}")
-    if isinstance(rows.features[source["audio_column"]], Audio):
-        rows = rows.cast_column(source["audio_column"], Audio(decode=False))
-    if source["sample"] and source["sample"] < len(rows):
-        rows = rows.shuffle(seed=0).select(range(source["sample"]))
-    row: Any
-    for i, row in enumerate(rows):
-        audio = row[source["audio_column"]]
-        if isinstance(audio, str):
-            audio = str(path.parent / audio)
-        duration = row.get(source["duration_column"])
-        yield Example(
-            id=str(row.get(source["id_column"], f"{path.stem}-{i}")),
-            audio=audio,
-            text=row[source["text_column"]] or "",
-            duration=header_seconds(audio) if duration is None else float(duration),
+            raise DataError(f"{path}: no such file")
+        rows: Any = load_dataset(
+            BUILDERS[path.suffix], data_files=str(path), **{**how, "split": "train"}
         )
+    elif path.is_dir():
+        rows = load_dataset("audiofolder", data_dir=str(path), **how)
+    else:
+        rows = load_dataset(str(source["path"]), source["name"], **how)
+    columns = rows.column_names or list(next(iter(rows), {}))
+    for key in ("audio_column", "text_column"):
+        if source[key] not in columns:
+            raise DataError(f"{source['path']}: no column {source[key]!r}; has {columns}")
+    features = rows.features or {}
+    if isinstance(features.get(source["audio_column"]), Audio):
+        rows = rows.cast_column(source["audio_column"], Audio(decode=False))
+    if n := source["sample"]:
+        if streaming:
+            rows = rows.take(n)
+        elif n < len(rows):
+            rows = rows.shuffle(seed=0).select(range(n))
+    return rows, path.parent
+
+
+def to_example(source: dict[str, Any], row: dict[str, Any], index: int, folder: Path) -> Example:
+    """A row of a source as it is, unchecked; a duration of -1 where no header says it."""
+    audio = row[source["audio_column"]]
+    if isinstance(audio, str):
+        audio = str(folder / audio)
+    duration = row.get(source["duration_column"])
+    stem = Path(str(source["path"])).stem
+    return Example(
+        id=str(row.get(source["id_column"]) or f"{stem}-{index}"),
+        audio=audio,
+        text=row[source["text_column"]] or "",
+        duration=header_seconds(audio) if duration is None else float(duration),
+        silence=source["silence"],
+    )
+
+
+def read_source(source: Any, streaming: bool = False) -> Iterator[Example]:
+    """Examples of one source as they are, unchecked, in file order. See `SOURCE` for its keys.
+
+    Raises:
+        DataError: see `open_rows`.
+    """
+    source = complete(source)
+    rows, folder = open_rows(source, streaming)
+    for i, row in enumerate(rows):
+        yield to_example(source, row, i, folder)
+
+
+def complete(source: Any) -> dict[str, Any]:
+    """A source with its defaults; unknown keys are refused."""
+    check_keys(dict(source), SOURCE, "a data source")
+    return {**SOURCE, **dict(source)}
 
 
 def header_seconds(audio: Any) -> float:
-    """Duration in seconds from the file's header, decoding nothing; 0 where it cannot be read."""
+    """Duration in seconds from the file's header, decoding nothing; -1 where it cannot be read.
+
+    A file whose header does not say (0) is decoded.
+    """
     source = audio
     if isinstance(audio, dict):
-        source = audio.get("path") if audio.get("bytes") is None else None
-    if source is None:
-        return len(load_audio(audio)) / SAMPLE_RATE
+        data = audio.get("bytes")
+        source = audio.get("path") if data is None else io.BytesIO(data)
     try:
         container: Any
-        with av.open(source) as container:
-            return (container.duration or 0) / av.time_base
-    except (av.FFmpegError, OSError):
-        return 0.0
+        if isinstance(source, str | Path | io.BytesIO):
+            with av.open(source) as container:
+                if container.duration:
+                    return container.duration / av.time_base
+        return len(load_audio(audio)) / SAMPLE_RATE
+    except (av.FFmpegError, OSError, AudioError):
+        return -1.0
 
 
 class FrameWriter:
@@ -195,11 +248,10 @@ class Frames(dict[str, torch.Tensor]):
         super().__init__({clip: rows[at : at + n] for clip, (at, n) in index["clips"].items()})
 
 
-class SpeechDataset(Dataset):
-    """Checked examples, read and turned into features when asked for.
+class Clips:
+    """Checks examples, reads them into features, and makes batches of them.
 
     Args:
-        sources: see `SOURCE`.
         processor: makes features and targets.
         dropped: where skipped examples are noted.
         min_seconds, max_seconds: clips outside are skipped.
@@ -208,15 +260,16 @@ class SpeechDataset(Dataset):
         feature_noise: standard deviation of noise on cached encoder frames.
         channel_drop: share of channels of cached encoder frames that are dropped.
         time_mask: longest run of cached encoder frames that is dropped.
+        noise: {"path", "share", "snr"}: recordings of a folder are added to a share of the clips,
+            at a signal to noise ratio between the two of `snr`, in dB.
+        transform: {"_target_": class of any library, ...}; called with `samples` and `sample_rate`.
+        mask_time, mask_bands: SpecAugment (Park et al. 2019) on features: two masks, each over at
+            most this share of the time; over at most so many mel bands.
         seed: of the augmentation, with the epoch and the example's id.
-
-    `item[i]` is a dict with `id`, `seconds`, `features` (time first) and `target` (token ids), or
-    with `id`, `reason` and `detail` for an example that cannot be read.
     """
 
     def __init__(
         self,
-        sources: Sequence[dict[str, Any]],
         processor: ASRProcessor,
         dropped: Dropped,
         min_seconds: float = 0.1,
@@ -226,49 +279,56 @@ class SpeechDataset(Dataset):
         feature_noise: float = 0.0,
         channel_drop: float = 0.0,
         time_mask: int = 0,
+        noise: Any = None,
+        transform: Any = None,
+        mask_time: float = 0.0,
+        mask_bands: int = 0,
         seed: int = 0,
     ) -> None:
-        self.processor, self.dropped = processor, dropped
+        self.noise, self.transform = noise, transform and hydra.utils.instantiate(transform)
+        self.mask_time, self.mask_bands = mask_time, mask_bands
+        self.noises: list[Path] = []
+        if noise:
+            check_keys(noise, {"path", "share", "snr"}, "data.noise")
+            folder = Path(str(noise["path"])).expanduser()
+            self.noises = sorted(path for path in folder.rglob("*") if path.is_file())
+            if not self.noises:
+                raise DataError(f"data.noise.path={noise['path']}: no files there")
+        self.processor, self.dropped, self.lowercase = processor, dropped, lowercase
+        self.min_seconds, self.max_seconds = min_seconds, max_seconds
+        self.max_train_samples = max_train_samples
         self.feature_noise, self.channel_drop = feature_noise, channel_drop
         self.time_mask, self.seed, self.epoch = time_mask, seed, 0
         self.encoded: Any = None  # encoder frames by id, once there is a cache of them
-        self.examples: list[Example] = []
-        self.total = 0
-        known: set[str] = set()  # ids: reports and cached frames go by them
-        for source in sources:
-            for example in read_source(dict(source)):
-                self.total += 1
-                if example.id in known:
-                    example.id = f"{example.id}@{self.total}"
-                known.add(example.id)
-                example.text = prepare_text(example.text, lowercase)
-                example.target = processor.tokenize(example.text)
-                if reason := self._unfit(example, min_seconds, max_seconds):
-                    dropped.add(example.id, reason, f"{example.duration:.2f} s")
-                    continue
-                repeat = int(source.get("repeat", 1))
-                self.examples += [example] * repeat
-        self.examples = self.examples[:max_train_samples]
-        if not self.examples:
-            raise DataError(f"no usable example in {[s.get('path') for s in sources]}: {dropped}")
 
-    def _unfit(self, example: Example, low: float, high: float) -> str | None:
-        if not example.text:
+    def admit(self, example: Example) -> str | None:
+        """Prepare the text and tokens of an example; the reason where it cannot be used."""
+        example.text = prepare_text(example.text, self.lowercase)
+        example.target = self.processor.tokenize(example.text)
+        if not example.text and not example.silence:
             return "empty text"
-        if not low <= example.duration <= high:
-            return "shorter than min_seconds" if example.duration < low else "over max_seconds"
-        frames = self.processor.frames_for_seconds(example.duration)
-        target = example.target
-        repeats = sum(a == b for a, b in pairwise(target))
-        if len(target) + repeats > frames:  # each token needs a frame, a repeat a blank too
+        if example.duration < 0:
+            return "unreadable audio"
+        if example.duration < self.min_seconds:
+            return "shorter than min_seconds"
+        if example.duration > self.max_seconds:
+            return "over max_seconds"
+        if not self.fits(example):
             return "more tokens than frames"
+        slow, fast = CHARACTERS_PER_SECOND
+        if example.text and not slow <= len(example.text) / example.duration <= fast:
+            return "implausible characters per second"
         return None
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    def fits(self, example: Example) -> bool:
+        """Whether CTC can align the tokens: each needs a frame, a repeated one a blank too."""
+        repeats = sum(a == b for a, b in pairwise(example.target))
+        frames = self.processor.frames_for_seconds(example.duration)
+        return len(example.target) + repeats <= frames
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
+    def read(self, example: Example) -> dict[str, Any]:
+        """An example as a dict with `id`, `seconds`, `features` (time first) and `target` (token
+        ids), or with `id`, `reason` and `detail` where it cannot be read."""
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
         if self.encoded is not None:
             frames = self.encoded[example.id]
@@ -277,24 +337,53 @@ class SpeechDataset(Dataset):
             samples = load_audio(example.audio)
         except AudioError as error:
             return {"id": example.id, "reason": "unreadable audio", "detail": str(error)}
-        if not samples.any():
+        if not samples.any() and not example.silence:
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
-        return {**item, "features": self.processor.features(samples)}
+        if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
+            detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
+            return {"id": example.id, "reason": "not as long as it says", "detail": detail}
+        features = self.processor.features(self.disturb(samples, example.id))
+        return {**item, "features": self.mask(features, example.id)}
+
+    def rng(self, example_id: str) -> np.random.Generator:
+        """Draws for an example: fixed by (seed, epoch, id), so that a resumed run repeats them."""
+        key = [self.seed, self.epoch, zlib.crc32(example_id.encode())]
+        return np.random.default_rng(key)
+
+    def disturb(self, samples: np.ndarray, example_id: str) -> np.ndarray:
+        """Noise from a folder and the configured transform, on samples (n,) at 16 kHz."""
+        rng = self.rng(example_id)
+        if self.noises and rng.random() < self.noise["share"]:
+            sound = load_audio(str(self.noises[rng.integers(len(self.noises))]))
+            sound = np.roll(sound, -int(rng.integers(len(sound))))
+            sound = np.resize(sound, len(samples))  # repeats it where it is shorter
+            gain = 10 ** (-rng.uniform(*self.noise["snr"]) / 20)
+            level = np.sqrt(np.square(samples).mean() / max(float(np.square(sound).mean()), 1e-12))
+            samples = (samples + gain * level * sound).astype(np.float32)
+        if self.transform:
+            with GLOBAL_DRAWS:  # libraries draw from the generators that all threads share
+                random.seed(int(rng.integers(2**32)))
+                np.random.seed(int(rng.integers(2**32)))
+                samples = self.transform(samples=samples, sample_rate=SAMPLE_RATE)
+        return samples
+
+    def mask(self, features: torch.Tensor, example_id: str) -> torch.Tensor:
+        """SpecAugment on features (n,) or (t, mels): stretches are set to the clip's mean."""
+        rng, mean = self.rng(example_id + "/mask"), features.mean()
+        longest = int(self.mask_time * len(features))
+        for _ in range(2 if longest else 0):
+            width = int(rng.integers(longest + 1))
+            start = int(rng.integers(len(features) - width + 1))
+            features[start : start + width] = mean
+        for _ in range(2 if self.mask_bands and features.ndim == 2 else 0):
+            width = int(rng.integers(self.mask_bands + 1))
+            start = int(rng.integers(features.shape[1] - width + 1))
+            features[:, start : start + width] = mean
+        return features
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `augment` draws for; the trainer calls it."""
         self.epoch = epoch
-
-    def serve_encoded(self, encoded: dict[str, torch.Tensor]) -> None:
-        """Serve cached encoder frames: `encoded` holds (t, d_encoder) by the examples' ids.
-
-        Examples that are not in it could not be read when it was made; they are left out.
-        """
-        self.encoded = encoded
-        for example in self.examples:
-            if example.id not in encoded:
-                self.dropped.add(example.id, "no cached frames")
-        self.examples = [example for example in self.examples if example.id in encoded]
 
     def augment(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
         """Noise, dropped channels and a dropped run of frames on encoder frames (t, d).
@@ -332,12 +421,73 @@ class SpeechDataset(Dataset):
         return batch
 
 
+class SpeechDataset(Clips, Dataset):
+    """All examples of the sources, checked, read when asked for: see `Clips.read`."""
+
+    def __init__(
+        self, sources: Sequence[Any], processor: ASRProcessor, dropped: Dropped, **options: Any
+    ) -> None:
+        streaming = options.pop("streaming", False)
+        super().__init__(processor, dropped, **options)
+        self.examples: list[Example] = []
+        self.total = 0
+        known: set[str] = set()  # ids: reports and cached frames go by them
+        for source in sources:
+            for example in read_source(source, streaming):
+                self.total += 1
+                if example.id in known:
+                    example.id = f"{example.id}@{self.total}"
+                known.add(example.id)
+                if reason := self.admit(example):
+                    dropped.add(example.id, reason, f"{example.duration:.2f} s")
+                else:
+                    self.examples += [example] * int(dict(source).get("repeat", 1))
+        self.examples = self.examples[: self.max_train_samples]
+        if not self.examples:
+            paths = [dict(source).get("path") for source in sources]
+            raise DataError(f"no usable example in {paths}: {dropped}")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(self.examples[index])
+
+    def serve_encoded(self, encoded: dict[str, torch.Tensor]) -> None:
+        """Serve cached encoder frames: `encoded` holds (t, d_encoder) by the examples' ids.
+
+        Examples that are not in it could not be read when it was made; they are left out.
+        """
+        self.encoded = encoded
+        for example in self.examples:
+            if example.id not in encoded:
+                self.dropped.add(example.id, "no cached frames")
+        self.examples = [example for example in self.examples if example.id in encoded]
+
+
+def cut_batches(
+    seconds: np.ndarray, order: np.ndarray, batch_seconds: float, most: int
+) -> list[list[int]]:
+    """Cut clips in the given order (longest first) where padding would exceed `batch_seconds`."""
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    longest = 0.0
+    for i in order:
+        longest = max(longest, seconds[i])
+        if batch and (len(batch) == most or longest * (len(batch) + 1) > batch_seconds):
+            batches.append(batch)
+            batch, longest = [], seconds[i]
+        batch.append(int(i))
+    return [*batches, batch]
+
+
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length whose padded audio stays within `batch_seconds`.
 
     Examples are sorted by their duration with up to 3 % of jitter, cut into batches by the budget,
     and the batches are shuffled; all drawn from (seed, epoch). `most` limits the clips in a batch
-    as well.
+    as well; their number is a multiple of `multiple`, the processes that share them. With
+    `largest_first` the first epoch starts with its largest batch: memory runs out now or never.
     """
 
     def __init__(
@@ -347,8 +497,11 @@ class LengthBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         most: int | None = None,
+        multiple: int = 1,
+        largest_first: bool = False,
     ) -> None:
         self.seconds, self.most = np.asarray(seconds), most or len(seconds)
+        self.largest_first = largest_first
         if self.seconds.max() > batch_seconds:
             raise DataError(
                 f"training.batch_seconds={batch_seconds} is below the longest clip "
@@ -357,10 +510,14 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
         self.epoch = self.count = 0
         most = max(len(self._make(epoch)) for epoch in range(8)) if shuffle else 0
-        self.count = min(len(self.seconds), most + most // 50 + (most > 0))
+        wanted = most + most // 50 + (most > 0)
+        wanted += -wanted % multiple
+        if shuffle and wanted > len(self.seconds):
+            wanted = len(self.seconds) // multiple * multiple
+        self.count = wanted
         self.batches = self._make(0)
         self.count = len(self.batches)
-        self.batch_size = 1  # accelerate asks; batches have no fixed size
+        self.batch_size = None  # accelerate asks; batches have no fixed size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration shuffles for."""
@@ -369,17 +526,8 @@ class LengthBatchSampler(Sampler[list[int]]):
     def _make(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, epoch])
         jitter = rng.uniform(0.97, 1.03, len(self.seconds)) if self.shuffle else 1.0
-        batches: list[list[int]] = []
-        batch: list[int] = []
-        longest = 0.0
-        for i in np.argsort(-self.seconds * jitter, kind="stable"):
-            longest = max(longest, self.seconds[i])
-            full = len(batch) == self.most or longest * (len(batch) + 1) > self.batch_seconds
-            if batch and full:
-                batches.append(batch)
-                batch, longest = [], self.seconds[i]
-            batch.append(int(i))
-        batches.append(batch)
+        order = np.argsort(-self.seconds * jitter, kind="stable")
+        batches = cut_batches(self.seconds, order, self.batch_seconds, self.most)
         # Jitter moves the count by a batch or two; the trainer needs one number for all epochs, so
         # the fullest batches are halved until it is reached.
         while len(batches) < self.count:
@@ -388,6 +536,9 @@ class LengthBatchSampler(Sampler[list[int]]):
             batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         if self.shuffle:
             rng.shuffle(batches)
+        if self.largest_first and epoch == 0:
+            padded = [len(batch) * self.seconds[batch].max() for batch in batches]
+            batches.insert(0, batches.pop(int(np.argmax(padded))))
         return batches
 
     def __len__(self) -> int:

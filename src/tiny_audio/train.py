@@ -8,21 +8,24 @@ same command again continues where it stopped.
 import ctypes
 import gc
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import string
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
@@ -43,9 +46,18 @@ from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
-from .data import DataError, Dropped, Frames, FrameWriter, LengthBatchSampler, SpeechDataset
+from .data import (
+    DataError,
+    Dropped,
+    Example,
+    Frames,
+    FrameWriter,
+    LengthBatchSampler,
+    SpeechDataset,
+)  # fmt: skip
 from .hub import HubPusher, PushError, git_hash, hub_target, model_card, one_line, push_folder
-from .trainer import ASRTrainer, StepLine, part_of, part_rates, start_trackers
+from .stream import SpeechStream
+from .trainer import ASRTrainer, Preemption, StepLine, part_of, part_rates, start_trackers
 
 logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
@@ -55,8 +67,16 @@ OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
-    "early_stopping_patience".split()
+    "early_stopping_patience largest_first".split()
 )
+
+
+class Preempted(RuntimeError):
+    """The run was told to stop by a signal, has saved a checkpoint, and is not finished."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: saved; the same command continues")
+        self.code = {signal.SIGTERM: 75, signal.SIGINT: 130}[signal.Signals(number)]
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -163,11 +183,12 @@ def build_model(
     return model
 
 
-def ctc_vocabulary(data: SpeechDataset) -> tuple[list[int], list[int], set[int]]:
+def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int], set[int]]:
     """What occurs in the training transcripts: token ids, lower-case bytes but punctuation (', the
     apostrophe, is a letter), and bytes as written."""
-    tokens = {token for example in data.examples for token in example.target}
-    written = {byte for example in data.examples for byte in f" {example.text}".encode()}
+    examples = list(examples)
+    tokens = {token for example in examples for token in example.target}
+    written = {byte for example in examples for byte in f" {example.text}".encode()}
     spoken = set(bytes(written).lower()) - set(string.punctuation.encode())
     return sorted(tokens), sorted(spoken | (written & set(b"'"))), written
 
@@ -258,6 +279,34 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def read_data(
+    cfg: DictConfig, settings: dict[str, Any], processor: ASRProcessor, dropped: Dropped
+) -> tuple[Any, SpeechDataset | None]:
+    """What a stage trains on, a SpeechDataset or SpeechStream, and what it is evaluated on."""
+    place = PartialState()
+    limits = {key: cfg.data[key] for key in ("min_seconds", "max_seconds", "lowercase")}
+    keys = "feature_noise channel_drop time_mask max_train_samples noise transform mask_time "
+    options = {key: cfg.data[key] for key in (keys + "mask_bands").split()}
+    options |= {"seed": cfg.run.seed, **limits}
+    data: Any
+    if cfg.data.streaming:
+        data = SpeechStream(
+            cfg.data.train, processor, dropped, settings["batch_seconds"], cfg.data.block,
+            settings["per_device_train_batch_size"], place.process_index, place.num_processes,
+            **options,
+        )  # fmt: skip
+    else:
+        data = SpeechDataset(cfg.data.train, processor, dropped, **options)
+        dropped.check(data.total, cfg.data.max_dropped_fraction)
+    if settings["eval_strategy"] == "no":
+        return data, None
+    if not cfg.data.eval:
+        raise ValueError("data.eval names no clips: set it, or training.eval_strategy=no")
+    unused = Dropped(dropped.path and dropped.path.with_name("dropped_eval.jsonl"))
+    streaming = cfg.data.streaming
+    return data, SpeechDataset(cfg.data.eval, processor, unused, streaming=streaming, **limits)
+
+
 def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | None = None) -> Path:
     """Train one stage in `folder`, from the trained folder `start`; returns its `final` folder.
 
@@ -268,50 +317,58 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         print(f"{folder}: finished before, kept")
         return final
     folder.mkdir(parents=True, exist_ok=True)
+    place = PartialState(cpu=not torch.cuda.is_available())
     set_seed(cfg.run.seed)
     settings = fit_device(OmegaConf.to_container(cfg.training, resolve=True))  # type: ignore
     cfg.training.dtype, cfg.training.attn_implementation = (
         settings["dtype"], settings["attn_implementation"],
     )  # fmt: skip
-    dropped = Dropped(folder / "dropped.jsonl")
+    rank = f"-{place.process_index}" if place.process_index else ""
+    dropped = Dropped(folder / f"dropped{rank}.jsonl")
     previous = ASRConfig.from_pretrained(start) if start else None
     processor = build_processor(cfg)
-    limits = {key: cfg.data[key] for key in ("min_seconds", "max_seconds", "lowercase")}
-    augment = {key: cfg.data[key] for key in ("feature_noise", "channel_drop", "time_mask")}
-    augment |= {"max_train_samples": cfg.data.max_train_samples, "seed": cfg.run.seed}
-    data = SpeechDataset(cfg.data.train, processor, dropped, **limits, **augment)
-    dropped.check(data.total, cfg.data.max_dropped_fraction)
-    evaluation = None
-    if settings["eval_strategy"] != "no":
-        if not cfg.data.eval:
-            raise ValueError("data.eval names no clips: set it, or training.eval_strategy=no")
-        unused = Dropped(folder / "dropped_eval.jsonl")
-        evaluation = SpeechDataset(cfg.data.eval, processor, unused, **limits)
-    tokens, alphabet, written = ctc_vocabulary(data)
+    with place.main_process_first():  # it fills the cache of `datasets`
+        data, evaluation = read_data(cfg, settings, processor, dropped)
+    streamed = isinstance(data, SpeechStream)
+    texts = data.texts(cfg.data.vocabulary_rows) if streamed else data.examples
+    tokens, alphabet, written = ctc_vocabulary(texts)
     if previous:  # its own spelling comes with its weights
         tokens, alphabet = previous.ctc_token_ids, previous.ctc_alphabet
     heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [], written)
     model = build_model(cfg, processor, heads, start)
     rates = part_rates(settings, settings["learning_rate"])
+    decoded, posteriors = settings["decoder_loss_weight"], cfg.model.bridge == "posteriors"
+    idle = {"characters": not settings["character_loss_weight"], "residual": not decoded}
+    idle["ctc"] = not settings["ctc_loss_weight"] and not (posteriors and decoded)
     for name, parameter in model.named_parameters():
-        if not rates[part_of(name)]:
-            parameter.requires_grad_(False)  # frozen in this stage
-    hours = sum(example.duration for example in data.examples) / 3600
+        if not rates[part_of(name)] or idle.get(name.split(".")[0]):
+            parameter.requires_grad_(False)  # frozen in this stage, or of no use in it
     print(describe(model))
-    print(f"{len(data)} clips, {hours:.2f} h an epoch; dropped: {dropped}")
+    clips = 0 if streamed else len(data)
+    hours = 0.0 if streamed else sum(example.duration for example in data.examples) / 3600
+    size = "a stream" if streamed else f"{clips} clips, {hours:.2f} h an epoch"
+    print(f"{size}; dropped: {dropped}")
     if settings["cache_encoder"]:
+        if streamed:
+            raise ValueError("training.cache_encoder needs data.streaming=false")
         made_of = [cfg.model.encoder_model_name, model.config.encoder_revision, settings["dtype"]]
         made_of += [processor.tail_seconds, processor.min_seconds]
         made_of += sorted({(e.id, str(e.audio)[:200], e.duration) for e in data.examples})
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
         path = folder.parent / f"encoder_frames-{digest}.json"
-        cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
+        with place.main_process_first():
+            cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
         dropped.check(data.total, cfg.data.max_dropped_fraction)
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
     # transformers' newer name of it; the field's own is kept in the configs
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
-    trackers = start_trackers(settings["report_to"], folder, whole)
+    trackers = []
+    if place.is_main_process:
+        trackers = start_trackers(settings["report_to"], folder, whole)
+    resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
+    if streamed and resume:
+        data.start = json.loads((Path(resume) / f"stream-{place.process_index}.json").read_text())
     trainer = ASRTrainer(
         settings,
         model=model,
@@ -322,6 +379,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
             disable_tqdm=True,
             logging_nan_inf_filter=False,
             report_to=trackers,
+            ignore_data_skip=streamed,  # it starts at its position by itself
+            accelerator_config={"even_batches": False},  # our sampler sees to it
             **arguments,
         ),
         train_dataset=data,
@@ -335,24 +394,30 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
     if hub_id:
         trainer.add_callback(HubPusher(hub_id))
+    preemption = Preemption(trainer)
+    trainer.add_callback(preemption)
     started = time.monotonic()
-    resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     if resume:
         print(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=resume)
-    dropped.check(data.total, cfg.data.max_dropped_fraction)
+    if preemption.signal and trainer.state.global_step < trainer.state.max_steps:
+        raise Preempted(preemption.signal)
+    if not streamed:
+        dropped.check(data.total, cfg.data.max_dropped_fraction)
     trainer.save_model(str(final))
     parameters = list(model.parameters())
     summary = {
         "name": folder.name,
         "steps": trainer.state.global_step,
-        "clips": len(data),
+        "clips": clips,
         "hours": hours,
         "seconds": time.monotonic() - started,
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
     }
-    (final / FINISHED).write_text(json.dumps(summary) + "\n")
+    if place.is_main_process:
+        (final / FINISHED).write_text(json.dumps(summary) + "\n")
+    place.wait_for_everyone()
     return final
 
 
@@ -365,6 +430,8 @@ def train(cfg: DictConfig) -> Path:
     if (output / FINISHED).exists():
         print(f"{output} is finished; run.fresh=true starts anew")
         return output
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = io.StringIO()  # one process speaks for all
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
     start = cfg.model.pretrained_model_path
@@ -375,6 +442,8 @@ def train(cfg: DictConfig) -> Path:
         start = str(run_stage(merged, output / stage.name, start, hub_id))
         gc.collect()  # the trainer and its callbacks hold one another, and the model with them
         return_freed_memory()
+    if not PartialState().is_main_process:
+        return output
     ASRModel.from_pretrained(start).save_pretrained(output)
     ASRProcessor.from_pretrained(start).save_pretrained(output)
     OmegaConf.save(cfg, output / "training_config.yaml")
@@ -409,5 +478,13 @@ def compose_and_train(cfg: DictConfig) -> None:
         if os.environ.get("TINY_AUDIO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: out of memory ({one_line(error)}): lower training.batch_seconds (now "
+            f"{cfg.training.batch_seconds}), or set training.gradient_checkpointing=true"
+        )
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last checkpoint")

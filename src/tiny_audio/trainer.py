@@ -3,7 +3,10 @@
 import json
 import os
 import secrets
+import signal
+import sys
 import time
+import zlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
@@ -18,6 +22,7 @@ from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
 from .data import DataError, Dropped, LengthBatchSampler
 from .scoring import score
+from .stream import SpeechStream
 
 # Passed to `forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
@@ -34,6 +39,9 @@ class ASRTrainer(Trainer):
         self.settings = settings
         self.dropped: Dropped = kwargs["train_dataset"].dropped
         self.seconds = self.padded = 0.0  # audio since the last log line
+        self.clips = 0  # checksum of the ids since then
+        self.seen = 0
+        self.position: Any = None  # of a stream
         self.logged_at = time.monotonic()
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # `forward` takes num_items_in_batch
@@ -41,18 +49,26 @@ class ASRTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches within `training.batch_seconds`, in an order that (seed, epoch) fixes."""
         data: Any = self.train_dataset
+        workers = self.args.dataloader_num_workers
+        # Its own generator: an iterator that a resumed run makes must not draw from the run's.
+        own = torch.Generator().manual_seed(self.args.seed)
+        if isinstance(data, SpeechStream):  # one reader, which decodes in threads
+            return DataLoader(data, batch_size=None, num_workers=min(1, workers), generator=own)
         sampler = LengthBatchSampler(
             [example.duration for example in data.examples],
             self.settings["batch_seconds"],
             self.args.seed,
             most=self.settings["per_device_train_batch_size"],
+            multiple=self.args.world_size,
+            largest_first=self.settings["largest_first"],
         )
         loader = DataLoader(
             data,
             batch_sampler=sampler,
             collate_fn=data.collate,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=workers,
             persistent_workers=False,  # workers must see the dataset's epoch
+            generator=own,
         )
         return self.accelerator.prepare(loader)
 
@@ -80,7 +96,8 @@ class ASRTrainer(Trainer):
         """The model's loss; a loss that is not finite stops the run and names its clips."""
         inputs = dict(inputs)
         ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
-        for item in inputs.pop("dropped"):
+        position, unread = inputs.pop("position", None), inputs.pop("dropped")
+        for item in unread:
             self.dropped.add(item["id"], item["reason"], item["detail"])
         settings = {key: self.settings[key] for key in LOSS_KEYS}
         if not model.training:
@@ -95,6 +112,11 @@ class ASRTrainer(Trainer):
             mask = inputs["input_features_mask"]
             self.seconds += seconds
             self.padded += seconds * mask.numel() / int(mask.sum())
+            self.seen += len(ids) + len(unread)
+            self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
+            self.position = position
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                outputs.loss = outputs.loss * self.args.world_size  # DDP takes the mean
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     @torch.no_grad()
@@ -149,13 +171,18 @@ class ASRTrainer(Trainer):
             logs["audio_seconds_per_second"] = self.seconds / max(now - self.logged_at, 1e-9)
             logs["padding"] = 1 - self.seconds / max(self.padded, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
-            self.seconds, self.padded, self.logged_at = 0.0, 0.0, now
+            logs["clips"] = self.clips
+            self.seconds, self.padded, self.clips, self.logged_at = 0.0, 0.0, 0, now
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trained tensors, config, processor and code; base weights only in the final save."""
+        folder = str(output_dir or self.args.output_dir)
+        if self.position is not None:  # of each process
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            path = Path(folder) / f"stream-{self.args.process_index}.json"
+            path.write_text(json.dumps(self.position))
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
             self.accelerator.unwrap_model(self.model).save_pretrained(folder, self_contained=False)
             self.processing_class.save_pretrained(folder)
 
@@ -167,6 +194,44 @@ class ASRTrainer(Trainer):
         best = self.state.best_model_checkpoint
         print(f"best: {best}, {self.args.metric_for_best_model} {self.state.best_metric:.2f}")
         self._load_from_checkpoint(str(best))
+
+
+class Preemption(TrainerCallback):
+    """SIGTERM (a spot machine is taken away) or Ctrl-C: save after this step, and stop.
+
+    A second Ctrl-C stops at once. `signal` is the number of what came, or 0.
+    """
+
+    def __init__(self, trainer: ASRTrainer) -> None:
+        self.trainer, self.signal, self.before = trainer, 0, {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen, and refuse sharding that is asked for and was not done."""
+        wrapped = self.trainer.model_wrapped
+        if self.trainer.is_fsdp_enabled and not isinstance(wrapped, FSDPModule):
+            raise ValueError(f"FSDP is asked for, but the model is a {type(wrapped).__name__}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+        print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where any process was told to."""
+        if args.world_size > 1:
+            heard = torch.tensor(self.signal, device=args.device)
+            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+            self.signal = int(heard)
+        if self.signal:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen no more."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class StepLine(TrainerCallback):
@@ -183,10 +248,12 @@ class StepLine(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; lines of steps that a resumed run makes again are taken out."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero:
+            return
         rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.before = rows[-1]["seconds"] if rows else 0.0  # spent before this start
-        self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA, cost."""

@@ -1,0 +1,219 @@
+"""Data read as a stream: every example once an epoch, resumable at any batch, and real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, babble, write_audio, write_manifest
+from safetensors.torch import load_file
+
+from tiny_audio import train as recipe
+from tiny_audio.asr_modeling import WEIGHTS
+from tiny_audio.data import DataError, Dropped
+from tiny_audio.stream import SpeechStream
+from tiny_audio.trainer import LOG, read_log
+
+
+@pytest.fixture(scope="module")
+def processor(build):
+    return build("whisper")[0]
+
+
+@pytest.fixture(scope="module")
+def two_sources(corpus, tmp_path_factory):
+    """Manifests of 12 and of 5 clips; one of the five cannot be read."""
+    folder = tmp_path_factory.mktemp("second")
+    rows = []
+    for i in range(5):
+        path = write_audio(folder / f"{i}.wav", babble(1 + i / 5, i), 16_000, "pcm_s16le")
+        rows.append(
+            {"id": f"other{i}", "audio": path.name, "text": TEXTS[i], "duration": 1 + i / 5}
+        )
+    (folder / "4.wav").write_text("no audio")
+    return [{"path": str(corpus)}, {"path": str(write_manifest(folder / "m.jsonl", rows))}]
+
+
+def stream_of(sources, processor, **options):
+    return SpeechStream(sources, processor, Dropped(), 6.0, max_seconds=6.0, **options)
+
+
+def one_epoch(stream):
+    """Batches of the first epoch."""
+    found = []
+    for batch in stream:
+        found.append(batch)
+        if batch["position"]["epoch"] == 1:
+            return found
+
+
+@pytest.mark.parametrize("block", [4, 7, 2000])
+@pytest.mark.parametrize("weight", [1.0, 20.0])
+def test_every_example_once_an_epoch(two_sources, processor, block, weight):
+    sources = [two_sources[0], {**two_sources[1], "weight": weight}]
+    stream = stream_of(sources, processor, block=block)
+    batches = one_epoch(stream)
+    ids = Counter(id for batch in batches for id in batch["ids"])
+    assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}": 1 for i in range(4)}}
+    assert [item["id"] for batch in batches for item in batch["dropped"]] == ["other4"]
+    for batch in batches:
+        assert batch["input_features"].shape[-1] / 100 * len(batch["ids"]) <= 6.0 + 0.1 * 12
+
+
+def test_weights_mix_the_sources(two_sources, processor):
+    sources = [{**two_sources[0], "weight": 1.0}, {**two_sources[1], "weight": 1000.0}]
+    first = next(iter(stream_of(sources, processor, block=4)))
+    ids = [*first["ids"], *(item["id"] for item in first["dropped"])]
+    assert all(id.startswith("other") for id in ids)
+
+
+def test_epochs_differ_and_repeat_by_seed(two_sources, processor):
+    def order(seed):
+        batches = islice(stream_of(two_sources, processor, block=6, seed=seed), 14)
+        return [batch["ids"] for batch in batches]
+
+    first = order(0)
+    assert first == order(0) != order(1)
+    half = len(one_epoch(stream_of(two_sources, processor, block=6)))
+    assert first[:half] != first[half : 2 * half]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 6, 9])
+def test_a_stream_goes_on_where_it_stopped(two_sources, processor, stop):
+    """From the position that came with any batch, through a file as a checkpoint keeps it."""
+    options = {"block": 6, "seed": 3, "mask_time": 0.2, "mask_bands": 4}
+    whole = list(islice(stream_of(two_sources, processor, **options), 14))
+    stream = stream_of(two_sources, processor, **options)
+    stream.start = json.loads(json.dumps(whole[stop]["position"]))
+    for expected, batch in zip(whole[stop + 1 :], stream, strict=False):
+        assert batch["ids"] == expected["ids"]
+        assert torch.equal(batch["input_features"], expected["input_features"])
+        assert batch["dropped"] == expected["dropped"]
+
+
+def test_processes_share_a_stream(two_sources, processor):
+    """No example twice, none lost."""
+    ids = Counter()
+    for rank in range(3):
+        for batch in one_epoch(stream_of(two_sources, processor, block=4, rank=rank, world=3)):
+            ids.update(batch["ids"])
+    assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}": 1 for i in range(4)}}
+
+
+def test_max_train_samples_is_an_epoch(two_sources, processor):
+    batches = one_epoch(stream_of(two_sources[:1], processor, max_train_samples=5))
+    assert sorted(id for batch in batches for id in batch["ids"]) == [f"clip{i}" for i in range(5)]
+
+
+def test_what_is_wrong_with_a_stream_is_said_at_once(two_sources, processor):
+    with pytest.raises(DataError, match="no column 'words'"):
+        stream_of([{**two_sources[0], "text_column": "words"}], processor)
+    with pytest.raises(DataError, match=r"batch_seconds=6\.0 is below data\.max_seconds=30"):
+        SpeechStream(two_sources, processor, Dropped(), 6.0)
+
+
+# -- runs, killed ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_in(tiny_bases, corpus, tmp_path_factory):
+    """`run_in(folder, streaming)`: the process of a short run with everything random in it."""
+    noise = tmp_path_factory.mktemp("noise")
+    write_audio(noise / "n.wav", np.roll(babble(2, 77), 9), 16_000, "pcm_s16le")
+
+    def start(folder: Path, streaming: bool, *overrides: str) -> subprocess.Popen:
+        command = [
+            sys.executable, str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+            f"model.encoder_model_name={tiny_bases / 'whisper'}",
+            f"model.decoder_model_name={tiny_bases / 'decoder'}",
+            "model.projector_hidden=32", "model.projector_dropout=0.1",
+            "encoder_lora.r=2", "encoder_lora.lora_dropout=0.1", "peft.r=2",
+            "peft.lora_dropout=0.1",
+            f"data.train=[{{path: {corpus}}}]", f"data.streaming={streaming}", "data.block=7",
+            "data.max_seconds=5", f"data.noise={{path: {noise}, share: 0.5, snr: [5, 20]}}",
+            "data.mask_time=0.1", f"run.output_dir={folder}", "training.max_steps=16",
+            "training.eval_strategy=no", "training.logging_steps=1", "training.save_steps=2",
+            "training.warmup_steps=2", "training.batch_seconds=5",
+            "training.gradient_accumulation_steps=2", "training.dataloader_num_workers=1",
+            *overrides,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_in, tmp_path_factory):
+    """Folder of a finished run, by whether it streams."""
+    folders = {}
+    for streaming in (False, True):
+        folders[streaming] = tmp_path_factory.mktemp("whole") / "run"
+        process = run_in(folders[streaming], streaming)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return folders
+
+
+def steps_of(folder: Path) -> list[tuple]:
+    rows = read_log(folder / "train" / LOG)
+    return [(row["step"], row["loss"], row["clips"]) for row in rows]
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Weights, losses and clips of every step."""
+    assert steps_of(folder) == steps_of(whole)
+    assert [step for step, *_ in steps_of(folder)] == list(range(1, 17))
+    a, b = load_file(folder / WEIGHTS), load_file(whole / WEIGHTS)
+    assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def wait_for(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Until the log has that step, or the process has ended."""
+    while process.poll() is None and not any(row[0] >= step for row in steps_of(folder)):
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["all there", "stream"])
+def test_sigkill_at_any_moment_changes_nothing(run_in, uninterrupted, streaming, tmp_path):
+    """Two kills a run, one of them while a checkpoint is being written."""
+    folder = tmp_path / "run"
+    for step in (3, 9):
+        process = run_in(folder, streaming)
+        wait_for(process, folder, step)
+        if step == 9:  # in the middle of checkpoint-10
+            while process.poll() is None and not (folder / "train/checkpoint-10").exists():
+                time.sleep(0.0005)
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    process = run_in(folder, streaming)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert "continuing from" in out
+    assert_same_run(folder, uninterrupted[streaming])
+
+
+def test_sigterm_saves_and_says_so_with_its_own_code(run_in, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = run_in(folder, True, "training.save_steps=1000")
+    wait_for(process, folder, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "SIGTERM: saved" in errors, errors[-2000:]
+    (checkpoint,) = (folder / "train").glob("checkpoint-*")
+    assert int(checkpoint.name.split("-")[1]) >= 5
+    process = run_in(folder, True, "training.save_steps=1000")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert_same_run(folder, uninterrupted[True])
