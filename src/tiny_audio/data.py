@@ -31,6 +31,7 @@ SOURCE: dict[str, Any] = {
     "path": None,  # .jsonl or .csv manifest, folder of audio, or Hub dataset id
     "name": None,  # configuration of a Hub dataset
     "split": "train",
+    "revision": None,  # commit of a Hub dataset; the newest by default
     "id_column": "id",
     "audio_column": "audio",
     "text_column": "text",
@@ -119,7 +120,8 @@ def read_source(source: dict[str, Any]) -> Iterator[Example]:
     elif path.is_dir():
         rows = load_dataset("audiofolder", data_dir=str(path), split=source["split"])
     else:
-        rows = load_dataset(str(source["path"]), source["name"], split=source["split"])
+        at = {"split": source["split"], "revision": source["revision"]}
+        rows = load_dataset(str(source["path"]), source["name"], **at)
     for key in ("audio_column", "text_column"):
         if source[key] not in rows.column_names:
             raise DataError(f"{source['path']}: no column {source[key]!r}; has {rows.column_names}")
