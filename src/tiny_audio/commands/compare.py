@@ -44,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {alone} utterances, scored in one of the two only, are left out")
     words = [x["words"] for x, _ in both]
     errors = [[pair[i]["word_errors"] for pair in both] for i in (0, 1)]
-    for name, folder, wrong in zip("AB", args.folders, errors, strict=True):
-        print(f"{name}      WER {100 * sum(wrong) / max(1, sum(words)):6.2f} %  {folder}")
-    d = difference(*errors, words)
-    gaps = [y["word_errors"] - x["word_errors"] for x, y in both]
+    wer = [100 * sum(wrong) / max(1, sum(words)) for wrong in errors]
+    low, high, p = difference(errors[0], errors[1], words)
+    gaps = [theirs - ours for ours, theirs in zip(*errors, strict=True)]
     print(
-        f"B - A      {d['delta']:+6.2f}    [{d['low']:+.2f}, {d['high']:+.2f}], p {d['p']:.4f}\n"
+        f"A      WER {wer[0]:6.2f} %  {args.folders[0]}\nB      WER {wer[1]:6.2f} %  {args.folders[1]}\n"
+        f"B - A      {wer[1] - wer[0]:+6.2f}    [{low:+.2f}, {high:+.2f}], p {p:.4f}\n"
         f"{len(both)} utterances: B is better on {sum(gap < 0 for gap in gaps)}, worse on "
         f"{sum(gap > 0 for gap in gaps)}\n"
     )

@@ -1,5 +1,6 @@
 """Speech recognisers to evaluate, ours and others', called alike: clips in, texts out."""
 
+import contextlib
 import hashlib
 import inspect
 import logging
@@ -27,25 +28,27 @@ class SpeechLLM:
 
     def __init__(self, name: str, device: str | None, language: str) -> None:
         self.processor: Any = AutoProcessor.from_pretrained(name)
-        architecture = AutoConfig.from_pretrained(name).architectures[0]
-        load = getattr(transformers, architecture).from_pretrained
-        self.model = load(name, device_map=device or "auto").eval()
+        architecture: Any = AutoConfig.from_pretrained(name).architectures
+        load = getattr(transformers, architecture[0]).from_pretrained
+        self.model = load(name, device_map=device or "auto")
         self.device, self.dtype = self.model.device, self.model.dtype
-        known = {"language": language, "source_language": language, "model_id": name}
+        asked = {"language": language, "source_language": language, "model_id": name}
+        self.request = taken(self.processor.apply_transcription_request, asked)
         plain = {"return_format": "transcription_only", "strip_prefix": True}
-        takes = inspect.signature(self.processor.apply_transcription_request).parameters
-        self.request = {key: value for key, value in known.items() if key in takes}
-        takes = inspect.signature(self.processor.decode).parameters
-        self.form = {key: value for key, value in plain.items() if key in takes}
+        self.form = taken(self.processor.decode, plain)
 
     def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
         """The text of each clip (n,) at 16 kHz; the clips are one batch."""
         inputs = self.processor.apply_transcription_request(audio=list(clips), **self.request)
         inputs = inputs.to(self.device, self.dtype)
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=444)
-        if not self.model.config.is_encoder_decoder:
-            ids = ids[:, inputs["input_ids"].shape[1] :]
-        return self.processor.decode(ids, skip_special_tokens=True, **self.form)
+        told = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return self.processor.decode(ids[:, told:], skip_special_tokens=True, **self.form)
+
+
+def taken(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that a library's function has, which differ from model to model."""
+    return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
 
 
 class FasterWhisper:
@@ -75,10 +78,9 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         SystemExit: with one line, when it does not exist or is no speech recogniser.
     """
     pipe: Any
-    try:
+    config: Any = None
+    with contextlib.suppress(OSError, ValueError):  # `load_pipeline` says what is wrong, if it is
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        config = None  # `load_pipeline` says what is wrong, if it is
     if (Path(name) / "model.bin").is_file():
         if find_spec("faster_whisper") is None:
             sys.exit(f"error: {name} is in CTranslate2's format: pip install faster-whisper")
@@ -98,7 +100,8 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
 
 def fingerprint(paths: Sequence[Path]) -> str:
     """SHA-256, shortened, of files: what a commit is on the Hub."""
-    digests = [hashlib.sha256(np.memmap(path, np.uint8, "r")).digest() for path in paths]
+    files: Any = [np.memmap(path, np.uint8, "r") for path in paths]
+    digests = [hashlib.sha256(file).digest() for file in files]
     return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
 
 
