@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     low, high, p = difference(errors[0], errors[1], words)
     gaps = [theirs - ours for ours, theirs in zip(*errors, strict=True)]
     print(
-        f"A      WER {wer[0]:6.2f} %  {args.folders[0]}\nB      WER {wer[1]:6.2f} %  {args.folders[1]}\n"
-        f"B - A      {wer[1] - wer[0]:+6.2f}    [{low:+.2f}, {high:+.2f}], p {p:.4f}\n"
+        f"A      {wer[0]:6.2f} % WER  {args.folders[0]}\n"
+        f"B      {wer[1]:6.2f} % WER  {args.folders[1]}\n"
+        f"B - A  {wer[1] - wer[0]:+6.2f} [{low:+.2f}, {high:+.2f}], p {p:.4f}\n"
         f"{len(both)} utterances: B is better on {sum(gap < 0 for gap in gaps)}, worse on "
         f"{sum(gap > 0 for gap in gaps)}\n"
     )

@@ -1,14 +1,15 @@
 """`tiny-audio eval MODEL`: word error rate on a dataset, with a 95 % interval.
 
 MODEL is a folder or Hub id of ours, any speech recognition model of transformers, or a CTranslate2
-Whisper folder. The dataset is a manifest (.jsonl, .csv), a folder of audio, a Hub dataset id, or one
-of the short-form sets of the Open ASR Leaderboard: ami, earnings22, gigaspeech, librispeech-clean,
-librispeech-other, spgispeech, tedlium, voxpopuli. Writes results.jsonl (as it goes: the same
-command continues), results.txt (worst first), summary.json and report.html (plots, and the worst
-clips to listen to) into --out.
+Whisper folder. The dataset is a manifest (.jsonl, .csv), a folder of audio, a Hub dataset id, or
+one of the short-form sets of the Open ASR Leaderboard: ami, earnings22, gigaspeech,
+librispeech.clean, librispeech.other, spgispeech, tedlium, voxpopuli. Writes results.jsonl (as it
+goes: the same command continues), results.txt (worst first), summary.json and report.html (plots,
+and the worst clips to listen to) into --out.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import shlex
@@ -16,7 +17,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import httpx2 as httpx
 import torch
 from datasets.exceptions import DatasetsError
 from huggingface_hub import dataset_info
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm import tqdm
 
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
@@ -37,12 +38,11 @@ from .report import write_report
 PACKAGES = ["torch", "transformers", "datasets", "jiwer", "whisper-normalizer", "numpy"]
 # Datasets by name: the short-form English sets of the Open ASR Leaderboard, and the default.
 OPEN_ASR = {"path": "hf-audio/esb-datasets-test-only-sorted", "duration_column": "audio_length_s"}
-SETS: dict[str, dict[str, Any]] = {
-    name: {**OPEN_ASR, "name": name}
-    for name in "ami earnings22 gigaspeech spgispeech tedlium voxpopuli".split()
-}
-for part in ("clean", "other"):
-    SETS[f"librispeech-{part}"] = {**OPEN_ASR, "name": "librispeech", "split": f"test.{part}"}
+SHORT = "ami earnings22 gigaspeech librispeech.clean librispeech.other spgispeech tedlium voxpopuli"
+SETS: dict[str, dict[str, Any]] = {}
+for short in SHORT.split():
+    config, *part = short.split(".")
+    SETS[short] = {**OPEN_ASR, "name": config, "split": ".".join(["test", *part])}
 LOQUACIOUS = "speechbrain/LoquaciousSet"
 SETS[LOQUACIOUS] = {"name": "small", "audio_column": "wav", "id_column": "ID"}
 NO_REFERENCE = "ignore time segment in scoring"  # TED-LIUM's mark of what is not to be scored
@@ -150,7 +150,8 @@ def evaluate(
     left = [e for e in examples if e.id not in rows]
     scored = [*rows.values()]
     errors, words = (sum(row[key] for row in scored) for key in ("word_errors", "words"))
-    bar = tqdm(total=round(sum(e.duration for e in left), 1), unit="s", desc="audio")
+    seconds = sum(e.duration for e in left) + 1e-3
+    bar = tqdm(total=seconds, unit="s", unit_scale=True, desc="audio")
     with (out / "results.jsonl").open("a") as file, bar:
         for batch in batches(left, options["batch_seconds"]):
             for row in decode(pipe, batch, options):
@@ -179,7 +180,7 @@ def evaluate(
         "peak_memory_gb": round((torch.cuda.max_memory_allocated() or memory) / 1e9, 2),
         **settings,
         "command": command,
-        "date": str(date.today()),
+        "date": time.strftime("%Y-%m-%d"),
     }
     worst = failed + sorted(scored, key=lambda row: -row["wer"])
     (out / "results.jsonl").write_text("".join(json.dumps(rows[e.id]) + "\n" for e in examples))
@@ -208,9 +209,9 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, An
     revision = fingerprint([path]) if path.is_file() else None
     examples = []
     try:
-        if not path.exists():
-            revision = dataset_info(source["path"], revision=args.revision).sha
-            source["revision"] = revision
+        if not path.exists() and not path.suffix.startswith((".js", ".csv", ".tsv")):
+            with contextlib.suppress(OfflineModeIsEnabled):  # the cache may have it
+                source["revision"] = dataset_info(source["path"], revision=args.revision).sha
         for example in read_source(source):
             if example.text.strip().lower() != NO_REFERENCE:
                 examples.append(example)
@@ -221,8 +222,8 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, An
     if not any(example.text.strip() for example in examples):
         column = source.get("text_column", SOURCE["text_column"])
         raise DataError(f"{args.dataset}: all {len(examples)} references ({column}) are empty")
-    about = {"model": args.model, "dataset": args.dataset, "dataset_revision": revision}
-    return examples, {**about, "source": source}
+    about = {"model": args.model, "dataset": args.dataset, "source": source}
+    return examples, {**about, "dataset_revision": source.get("revision", revision)}
 
 
 def main(argv: list[str] | None = None) -> int:
