@@ -162,8 +162,9 @@ def evaluate(
             bar.update(sum(e.duration for e in batch))
             wer = 100 * errors / max(1, words)
             bar.set_postfix_str(f"WER {wer:.1f} %, {len(rows)} of {len(examples)} clips")
-    scored = [row for row in rows.values() if "error" not in row]
-    failed = [row for row in rows.values() if "error" in row]
+    ordered = [rows[example.id] for example in examples]  # as if nothing had come between
+    scored = [row for row in ordered if "error" not in row]
+    failed = [row for row in ordered if "error" in row]
     if not scored:
         raise ValueError(f"no utterance was scored; {failed[0]['error'] if failed else 'no data'}")
     seconds = sum(row["duration"] for row in scored)
@@ -183,7 +184,7 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"),
     }
     worst = failed + sorted(scored, key=lambda row: -row["wer"])
-    (out / "results.jsonl").write_text("".join(json.dumps(rows[e.id]) + "\n" for e in examples))
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
     (out / "results.txt").write_text("\n".join(map(lines, worst)))
     write_report(out, summary, worst, {e.id: e.audio for e in examples})
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -218,7 +219,8 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, An
             if len(examples) == args.max_samples:
                 break
     except (DatasetsError, httpx.HTTPError, ValueError, OSError) as error:
-        raise DataError(f"{args.dataset} cannot be read: {one_line(error)}") from error
+        why = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        raise DataError(f"{args.dataset} cannot be read: {why}") from error
     if not any(example.text.strip() for example in examples):
         column = source.get("text_column", SOURCE["text_column"])
         raise DataError(f"{args.dataset}: all {len(examples)} references ({column}) are empty")
