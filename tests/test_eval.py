@@ -80,24 +80,24 @@ def test_a_killed_evaluation_goes_on(model, tmp_path):
     code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     run = [sys.executable, "-c", code, *args, str(tmp_path / "killed")]
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    results = tmp_path / "killed/results.jsonl"
+    work: list[Path] = []
     while process.poll() is None:
-        if results.exists() and len(results.read_text().splitlines()) >= 60:
+        work = list(tmp_path.glob("killed/results-*.jsonl"))
+        if work and len(work[0].read_text().splitlines()) >= 60:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    early = results.read_text()
+    early = work[0].read_text()
     assert 60 <= len(early.splitlines()) < 200 and not (tmp_path / "killed/summary.json").exists()
-    results.write_text(early + '{"id": "c1", "predic')  # and it was writing a line
+    whole_lines = early[: early.rfind("\n") + 1]
+    work[0].write_text(whole_lines + '{"id": "c1", "predic')  # as if it had been writing a line
     assert cli.main([*args, str(tmp_path / "killed")]) == 0
-    assert results.read_text() != early
+    assert work[0].read_text().startswith(whole_lines)  # and nothing was decoded again
+    assert len(work[0].read_text().splitlines()) == 200
     assert cli.main([*args, str(tmp_path / "whole")]) == 0
     killed, whole = read(tmp_path / "killed"), read(tmp_path / "whole")
     assert killed == whole and len(whole[1]) == 200
-    kept = [json.loads(line) for line in early.splitlines()[:-1]]
-    times = {r["id"]: r for r in map(json.loads, results.read_text().splitlines())}
-    assert all(times[row["id"]] == row for row in kept)  # was not decoded again
 
 
 def test_broken_clips_are_listed_and_the_rest_is_scored(model, tmp_path, capsys):
@@ -123,17 +123,20 @@ def test_broken_clips_are_listed_and_the_rest_is_scored(model, tmp_path, capsys)
     assert all(mended[key] == row for key, row in rows.items() if key not in broken)
 
 
-def test_results_of_another_evaluation_are_put_aside(model, tmp_path, capsys):
-    manifest = make_set(tmp_path / "set", 6)
-    args = ["eval", str(model), "--dataset", str(manifest), "--out", str(tmp_path / "out")]
-    assert cli.main([*args, "--max-samples", "3"]) == 0
-    assert cli.main(args) == 0  # more of the same
-    assert "put aside" not in capsys.readouterr().out
-    assert cli.main([*args, "--max-samples", "3"]) == 0
-    assert len(read(tmp_path / "out")[1]) == 3
+def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
+    manifest, out = make_set(tmp_path / "set", 6), tmp_path / "out"
+    args = ["eval", str(model), "--dataset", str(manifest), "--out", str(out)]
+    for more in (["--max-samples", "3"], [], ["--max-samples", "3"]):  # more of the same, and less
+        assert cli.main([*args, *more]) == 0
+        assert len(list(out.glob("results-*.jsonl"))) == 1
+    assert len(read(out)[1]) == 3
     assert cli.main([*args, "--ctc-only"]) == 0
-    assert "another evaluation: put aside" in capsys.readouterr().out
-    assert len(list((tmp_path / "out").glob("results.*.jsonl"))) == 1
+    assert len(list(out.glob("results-*.jsonl"))) == 2
+    greedy = read(out)[1]
+    assert cli.main(args) == 0
+    assert [r["prediction"] for r in read(out)[1].values()] != [
+        r["prediction"] for r in greedy.values()
+    ]
 
 
 def test_the_summary_says_all_that_is_needed_to_repeat_it(model, tmp_path):
@@ -171,7 +174,7 @@ def test_batched_is_single(model, clips):
         ({"--dataset": "nobody/nothing"}, "nobody/nothing"),
         ({"--dataset": "{set}", "--text-column": "words"}, "no column 'words'"),
         ({"--dataset": "{set}", "--audio-column": "sound"}, "no column 'sound'"),
-        ({"--dataset": "{empty}"}, "all 2 references (text) are empty"),
+        ({"--dataset": "{empty}"}, "all references are empty"),
         ({"--dataset": "{broken}"}, "no utterance was scored"),
         ({"--dataset": "{bad}"}, "cannot be read"),
         ({"model": "{decoder}"}, "cannot be loaded"),
@@ -289,7 +292,7 @@ def kolmogorov_smirnov(values: list[float]) -> float:
 
 def test_p_values_are_uniform_when_models_are_equal(monkeypatch):
     """1,000 pairs of equally good systems that agree on most utterances."""
-    monkeypatch.setattr(scoring, "RESAMPLES", 500)
+    monkeypatch.setattr(scoring, "RESAMPLES", 300)
     rng, found = np.random.default_rng(7), []
     for i in range(1000):
         words = rng.integers(4, 25, 300)
@@ -337,9 +340,13 @@ def test_compare_says_who_wins_and_where(tmp_path, capsys):
     assert "B is better on 1, worse on 10" in out
     assert "c20  -5" in out and "hyp" not in out and "  A:   nothing of it" in out
     other = results(tmp_path / "c", {"c0": "something else"}, {"c0": "x"})
-    assert cli.main(["compare", folders[0], str(other)]) == 2
-    assert cli.main(["compare", folders[0], str(tmp_path)]) == 2
-    assert "no finished evaluation" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: not evaluations of the same data"):
+        cli.main(["compare", folders[0], str(other)])
+    with pytest.raises(SystemExit, match="holds no finished evaluation"):
+        cli.main(["compare", folders[0], str(tmp_path)])
+    part = results(tmp_path / "d", dict([*said.items()][:30]), said)
+    assert cli.main(["compare", folders[0], str(part)]) == 0
+    assert "10 utterances, scored in one of the two only, are left out" in capsys.readouterr().out
 
 
 # -- leaderboard -----------------------------------------------------------------------------------
@@ -386,14 +393,13 @@ def test_leaderboard_adds_in_order(clone):
         ({"git_hash": "unknown"}, "no commit"),
         ({"dataset": "ami"}, "not of speechbrain/LoquaciousSet"),
         ({"source": {"split": "dev"}}, "not of speechbrain/LoquaciousSet"),
-        ({"wer": 1.0}, "does not follow from its results"),
     ],
 )
-def test_leaderboard_refuses(changed, why, clone, capsys):
+def test_leaderboard_refuses(changed, why, clone):
     before = (clone / "README.md").read_text()
     folder = submission(clone / "s", **changed)
-    assert cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"]) == 2
-    assert why in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=why):
+        cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"])
     assert (clone / "README.md").read_text() == before
 
 
@@ -419,15 +425,15 @@ def test_the_page_holds_everything_and_escapes_it(model, tmp_path):
 
 
 @pytest.mark.long
-def test_the_page_in_a_browser(real_bases, tmp_path):
+def test_the_page_in_a_browser(real_bases, ct2_folder, tmp_path):
     """Debian's Chromium: nothing is fetched, a player plays; REPORT_SCREENSHOT keeps pictures."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
 
-    examples = list(read_source({"path": str(real_bases.test)}))[:40]
+    examples = list(read_source({"path": str(real_bases.test)}))[:16]
     (tmp_path / "broken.wav").write_bytes(b"no audio")
     examples.append(Example("broken", str(tmp_path / "broken.wav"), "what was said", 0.0))
-    evaluate(load_recogniser(str(real_bases.whisper)), examples, tmp_path / "out",
+    evaluate(load_recogniser(str(ct2_folder)), examples, tmp_path / "out",
              about={"model": "whisper-tiny.en", "dataset": "test.jsonl"})  # fmt: skip
     page = tmp_path / "out/report.html"
     for scheme in ("light", "dark"):

@@ -20,9 +20,7 @@ def normalizer(language: str = "en") -> Any:
     from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
 
-    if language == "en":
-        return EnglishTextNormalizer()
-    return BasicTextNormalizer(preserve_marks=True)
+    return EnglishTextNormalizer() if language == "en" else BasicTextNormalizer(preserve_marks=True)
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,6 @@ class Counts:
 def align(reference: str, hypothesis: str) -> list[tuple[str, str]]:
     """Words said and heard, in pairs, by a minimal alignment; "" stands for no word."""
     said, heard = reference.split(), hypothesis.split()
-    if not said:
-        return [("", word) for word in heard]
     pairs: list[tuple[str, str]] = []
     for chunk in jiwer.process_words(" ".join(said), " ".join(heard)).alignments[0]:
         ours = said[chunk.ref_start_idx : chunk.ref_end_idx]
@@ -119,16 +115,14 @@ def score(
     raw = [count(r, h) for r, h in zip(references, hypotheses, strict=True)]
     errors, words = [c.errors for c in counts], [c.words for c in counts]
     low, high = interval(errors, words)
+    letters = jiwer.process_characters(refs, hyps)
+    spelled = letters.substitutions + letters.deletions + letters.insertions
     heard = [h for r, h in zip(refs, hyps, strict=True) if not r]
-    letters = sum(map(len, heard))
-    if spelled := [(r, h) for r, h in zip(refs, hyps, strict=True) if r]:
-        out = jiwer.process_characters([r for r, _ in spelled], [h for _, h in spelled])
-        letters += out.substitutions + out.deletions + out.insertions
     return {
         "wer": 100 * sum(errors) / max(1, sum(words)),
         "wer_low": low,
         "wer_high": high,
-        "cer": 100 * letters / max(1, sum(map(len, refs))),
+        "cer": 100 * spelled / max(1, sum(map(len, refs))),
         "wer_raw": 100 * sum(c.errors for c in raw) / max(1, sum(c.words for c in raw)),
         "substitutions": sum(c.substitutions for c in counts),
         "deletions": sum(c.deletions for c in counts),

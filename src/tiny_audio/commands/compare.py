@@ -18,28 +18,24 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """Scored rows of an evaluation by id.
 
     Raises:
-        ValueError: when the folder holds no finished evaluation.
+        SystemExit: when the folder holds no finished evaluation.
     """
     if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder} holds no finished evaluation: tiny-audio eval makes one")
+        sys.exit(f"error: {folder} holds no finished evaluation: tiny-audio eval makes one")
     rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     return {row["id"]: row for row in rows if "error" not in row}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the comparison; 2 is returned when there is nothing to compare."""
+    """Print the comparison, or why there is none."""
     parser = argparse.ArgumentParser(prog="tiny-audio compare", description=__doc__)
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER")
     parser.add_argument("--show", type=int, default=10, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        a, b = map(read_rows, args.folders)
-        both = [(a[key], b[key]) for key in a if key in b]
-        if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
-            raise ValueError("these are not evaluations of the same data: ids or references differ")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    a, b = map(read_rows, args.folders)
+    both = [(a[key], b[key]) for key in a if key in b]
+    if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
+        sys.exit("error: not evaluations of the same data: their ids or references differ")
     if alone := len(a) + len(b) - 2 * len(both):
         print(f"warning: {alone} utterances, scored in one of the two only, are left out")
     words = [x["words"] for x, _ in both]

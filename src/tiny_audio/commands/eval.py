@@ -4,12 +4,12 @@ MODEL is a folder or Hub id of ours, any speech recognition model of transformer
 Whisper folder. The dataset is a manifest (.jsonl, .csv), a folder of audio, a Hub dataset id, or
 one of the short-form sets of the Open ASR Leaderboard: ami, earnings22, gigaspeech,
 librispeech.clean, librispeech.other, spgispeech, tedlium, voxpopuli. Writes results.jsonl (as it
-goes: the same command continues), results.txt (worst first), summary.json and report.html (plots,
-and the worst clips to listen to) into --out.
+goes, in results-*.jsonl: the same command continues), results.txt (worst first), summary.json and
+report.html (plots, and the worst clips to listen to) into --out.
 """
 
 import argparse
-import contextlib
+import hashlib
 import json
 import resource
 import shlex
@@ -25,7 +25,6 @@ import httpx2 as httpx
 import torch
 from datasets.exceptions import DatasetsError
 from huggingface_hub import dataset_info
-from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm import tqdm
 
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
@@ -35,11 +34,12 @@ from ..scoring import count, normalizer, score
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
 from .report import write_report
 
+Row = dict[str, Any]  # of results.jsonl; also options and summaries
 PACKAGES = ["torch", "transformers", "datasets", "jiwer", "whisper-normalizer", "numpy"]
 # Datasets by name: the short-form English sets of the Open ASR Leaderboard, and the default.
 OPEN_ASR = {"path": "hf-audio/esb-datasets-test-only-sorted", "duration_column": "audio_length_s"}
 SHORT = "ami earnings22 gigaspeech librispeech.clean librispeech.other spgispeech tedlium voxpopuli"
-SETS: dict[str, dict[str, Any]] = {}
+SETS: dict[str, Row] = {}
 for short in SHORT.split():
     config, *part = short.split(".")
     SETS[short] = {**OPEN_ASR, "name": config, "split": ".".join(["test", *part])}
@@ -60,11 +60,11 @@ def batches(examples: list[Example], seconds: float) -> Iterator[list[Example]]:
         yield batch
 
 
-def decode(pipe: Any, batch: list[Example], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
     """Rows of results.jsonl for one batch; a clip that fails has `error` instead of `wer`."""
     started, normal = time.perf_counter(), normalizer(pipe.language)
     clips: dict[str, Any] = {}
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, Row] = {}
     for example in batch:
         try:
             clips[example.id] = load_audio(example.audio)
@@ -87,32 +87,19 @@ def decode(pipe: Any, batch: list[Example], options: dict[str, Any]) -> Iterator
         yield row
 
 
-def earlier_rows(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows by id that the same evaluation has left in `out`, without those that failed.
-
-    Results of another model, dataset or code are put aside, and said so.
-    """
-    results, known, text = out / "results.jsonl", out / "settings.json", ""
-    if results.exists() and known.exists() and json.loads(known.read_text()) == settings:
-        text = results.read_text()
-        text = text[: text.rfind("\n") + 1]  # a killed run leaves half a line
-        results.write_text(text)
-    elif results.exists():
-        aside = results.rename(out / f"results.{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
-        print(f"{out} held the results of another evaluation: put aside as {aside.name}")
-    known.write_text(json.dumps(settings))
+def earlier_rows(path: Path) -> dict[str, Row]:
+    """Rows by id that a stopped evaluation has left in `path`, without those that failed."""
+    text = path.read_text() if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]  # a killed run leaves half a line
+    path.write_text(text)
     rows = map(json.loads, text.splitlines())
     return {row["id"]: row for row in rows if "error" not in row}
 
 
 def evaluate(
-    pipe: Any,
-    examples: list[Example],
-    out: Path,
-    options: dict[str, Any] | None = None,
-    about: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Transcribe and score `examples` into the folder `out`; what is there already is kept.
+    pipe: Any, clips: list[Example], out: Path, options: Row | None = None, about: Row | None = None
+) -> Row:
+    """Transcribe and score `clips` into the folder `out`; what is there already is kept.
 
     Args:
         pipe: what `load_recogniser` returns.
@@ -142,27 +129,29 @@ def evaluate(
         "versions": {name: version(name) for name in packages},
     }
     seen: Counter[str] = Counter()
-    for example in examples:  # an id that is there twice is told apart
-        seen[example.id] += 1
-        example.id += f"#{seen[example.id]}" if seen[example.id] > 1 else ""
-    done = earlier_rows(out, settings)
-    rows = {e.id: done[e.id] for e in examples if e.id in done}
-    left = [e for e in examples if e.id not in rows]
+    for clip in clips:  # an id that is there twice is told apart
+        seen[clip.id] += 1
+        clip.id += f"#{seen[clip.id]}" if seen[clip.id] > 1 else ""
+    mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    work = out / f"results-{mark}.jsonl"  # of these settings: what others left is not mixed in
+    done = earlier_rows(work)
+    rows = {clip.id: done[clip.id] for clip in clips if clip.id in done}
+    left = [clip for clip in clips if clip.id not in rows]
     scored = [*rows.values()]
     errors, words = (sum(row[key] for row in scored) for key in ("word_errors", "words"))
-    seconds = sum(e.duration for e in left) + 1e-3
+    seconds = sum(clip.duration for clip in left) + 1e-3
     bar = tqdm(total=seconds, unit="s", unit_scale=True, desc="audio")
-    with (out / "results.jsonl").open("a") as file, bar:
+    with work.open("a") as file, bar:
         for batch in batches(left, options["batch_seconds"]):
             for row in decode(pipe, batch, options):
                 rows[row["id"]] = row
                 errors, words = errors + row.get("word_errors", 0), words + row.get("words", 0)
                 file.write(json.dumps(row) + "\n")
             file.flush()
-            bar.update(sum(e.duration for e in batch))
+            bar.update(sum(clip.duration for clip in batch))
             wer = 100 * errors / max(1, words)
-            bar.set_postfix_str(f"WER {wer:.1f} %, {len(rows)} of {len(examples)} clips")
-    ordered = [rows[example.id] for example in examples]  # as if nothing had come between
+            bar.set_postfix_str(f"WER {wer:.1f} %, {len(rows)} of {len(clips)} clips")
+    ordered = [rows[clip.id] for clip in clips]  # as if nothing had come between
     scored = [row for row in ordered if "error" not in row]
     failed = [row for row in ordered if "error" in row]
     if not scored:
@@ -186,19 +175,19 @@ def evaluate(
     worst = failed + sorted(scored, key=lambda row: -row["wer"])
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
     (out / "results.txt").write_text("\n".join(map(lines, worst)))
-    write_report(out, summary, worst, {e.id: e.audio for e in examples})
+    write_report(out, summary, worst, {clip.id: clip.audio for clip in clips})
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def lines(row: dict[str, Any]) -> str:
+def lines(row: Row) -> str:
     """One utterance of results.txt."""
     result = f"ERROR {row['error']}" if "error" in row else f"WER {row['wer']:.1f} %"
     texts = f"  ref: {row['reference']}\n  hyp: {row['prediction']}\n"
     return f"{row['id']}  {result}  {row['duration']:.1f} s\n{texts}"
 
 
-def read_examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, Any]]:
+def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
     """The examples that the command line names, and where they come from, as resolved.
 
     Raises:
@@ -211,10 +200,9 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, An
     examples = []
     try:
         if not path.exists() and not path.suffix.startswith((".js", ".csv", ".tsv")):
-            with contextlib.suppress(OfflineModeIsEnabled):  # the cache may have it
-                source["revision"] = dataset_info(source["path"], revision=args.revision).sha
+            source["revision"] = dataset_info(source["path"], revision=args.revision).sha
         for example in read_source(source):
-            if example.text.strip().lower() != NO_REFERENCE:
+            if example.text.strip().lower().replace("_", " ") != NO_REFERENCE:
                 examples.append(example)
             if len(examples) == args.max_samples:
                 break
@@ -222,8 +210,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, An
         why = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise DataError(f"{args.dataset} cannot be read: {why}") from error
     if not any(example.text.strip() for example in examples):
-        column = source.get("text_column", SOURCE["text_column"])
-        raise DataError(f"{args.dataset}: all {len(examples)} references ({column}) are empty")
+        raise DataError(f"{args.dataset}: all references are empty; is --text-column right?")
     about = {"model": args.model, "dataset": args.dataset, "source": source}
     return examples, {**about, "dataset_revision": source.get("revision", revision)}
 
@@ -259,9 +246,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"WER {s['wer']:.2f} % [{s['wer_low']:.2f}, {s['wer_high']:.2f}] on {s['utterances']} "
-        f"utterances, {s['words']} words: {s['substitutions']} substitutions, "
-        f"{s['deletions']} deletions, {s['insertions']} insertions; CER {s['cer']:.2f} %; "
-        f"RTFx {s['rtfx']}; errors {s['errors']}\n{out}/report.html"
+        f"WER {s['wer']:.2f} % [{s['wer_low']:.2f}, {s['wer_high']:.2f}], CER {s['cer']:.2f} %, "
+        f"{s['utterances']} clips, {s['words']} words; {s['substitutions']} substituted, "
+        f"{s['deletions']} deleted, {s['insertions']} inserted; RTFx {s['rtfx']}; {s['errors']} "
+        f"clips failed\n{out}/report.html"
     )
     return 1 if s["errors"] else 0

@@ -5,41 +5,35 @@ The lines are in docs/leaderboard.json, the table is made from it. See CONTRIBUT
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..scoring import score
-from .compare import read_rows
-
 DATASET, SPLIT, MIN_SAMPLES = "speechbrain/LoquaciousSet", "test", 500
 BEGIN, END = "<!-- leaderboard:begin -->\n", "<!-- leaderboard:end -->"
-COLUMNS = ("contributor", "model", "samples", "commit", "date")
+COLUMNS = ("contributor", "model", "utterances", "git_hash", "date")
 
 
 def entry(folder: Path, contributor: str) -> dict[str, Any]:
     """The line of one evaluation.
 
     Raises:
-        ValueError: for an evaluation that cannot stand beside the others; says why.
+        SystemExit: for an evaluation that cannot stand beside the others; says why.
     """
-    rows = read_rows(folder).values()
+    if not (folder / "summary.json").is_file():
+        sys.exit(f"error: {folder} holds no finished evaluation: tiny-audio eval makes one")
     s = json.loads((folder / "summary.json").read_text())
-    again = score([row["reference"] for row in rows], [row["prediction"] for row in rows])
-    known = s["git_hash"].isalnum() and s["git_hash"] != "unknown"
-    accepted = {
+    committed = s["git_hash"].isalnum() and s["git_hash"] != "unknown"
+    wanted = {
         f"it is not of {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) == (DATASET, SPLIT),
         f"{s['errors']} clips failed": not s["errors"],
-        f"{len(rows)} samples, {MIN_SAMPLES} are needed": len(rows) >= MIN_SAMPLES,
-        f"its code, {s['git_hash']}, is no commit: commit, then evaluate": known,
-        "its summary does not follow from its results": again["wer"] == s["wer"],
+        f"{s['utterances']} samples, {MIN_SAMPLES} are needed": s["utterances"] >= MIN_SAMPLES,
+        f"its code, {s['git_hash']}, is no commit: commit, then evaluate": committed,
     }
-    if reasons := [reason for reason, holds in accepted.items() if not holds]:
-        raise ValueError(f"{folder} is refused: {'; '.join(reasons)}")
-    values = (contributor, s["model"], len(rows), s["git_hash"], s["date"])
-    figures = {key: round(s[key], 2) for key in ("wer", "wer_low", "wer_high")}
-    return {**figures, **dict(zip(COLUMNS, values, strict=True))}
+    if reasons := [reason for reason, holds in wanted.items() if not holds]:
+        sys.exit(f"error: {folder} is refused: {'; '.join(reasons)}")
+    keys = ("wer", "wer_low", "wer_high", *COLUMNS[1:])
+    return {"contributor": contributor, **{key: s[key] for key in keys}}
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -52,21 +46,17 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Add a line and write the table anew; 2 is returned when the evaluation is refused."""
+    """Add a line to the file of the clone one stands in, and write its README's table anew."""
     parser = argparse.ArgumentParser(prog="tiny-audio leaderboard", description=__doc__)
     parser.add_argument("action", choices=["add"])
     parser.add_argument("folder", type=Path, help="what tiny-audio eval wrote")
-    parser.add_argument("--contributor", help="default: git's user.name")
+    parser.add_argument("--contributor", required=True, metavar="NAME")
     args = parser.parse_args(argv)
-    git = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
-    file, readme = Path("docs/leaderboard.json"), Path("README.md")  # of the clone one stands in
-    try:
-        entries = json.loads(file.read_text())
-        entries.append(entry(args.folder, args.contributor or git.stdout.strip() or "unknown"))
-        before, rest = readme.read_text().split(BEGIN)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    file, readme = Path("docs/leaderboard.json"), Path("README.md")
+    if not file.is_file():
+        sys.exit(f"error: {file} is not here: stand in the clone of tiny-audio")
+    entries = [*json.loads(file.read_text()), entry(args.folder, args.contributor)]
+    before, rest = readme.read_text().split(BEGIN)
     file.write_text(json.dumps(entries, indent=2) + "\n")
     readme.write_text(before + BEGIN + table(entries) + END + rest.split(END)[1])
     print(table(entries))

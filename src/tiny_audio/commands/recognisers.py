@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import inspect
-import logging
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,8 +18,6 @@ from ..asr_pipeline import ASRPipeline
 from ..asr_processing import SAMPLE_RATE
 from ..hub import one_line
 from .transcribe import load_pipeline
-
-logger = logging.getLogger(__name__)
 
 
 class SpeechLLM:
@@ -124,5 +121,5 @@ def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -
     except Exception as error:  # whatever a foreign model raises is that clip's error, and listed
         if len(clips) == 1:
             return [{"text": "", "error": f"{type(error).__name__}: {one_line(error)}"}]
-        logger.warning("a batch failed (%s); its clips are tried one by one", one_line(error))
+        print(f"a batch failed ({one_line(error)}): its clips go one by one", file=sys.stderr)
         return [recognise(pipe, [clip], options)[0] for clip in clips]
