@@ -80,7 +80,7 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         config = AutoConfig.from_pretrained(name)
     if (Path(name) / "model.bin").is_file():
         if find_spec("faster_whisper") is None:
-            sys.exit(f"error: {name} is in CTranslate2's format: pip install 'tiny-audio[faster-whisper]'")
+            sys.exit(f"error: {name}: CTranslate2 needs pip install 'tiny-audio[faster-whisper]'")
         pipe = FasterWhisper(name, device, language)
     elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
         pipe = SpeechLLM(name, device, language)
