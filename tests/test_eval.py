@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import babble, make_tokenizer, write_audio, write_manifest
+from hub import serve
 from transformers import (
     GlmAsrConfig,
     GlmAsrForConditionalGeneration,
@@ -513,3 +514,18 @@ def test_figures_on_500_real_pairs(real_bases, ct2_folder, tmp_path):
     assert summary["cer"] == pytest.approx(100 * sum(letters) / total)
     assert summary["hallucinated"] == sum(len(h) for r, h in zip(said, heard, strict=True) if not r)
     assert summary["empty_references"] >= 9
+
+
+@pytest.mark.long
+def test_the_commit_of_a_model_on_the_hub_is_in_the_result(model, tmp_path):
+    """As resolved, not as asked for."""
+    manifest = make_set(tmp_path / "set", 3)
+    with serve() as hub:
+        hub.add("someone/tiny", model)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+        args = ["eval", "someone/tiny", "--dataset", str(manifest), "--out", str(tmp_path / "out")]
+        done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        assert read(tmp_path / "out")[0]["model_revision"] == hub.commit("someone/tiny")

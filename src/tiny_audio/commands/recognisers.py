@@ -13,6 +13,7 @@ import numpy as np
 import transformers
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.hub import cached_file
 
 from ..asr_pipeline import ASRPipeline
 from ..asr_processing import SAMPLE_RATE
@@ -90,7 +91,8 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         if generation.to_dict().get("is_multilingual"):  # Whisper would guess it, clip by clip
             pipe._forward_params |= {"language": language, "task": "transcribe"}
     weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("model.bin")]
-    pipe.revision = fingerprint(sorted(weights)) if weights else pipe.model.config._commit_hash
+    snapshot = Path(str(cached_file(name, "config.json"))).parent.name  # of the Hub's cache
+    pipe.revision = fingerprint(sorted(weights)) if weights else snapshot
     pipe.language = language
     return pipe
 
