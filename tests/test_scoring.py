@@ -9,9 +9,8 @@ from tiny_audio.commands.assets import read_manifest
 NINE = "cat dog hen cow pig fox owl ram bee"
 
 
-def word_errors(reference: str, hypothesis: str) -> int:
-    """Levenshtein distance over words, by the textbook."""
-    r, h = reference.split(), hypothesis.split()
+def distance(r, h):
+    """Levenshtein distance of two sequences, by the textbook."""
     row = list(range(len(h) + 1))
     for i, word in enumerate(r, 1):
         before, row = row, [i]
@@ -31,7 +30,7 @@ def spoil(rng, words):
 
 def check(reference, hypothesis):
     c = scoring.count(reference, hypothesis)
-    assert c.errors == word_errors(reference, hypothesis), (reference, hypothesis)
+    assert c.errors == distance(reference.split(), hypothesis.split()), (reference, hypothesis)
     assert c.words == len(reference.split())
     hits = c.words - c.substitutions - c.deletions
     assert hits + c.substitutions + c.insertions == len(hypothesis.split())
@@ -91,6 +90,54 @@ def test_a_hallucination_on_an_empty_reference_counts():
     out = scoring.score(["hello there", ""], ["hello there", "thank you for watching"])
     assert out["insertions"] == 4
     assert out["wer"] == pytest.approx(200)
+
+
+def test_a_corpus_with_empty_texts_by_hand():
+    out = scoring.score(["red fox", "", "[noise]", "home"], ["red box", "thank you", "", ""])
+    assert (out["substitutions"], out["insertions"], out["deletions"]) == (1, 2, 1)
+    assert (out["hallucinated"], out["empty_references"], out["words"]) == (2, 2, 3)
+    said, heard = ["red fox", "", "", "home"], ["red box", "thank you", "", ""]  # as normalised
+    letters = sum(map(distance, said, heard))
+    assert out["cer"] == pytest.approx(100 * letters / sum(map(len, said)))
+
+
+def test_figures_of_a_corpus_are_the_edit_distance(real_bases):
+    rng = np.random.default_rng(2)
+    said = [row["text"] for row in read_manifest(real_bases.train)] * 2
+    heard = [spoil(rng, text.split()) for text in said]
+    said += [""] * 5
+    heard += ["", "a", "thanks for watching", "", "you"]
+    normal = scoring.normalizer()
+    refs, hyps = ([" ".join(normal(text).split()) for text in texts] for texts in (said, heard))
+    out = scoring.score(said, heard)
+    errors = sum(distance(r.split(), h.split()) for r, h in zip(refs, hyps, strict=True))
+    words = sum(len(r.split()) for r in refs)
+    assert out["utterances"] > 500 and out["words"] == words
+    assert out["wer"] == pytest.approx(100 * errors / words)
+    letters = sum(map(distance, refs, hyps))
+    assert out["cer"] == pytest.approx(100 * letters / sum(map(len, refs)))
+    raw = sum(distance(r.split(), h.split()) for r, h in zip(said, heard, strict=True))
+    assert out["wer_raw"] == pytest.approx(100 * raw / sum(len(r.split()) for r in said))
+
+
+@pytest.mark.parametrize(
+    ("language", "a", "b", "same"),
+    [
+        ("en", "colour", "color", True),
+        ("de", "Straße, zwei!", "straße zwei", True),
+        ("de", "schön", "schon", False),
+        ("hi", "\u0915\u093f", "\u0915\u0941", False),  # differ in a vowel sign
+    ],
+)
+def test_normalisers(language, a, b, same):
+    assert (scoring.score([a], [b], language)["wer"] == 0) == same
+
+
+def test_alignment_pairs_words():
+    pairs = scoring.align("the cat sat down", "a cat sat right down")
+    assert pairs == [("the", "a"), ("cat", "cat"), ("sat", "sat"), ("", "right"), ("down", "down")]
+    assert scoring.align("one\n two", "one\ttwo") == [("one", "one"), ("two", "two")]
+    assert scoring.align("a b", "") == [("a", ""), ("b", "")]
 
 
 def test_nothing_to_score_is_an_error():

@@ -35,6 +35,7 @@ SOURCE: dict[str, Any] = {
     "path": None,  # .jsonl or .csv manifest, folder of audio, or Hub dataset id
     "name": None,  # configuration of a Hub dataset
     "split": "train",
+    "revision": None,  # commit of a Hub dataset; the newest by default
     "id_column": "id",
     "audio_column": "audio",
     "text_column": "text",
@@ -140,7 +141,9 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
     elif path.is_dir():
         rows = load_dataset("audiofolder", data_dir=str(path), **how)
     else:
-        rows = load_dataset(str(source["path"]), source["name"], **how)
+        rows = load_dataset(
+            str(source["path"]), source["name"], revision=source["revision"], **how
+        )
     columns = rows.column_names or list(next(iter(rows), {}))
     for key in ("audio_column", "text_column"):
         if source[key] not in columns:

@@ -6,6 +6,8 @@ import sys
 VERBS = {
     "train": "train a model: Hydra config and overrides, as src/train.py",
     "eval": "word error rate of a model on a dataset, with interval and report files",
+    "compare": "which of two evaluations is better: paired bootstrap, and where they differ",
+    "leaderboard": "add an evaluation to the README's table",
     "transcribe": "audio files in, text out",
     "push": "put a trained model on the Hugging Face Hub",
     "quickstart": "train, score and use a real recogniser on this CPU",

@@ -27,6 +27,7 @@ from ..train import CONFIGS, FINISHED, train
 from ..trainer import clock
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate
+from .recognisers import load_recogniser
 from .transcribe import load_pipeline
 
 # Rows of the table: name, options of the pipeline, and which model reads the clips.
@@ -73,7 +74,7 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for row, (_, options) in ROWS.items():
         folder = assets.whisper if row == "baseline" else model
-        pipe = load_pipeline(str(folder))
+        pipe = load_recogniser(str(folder))
         out[row] = {}
         for name in ("test", "librivox"):
             manifest = getattr(assets, name)

@@ -1,0 +1,57 @@
+"""`tiny-audio compare A B`: which of two evaluations is better, and how sure that is.
+
+A and B are folders that `tiny-audio eval` wrote on the same data. Prints the difference of their
+WER with a 95 % interval and a p-value (paired bootstrap over utterances), wins and losses, and the
+utterances where they differ most.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..scoring import difference
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """Scored rows of an evaluation by id.
+
+    Raises:
+        SystemExit: when the folder holds no finished evaluation.
+    """
+    if not (folder / "summary.json").is_file():
+        sys.exit(f"error: {folder} holds no finished evaluation: tiny-audio eval makes one")
+    rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    return {row["id"]: row for row in rows if "error" not in row}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the comparison, or why there is none."""
+    parser = argparse.ArgumentParser(prog="tiny-audio compare", description=__doc__)
+    parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER")
+    parser.add_argument("--show", type=int, default=10, metavar="N", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    a, b = map(read_rows, args.folders)
+    both = [(a[key], b[key]) for key in a if key in b]
+    if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
+        sys.exit("error: not evaluations of the same data: their ids or references differ")
+    if alone := len(a) + len(b) - 2 * len(both):
+        print(f"warning: {alone} utterances, scored in one of the two only, are left out")
+    words = [x["words"] for x, _ in both]
+    errors = [[pair[i]["word_errors"] for pair in both] for i in (0, 1)]
+    wer = [100 * sum(wrong) / max(1, sum(words)) for wrong in errors]
+    low, high, p = difference(errors[0], errors[1], words)
+    gaps = [theirs - ours for ours, theirs in zip(*errors, strict=True)]
+    print(
+        f"A      {wer[0]:6.2f} % WER  {args.folders[0]}\n"
+        f"B      {wer[1]:6.2f} % WER  {args.folders[1]}\n"
+        f"B - A  {wer[1] - wer[0]:+6.2f} [{low:+.2f}, {high:+.2f}], p {p:.4f}\n"
+        f"{len(both)} utterances: B is better on {sum(gap < 0 for gap in gaps)}, worse on "
+        f"{sum(gap > 0 for gap in gaps)}\n"
+    )
+    for i in sorted(range(len(both)), key=lambda i: -abs(gaps[i]))[: args.show]:
+        x, y = both[i]
+        print(f"{x['id']}  {gaps[i]:+d}\n  ref: {x['reference']}")
+        print(f"  A:   {x['prediction']}\n  B:   {y['prediction']}\n")
+    return 0

@@ -1,0 +1,127 @@
+"""Speech recognisers to evaluate, ours and others', called alike: clips in, texts out."""
+
+import contextlib
+import hashlib
+import inspect
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.hub import cached_file
+
+from ..asr_pipeline import ASRPipeline
+from ..asr_processing import SAMPLE_RATE
+from ..hub import one_line
+from .transcribe import load_pipeline
+
+
+class SpeechLLM:
+    """A speech LLM of transformers: its processor writes the request to transcribe by itself."""
+
+    def __init__(self, name: str, device: str | None, language: str) -> None:
+        self.processor: Any = AutoProcessor.from_pretrained(name)
+        architecture: Any = AutoConfig.from_pretrained(name).architectures
+        load = getattr(transformers, architecture[0]).from_pretrained
+        self.model = load(name, device_map=device or "auto")
+        self.device, self.dtype = self.model.device, self.model.dtype
+        asked = {"language": language, "source_language": language, "model_id": name}
+        self.request = taken(self.processor.apply_transcription_request, asked)
+        plain = {"return_format": "transcription_only", "strip_prefix": True}
+        self.form = taken(self.processor.decode, plain)
+
+    def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
+        """The text of each clip (n,) at 16 kHz; the clips are one batch."""
+        inputs = self.processor.apply_transcription_request(audio=list(clips), **self.request)
+        inputs = inputs.to(self.device, self.dtype)
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=444)
+        told = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return self.processor.decode(ids[:, told:], skip_special_tokens=True, **self.form)
+
+
+def taken(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that a library's function has, which differ from model to model."""
+    return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
+
+
+class FasterWhisper:
+    """A CTranslate2 Whisper folder; its random fallbacks are off, so that the text repeats."""
+
+    def __init__(self, name: str, device: str | None, language: str) -> None:
+        from faster_whisper import WhisperModel
+
+        self.whisper, self.language = WhisperModel(name, device=device or "auto"), language
+        self.device, self.dtype = self.whisper.model.device, self.whisper.model.compute_type
+
+    def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
+        """The text of each clip (n,) at 16 kHz, one after the other."""
+        options: dict[str, Any] = {"language": self.language, "temperature": 0.0}
+        answers = [self.whisper.transcribe(clip, **options)[0] for clip in clips]
+        return ["".join(segment.text for segment in segments) for segments in answers]
+
+
+def load_recogniser(name: str, device: str | None = None, language: str = "en") -> Any:
+    """The model of a folder or Hub id on the best device, unless one is named.
+
+    Returns:
+        What `recognise` takes, with its `device`, `dtype`, `language` and `revision`: the commit on
+        the Hub, or the SHA-256 of a folder's weights.
+
+    Raises:
+        SystemExit: with one line, when it does not exist or is no speech recogniser.
+    """
+    pipe: Any
+    config: Any = None
+    with contextlib.suppress(OSError, ValueError):  # `load_pipeline` says what is wrong, if it is
+        config = AutoConfig.from_pretrained(name)
+    if (Path(name) / "model.bin").is_file():
+        if find_spec("faster_whisper") is None:
+            sys.exit(f"error: {name}: CTranslate2 needs pip install 'tiny-audio[faster-whisper]'")
+        pipe = FasterWhisper(name, device, language)
+    elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
+        pipe = SpeechLLM(name, device, language)
+    else:
+        pipe = load_pipeline(name, device)
+        generation = pipe.model.generation_config if pipe.model.can_generate() else config
+        if generation.to_dict().get("is_multilingual"):  # Whisper would guess it, clip by clip
+            pipe._forward_params |= {"language": language, "task": "transcribe"}
+    weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("model.bin")]
+    snapshot = Path(str(cached_file(name, "config.json"))).parent.name  # of the Hub's cache
+    pipe.revision = fingerprint(sorted(weights)) if weights else snapshot
+    pipe.language = language
+    return pipe
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """SHA-256, shortened, of files: what a commit is on the Hub."""
+    files: Any = [np.memmap(path, np.uint8, "r") for path in paths]
+    digests = [hashlib.sha256(file).digest() for file in files]
+    return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
+
+
+def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -> list[dict]:
+    """Answers for clips (n,) at 16 kHz: `text`, and `error` where the model raised one.
+
+    A batch that fails is tried again clip by clip. `options` are those of our pipeline.
+    """
+    try:
+        if isinstance(pipe, ASRPipeline):
+            return list(pipe.stream(clips, **options))
+        if isinstance(pipe, SpeechLLM | FasterWhisper):
+            return [{"text": text.strip()} for text in pipe(clips)]
+        # transformers' own pipeline decodes the padding of CTC models: each of their clips alone
+        long = pipe.type == "seq2seq_whisper" and max(map(len, clips)) > 30 * SAMPLE_RATE
+        size = 1 if long or pipe.type == "ctc" else len(clips)
+        raw = [{"raw": clip, "sampling_rate": SAMPLE_RATE} for clip in clips]
+        answers = pipe(raw, batch_size=size, **({"return_timestamps": True} if long else {}))
+        return [{"text": answer["text"].strip()} for answer in answers]
+    except Exception as error:  # whatever a foreign model raises is that clip's error, and listed
+        if len(clips) == 1:
+            return [{"text": "", "error": f"{type(error).__name__}: {one_line(error)}"}]
+        print(f"a batch failed ({one_line(error)}): its clips go one by one", file=sys.stderr)
+        return [recognise(pipe, [clip], options)[0] for clip in clips]
