@@ -6,7 +6,9 @@ import sys
 VERBS = {
     "train": "train a model: Hydra config and overrides, as src/train.py",
     "eval": "word error rate of a model on a dataset, with interval and report files",
-    "transcribe": "audio files in, text out",
+    "transcribe": "audio files in, text or subtitles out",
+    "serve": "an HTTP endpoint with OpenAI's routes for transcription",
+    "demo": "a web page: upload or record, read along, download",
     "push": "put a trained model on the Hugging Face Hub",
     "quickstart": "train, score and use a real recogniser on this CPU",
     "dev": "format, lint, type-check, test, check",
