@@ -32,23 +32,6 @@ from tiny_audio.commands import transcribe
 from tiny_audio.formats import render
 from tiny_audio.handler import EndpointHandler
 
-
-@pytest.fixture(scope="session")
-def model_folder(build, tmp_path_factory) -> Path:
-    """A saved tiny model with both heads; its weights are random, so it talks to its limit."""
-    processor, model = build("whisper", bridge="posteriors", lora="decoder")
-    processor.max_seconds = 4.0
-    folder = tmp_path_factory.mktemp("use") / "tiny"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pipe(model_folder) -> ASRPipeline:
-    return transcribe.load_pipeline(str(model_folder), "cpu")
-
-
 # -- reading in blocks, damage -------------------------------------------------------------------
 
 
