@@ -40,6 +40,7 @@ FLAGS = {
     "refusal": "is an answer of the language model, not a transcript",
     "no_speech": "is not supported by the audio, which may hold no speech",
 }
+RETRIED = {"truncated", "repetition"}  # what may be better in halves
 LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}", re.IGNORECASE)
 REFUSAL = re.compile(
     r"\b(as an ai\b|i'?m sorry,? but i|i (cannot|can't|am unable to|don't) (transcribe|hear|help"
@@ -286,26 +287,29 @@ class ASRPipeline(Pipeline):
         """
         loud = [p for p in pieces if np.abs(p.samples).max(initial=0.0) >= SILENCE]
         self._decode_all(loud, batch_seconds, **options)
-        again = [q for p in loud for q in p.final() if {"truncated", "repetition"} & {*q.flags}]
-        halves = [half for piece in again for half in piece.halve()]
-        self._decode_all(halves, batch_seconds, **options)
-        for piece in [*pieces, *halves]:
+        final = [leaf for piece in pieces for leaf in piece.final()]
+        for piece in [*pieces, *final]:
             piece.samples = piece.samples[:0].copy()
         progress(sum(piece.seconds for piece in pieces))
-        return [leaf for piece in pieces for leaf in piece.final()]
+        return final
 
     def _decode_all(
         self, pieces: list[Piece], batch_seconds: float, first: bool = True, **options: Any
     ) -> None:
+        halves: list[Piece] = []
         for batch in length_batches(pieces, batch_seconds):
             try:
                 self._decode(batch, **options)
+                bad = [piece for piece in batch if first and RETRIED & {*piece.flags}]
+                halves += [half for piece in bad for half in piece.halve()]
             except RuntimeError as error:
                 if not first or "memory" not in str(error):
                     raise
                 logger.warning("out of memory: pieces of %.0f s are halved", batch[0].seconds)
-                halves = [half for piece in batch for half in piece.halve() or [piece]]
-                self._decode_all(halves, batch_seconds / 2, first=False, **options)
+                halves += [half for piece in batch for half in piece.halve() or [piece]]
+                batch_seconds /= 2
+        if halves:
+            self._decode_all(halves, batch_seconds, first=False, **options)
 
     @torch.no_grad()
     def _decode(
@@ -376,10 +380,7 @@ class ASRPipeline(Pipeline):
         Words that the head cannot spell (digits, punctuation alone) share the time between their
         neighbours, and have no confidence.
         """
-        texts: list[str] = []
-        owner: list[int] = []  # the word of each class
-        classes: list[int] = []
-        word: list[int] = []
+        texts, owner, classes, word = [], list[int](), list[int](), list[int]()
         names = [*self.processor.tokenizer.convert_ids_to_tokens(ids), "Ġ"]
         for token, name in zip([*ids, None], names, strict=True):
             if name.startswith(("Ġ", "▁")) and (text := self.processor.decode(word)):
@@ -400,11 +401,9 @@ class ASRPipeline(Pipeline):
             piece.confidence = float(np.exp(scores[letters].mean())) if letters.any() else None
         elif letters.any():
             piece.confidence = 0.0  # more is said than there is time for
-        edges, at = edges.reshape(-1), np.arange(2 * n)
-        known = np.isfinite(edges)
-        edges = np.interp(
-            at, [-1, *at[known], 2 * n], [0.0, *edges[known].clip(0, piece.seconds), piece.seconds]
-        )
+        edges, at = edges.clip(0, piece.seconds).reshape(-1), np.arange(2 * n)
+        on = np.isfinite(edges)
+        edges = np.interp(at, [-1, *at[on], 2 * n], [0.0, *edges[on], piece.seconds])
         times = (piece.start + edges.reshape(-1, 2)).round(3).tolist()
         piece.words = [
             {"text": text, "timestamp": (start, end), "confidence": confidence}
@@ -425,11 +424,8 @@ class ASRPipeline(Pipeline):
         flags = [flag for flag in FLAGS if any(flag in piece.flags for piece in pieces)]
         if flags:
             result.update(dict.fromkeys(flags, True))
-            result["warnings"] = [
-                f"{piece.start:.1f}-{piece.start + piece.seconds:.1f} s: {FLAGS[flag]}"
-                for piece in pieces
-                for flag in piece.flags
-            ]
+            found = [(p.start, p.start + p.seconds, FLAGS[f]) for p in pieces for f in p.flags]
+            result["warnings"] = [f"{a:.1f}-{b:.1f} s: {what}" for a, b, what in found]
         if recording.missing:
             result["missing"] = recording.missing
         return result

@@ -21,7 +21,6 @@ def render(result: dict[str, Any], kind: str) -> str:
     point = "," if kind == "srt" else "."
     cues = []
     for i, chunk in enumerate(result["chunks"], 1):
-        start, end = (clock(t, point) for t in chunk["timestamp"])
-        number = f"{i}\n" if kind == "srt" else ""
-        cues.append(f"{number}{start} --> {end}\n{chunk['text'].replace('-->', '->')}\n")
+        times = " --> ".join(clock(t, point) for t in chunk["timestamp"])
+        cues.append(f"{i}\n{times}\n{chunk['text'].replace('-->', '->')}\n")
     return ("WEBVTT\n\n" if kind == "vtt" else "") + "\n".join(cues)

@@ -5,7 +5,6 @@ of ours: it builds the pipeline that the folder itself describes. To try it in s
 `python handler.py talk.mp3`.
 """
 
-import base64
 import json
 import sys
 from pathlib import Path
@@ -27,15 +26,12 @@ class EndpointHandler:
         """Transcribe `data["inputs"]`; `data["parameters"]` are the pipeline's call arguments.
 
         Raises:
-            ValueError: unless the inputs are bytes, or base64 of them as JSON carries them: a
-                path or address of the caller's choice is never opened.
+            ValueError: unless the inputs are bytes: no path or address of the caller's choice is
+                ever opened.
         """
-        audio = data["inputs"]
-        if isinstance(audio, str):
-            audio = base64.b64decode(audio, validate=True)
-        if not isinstance(audio, bytes):
-            raise ValueError("inputs must be the bytes of an audio file, or base64 of them")
-        return self.pipeline(audio, **(data.get("parameters") or {}))
+        if not isinstance(data["inputs"], bytes):
+            raise ValueError("inputs must be the bytes of an audio file")
+        return self.pipeline(data["inputs"], **(data.get("parameters") or {}))
 
 
 if __name__ == "__main__":

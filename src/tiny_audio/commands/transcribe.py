@@ -40,21 +40,6 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         sys.exit(f"error: {model} cannot be loaded as a model: {reason}")
 
 
-def plan(files: list[str], kind: str, folder: Path | None) -> dict[str, Path | None]:
-    """Where each input's transcript goes; None is the screen.
-
-    Raises:
-        ValueError: when two inputs would be written to one file.
-    """
-    stems = {file: "stdin" if file == "-" else Path(file).stem for file in files}
-    targets = {file: folder and folder / f"{stem}.{kind}" for file, stem in stems.items()}
-    owner: dict[Path | None, str] = {}
-    for name, target in targets.items():
-        if target and owner.setdefault(target, name) != name:
-            raise ValueError(f"{owner[target]} and {name} would both be written to {target}")
-    return targets
-
-
 def spool() -> IO[bytes]:
     """The standard input, on disk once it is large: some formats are read backwards."""
     file = tempfile.SpooledTemporaryFile(2**24)  # noqa: SIM115
@@ -76,15 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--decoder-only", action="store_true", help="leave out the CTC score")
     args = parser.parse_args(argv)
-    try:
-        targets = plan(args.files, args.format, args.output_dir)
-        if len(targets) > 1 and args.format != "txt" and not args.output_dir:
-            raise ValueError(f"several files as {args.format} need --output-dir")
-        if args.output_dir:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder, kind = args.output_dir, args.format
+    targets = {f: folder and folder / f"{Path(f).stem}.{kind}" for f in args.files}
+    if folder and len({*targets.values()}) < len(targets):
+        parser.error("two of the files would be written to one: their names differ in suffix only")
+    if len(targets) > 1 and kind != "txt" and not folder:
+        parser.error(f"several files as {kind} need --output-dir")
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     todo = {name: target for name, target in targets.items() if not (target and target.exists())}
     if len(todo) < len(targets):
         print(f"{len(targets) - len(todo)} of {len(targets)} done before", file=sys.stderr)
@@ -92,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     pipe = load_pipeline(args.model, args.device)
     options: dict[str, Any] = {"ctc_decode_weight": 0.0} if args.decoder_only else {}
-    if args.format != "txt":
+    if kind != "txt":
         options["return_timestamps"] = "word" if args.words else True
     failed = 0
     sources = (spool() if name == "-" else name for name in todo)
@@ -105,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             for line in [*result.get("warnings", []), *result.get("missing", [])]:
                 tqdm.write(f"warning: {name}: {line}", sys.stderr)
-            text = render(result, args.format)
+            text = render(result, kind)
             if target:
                 target.with_name(target.name + ".tmp").write_text(text)
                 target.with_name(target.name + ".tmp").replace(target)
