@@ -28,7 +28,7 @@ from tiny_audio.asr_pipeline import (
 )  # fmt: skip
 from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.commands import transcribe
-from tiny_audio.formats import render
+from tiny_audio.commands.formats import render
 from tiny_audio.handler import EndpointHandler
 
 # -- reading in blocks, damage -------------------------------------------------------------------

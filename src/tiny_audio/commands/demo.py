@@ -17,7 +17,7 @@ import gradio as gr
 
 from ..asr_pipeline import Recording
 from ..asr_processing import AudioError
-from ..formats import render
+from .formats import render
 from .transcribe import load_pipeline
 
 MAX_SIZE, MAX_SECONDS = "200mb", 3600.0

@@ -9,7 +9,6 @@ import asyncio
 import hmac
 import json
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
@@ -18,28 +17,26 @@ from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from ..asr_pipeline import Piece, Recording
 from ..asr_processing import AudioError
-from ..formats import render
+from .formats import render
 from .transcribe import load_pipeline
 
 logger = logging.getLogger(__name__)
 # What happens to a request: its next piece is decoded, all are (None), or it fails.
-Event = Piece | Exception | None
+Event = Piece | HTTPException | None
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
 PIECES = 4  # decoded together when fewer requests wait
 
 
 class Job:
-    """A request on its way."""
+    """A request on its way: its events are decoded pieces, then None, or the error that ends it."""
 
     def __init__(self, recording: Recording, pieces: Iterator[Piece]) -> None:
-        self.recording, self.pieces = recording, pieces
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.recording, self.pieces, self.events = recording, pieces, asyncio.Queue()
 
 
 class Worker:
@@ -72,10 +69,8 @@ class Worker:
                     event = await asyncio.wait_for(job.events.get(), 1.0)
                 except TimeoutError:
                     continue
-                if isinstance(event, AudioError):
-                    raise HTTPException(400, str(event))
-                if isinstance(event, Exception):
-                    raise HTTPException(500, "decoding failed; the server's log says why")
+                if isinstance(event, HTTPException):
+                    raise event
                 if event is None:
                     return
                 yield event
@@ -104,31 +99,22 @@ class Worker:
                 pieces = list(islice(job.pieces, max(1, PIECES // len(jobs))))
                 events += [(job, piece) for piece in pieces or [None]]
             except AudioError as error:
-                events.append((job, error))
+                events.append((job, HTTPException(400, str(error))))
         try:
             self.pipe._forward([piece for _, piece in events if isinstance(piece, Piece)])
         except Exception as error:  # whatever it is: these requests fail, the next go on
             logger.exception("a batch failed")
-            return [(job, error) for job in jobs]
+            failure = HTTPException(500, f"decoding failed: {type(error).__name__}")
+            return [(job, failure) for job in jobs]
         finals = [(job, e.final() if isinstance(e, Piece) else [e]) for job, e in events]
         return [(job, event) for job, final in finals for event in final]
 
 
-def refuse(status: int, message: str, headers: Any = None) -> Response:
-    """An error in OpenAI's form."""
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": body}, status, headers)
-
-
 def timed(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The chunks of a result in OpenAI's form; the probability is the CTC head's."""
-    return [
-        {
-            **{"id": i, name: chunk["text"], "avg_logprob": math.log(chunk["confidence"] or 1e-6)},
-            **dict(zip(("start", "end"), chunk["timestamp"], strict=True)),
-        }
-        for i, chunk in enumerate(result["chunks"])
-    ]
+    """The chunks of a result in OpenAI's form, with the confidence of the CTC head."""
+    rows = [(c["text"], *c["timestamp"], c["confidence"]) for c in result["chunks"]]
+    names = (name, "start", "end", "confidence")
+    return [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows)]
 
 
 def answer(pipe: Any, recording: Recording, kind: str, by: list[Unit], language: str) -> Response:
@@ -168,23 +154,19 @@ def create_app(
     @app.middleware("http")
     async def gate(request: Request, follow: Any) -> Response:
         """Look at key and size before a byte of the body is read."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        size = request.headers.get("content-length", "")
-        if request.method == "POST":
-            if key and not hmac.compare_digest(given.encode(), key.encode()):
-                return refuse(401, "wrong or no bearer key")
-            if not size.isdigit() or int(size) > max_mb * 1_000_000:
-                return refuse(413, f"the body's length must be stated, and at most {max_mb} MB")
+        given, size = (request.headers.get(k, "") for k in ("authorization", "content-length"))
+        refused = None
+        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            refused = 401, "wrong or no bearer key"
+        elif not size.isdigit() or int(size) > max_mb * 1_000_000:
+            refused = 413, f"the body's length must be stated, and at most {max_mb} MB"
+        if refused and request.method == "POST":
+            return JSONResponse({"error": {"message": refused[1]}}, refused[0])
         return await follow(request)
 
     @app.exception_handler(HTTPException)
     def failed(request: Request, error: HTTPException) -> Response:
-        return refuse(error.status_code, error.detail, error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return refuse(400, f"{first['loc'][-1]}: {first['msg']}")
+        return JSONResponse({"error": {"message": error.detail}}, error.status_code, error.headers)
 
     @app.get("/health")
     def health() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..asr_config import ASRConfig
 from ..asr_pipeline import ASRPipeline
-from ..formats import FORMATS, render
+from .formats import FORMATS, render
 
 
 def load_pipeline(model: str, device: str | None = None) -> Any:
