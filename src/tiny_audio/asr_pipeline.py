@@ -47,6 +47,7 @@ REFUSAL = re.compile(
     r"|assist|listen)|please (provide|upload) the audio)",
     re.IGNORECASE,
 )
+LAG = 0.06  # seconds that a word sounds behind the CTC peak of its last letter, by measurement
 # A subtitle ends at a pause, at the end of a sentence, or before it is longer than this.
 LONGEST_SEGMENT, LONGEST_LINE, PAUSE = 6.0, 80, 0.5  # seconds, characters, seconds
 
@@ -396,14 +397,15 @@ class ASRPipeline(Pipeline):
             spans, scores = align(log_probs, targets)
             for k in np.unique(owners[letters]):
                 own = letters & (owners == k)
-                edges[k] = spans[own][0, 0] * step, spans[own][-1, 1] * step
+                edges[k] = spans[own][0, 0] * step, spans[own][-1, 1] * step + LAG
                 confidences[k] = round(float(np.exp(scores[own].mean())), 3)
             piece.confidence = float(np.exp(scores[letters].mean())) if letters.any() else None
         elif letters.any():
             piece.confidence = 0.0  # more is said than there is time for
         edges, at = edges.clip(0, piece.seconds).reshape(-1), np.arange(2 * n)
         on = np.isfinite(edges)
-        edges = np.interp(at, [-1, *at[on], 2 * n], [0.0, *edges[on], piece.seconds])
+        known = np.minimum(edges[on], [*edges[on][1:], piece.seconds])  # no word ends in the next
+        edges = np.interp(at, [-1, *at[on], 2 * n], [0.0, *known, piece.seconds])
         times = (piece.start + edges.reshape(-1, 2)).round(3).tolist()
         piece.words = [
             {"text": text, "timestamp": (start, end), "confidence": confidence}
