@@ -33,7 +33,7 @@ ARGUMENTS = (
 )
 LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split to be tried again
 SILENCE = 1e-3  # a piece whose samples are all below this (-60 dBFS) holds no speech
-UNSUPPORTED = 0.3  # a transcript of less CTC confidence than this is not what was said
+UNSUPPORTED = 0.4  # a transcript of less CTC confidence than this is not what was said
 FLAGS = {
     "truncated": "stopped at the limit of tokens for its length",
     "repetition": "says one thing over and over",
@@ -41,15 +41,11 @@ FLAGS = {
     "no_speech": "is not supported by the audio, which may hold no speech",
 }
 RETRIED = {"truncated", "repetition"}  # what may be better in halves
-LOOP = re.compile(r"\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}", re.IGNORECASE)
-REFUSAL = re.compile(
-    r"\b(as an ai\b|i'?m sorry,? but i|i (cannot|can't|am unable to|don't) (transcribe|hear|help"
-    r"|assist|listen)|please (provide|upload) the audio)",
-    re.IGNORECASE,
-)
+LOOP = re.compile(r"(?i)\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}")
+REFUSAL = re.compile(r"(?i)\b(as an ai|sorry,? but i|i can('?t|not) (transcribe|hear|help))\b")
 LAG = 0.06  # seconds that a word sounds behind the CTC peak of its last letter, by measurement
-# A subtitle ends at a pause, at the end of a sentence, or before it is longer than this.
-LONGEST_SEGMENT, LONGEST_LINE, PAUSE = 6.0, 80, 0.5  # seconds, characters, seconds
+# A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
+PAUSE, LONGEST_SEGMENT = 0.5, 6.0
 
 
 @dataclass
@@ -330,10 +326,8 @@ class ASRPipeline(Pipeline):
         if ctc_only:
             ids = self.model.ctc_generate(**raw)
         else:
-            prompt = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-            ids = self.model.generate(
-                **audio, **prompt, ctc_decode_weight=ctc_decode_weight, **(generate_kwargs or {})
-            ).tolist()
+            audio_and_prompt = {**inputs, **audio, "ctc_decode_weight": ctc_decode_weight}
+            ids = self.model.generate(**audio_and_prompt, **(generate_kwargs or {})).tolist()
         limits = self.model.token_limits((steps + self.processor.stack - 1) // self.processor.stack)
         emissions, lengths, step = self._emissions(**audio)
         for i, (piece, row) in enumerate(zip(batch, ids, strict=True)):
@@ -392,7 +386,7 @@ class ASRPipeline(Pipeline):
         targets, owners, n = np.array(classes, int), np.array(owner, int), len(texts)
         alphabet = self.model.config.ctc_alphabet if self.model.characters is not None else []
         letters = targets != (alphabet.index(32) + 1 if 32 in alphabet else 0)
-        edges, confidences = np.full((n, 2), np.nan), [None] * n
+        edges, confidences = np.full((n, 2), np.nan), dict[int, float]()
         if fits(len(log_probs), targets):
             spans, scores = align(log_probs, targets)
             for k in np.unique(owners[letters]):
@@ -408,8 +402,8 @@ class ASRPipeline(Pipeline):
         edges = np.interp(at, [-1, *at[on], 2 * n], [0.0, *known, piece.seconds])
         times = (piece.start + edges.reshape(-1, 2)).round(3).tolist()
         piece.words = [
-            {"text": text, "timestamp": (start, end), "confidence": confidence}
-            for text, (start, end), confidence in zip(texts, times, confidences, strict=True)
+            {"text": text, "timestamp": tuple(span), "confidence": confidences.get(k)}
+            for k, (text, span) in enumerate(zip(texts, times, strict=True))
         ]
 
     def postprocess(  # type: ignore[override]
@@ -451,7 +445,6 @@ def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
             or start - group[-1]["timestamp"][1] > PAUSE
             or group[-1]["text"].endswith((".", "?", "!"))
             or end - group[0]["timestamp"][0] > LONGEST_SEGMENT
-            or sum(len(other["text"]) + 1 for other in group) + len(word["text"]) > LONGEST_LINE
         ):
             groups.append([])
         groups[-1].append(word)

@@ -101,7 +101,7 @@ def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> It
                 yield _finite(block, name)
             stream = container.streams.audio[0]
             if missing is not None and stream.duration and container.format.name not in ESTIMATED:
-                says, there = float(stream.duration * stream.time_base), done / SAMPLE_RATE
+                says, there = float(stream.duration * (stream.time_base or 0)), done / SAMPLE_RATE
                 if there < 0.98 * says - 1:
                     missing.append(f"ends at {there:.1f} s of {says:.1f}")
     except AudioError:
