@@ -44,7 +44,7 @@ class Worker:
 
     def __init__(self, pipe: Any, limit_seconds: float, queue: int) -> None:
         self.pipe, self.limit_seconds, self.queue = pipe, limit_seconds, queue
-        self.jobs: list[Job] = []
+        self.jobs: dict[Job, None] = {}  # in order
         self.task: asyncio.Task | None = None
 
     def add(self, source: Any) -> Job:
@@ -52,7 +52,7 @@ class Worker:
         if len(self.jobs) >= self.queue:
             raise HTTPException(429, "the queue is full", {"Retry-After": "1"})
         pieces = self.pipe.preprocess(recording := Recording(source), 16_000, self.limit_seconds)
-        self.jobs.append(job := Job(recording, pieces))
+        self.jobs[job := Job(recording, pieces)] = None
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self.run())
         return job
@@ -76,12 +76,7 @@ class Worker:
                 yield event
             raise HTTPException(499, "the client is gone")
         finally:
-            self.drop(job)
-
-    def drop(self, job: Job) -> None:
-        """Decode no more of a job."""
-        if job in self.jobs:
-            self.jobs.remove(job)
+            self.jobs.pop(job, None)
 
     async def run(self) -> None:
         """Decode until there are no jobs."""
@@ -89,7 +84,7 @@ class Worker:
             for job, event in await asyncio.to_thread(self.round, list(self.jobs)):
                 job.events.put_nowait(event)
                 if not isinstance(event, Piece):
-                    self.drop(job)
+                    self.jobs.pop(job, None)
 
     def round(self, jobs: list[Job]) -> list[tuple[Job, Event]]:
         """Read and decode one batch with pieces of every job; the events in order."""
@@ -210,7 +205,7 @@ def create_app(
             except HTTPException as error:
                 yield event(error={"message": error.detail, "code": error.status_code})
             finally:
-                worker.drop(job)
+                worker.jobs.pop(job, None)
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
