@@ -180,6 +180,17 @@ def test_a_client_that_leaves_is_forgotten(endpoint, tmp_path):
             pytest.fail("the job of a client that left is still there")
 
 
+def test_a_failure_is_answered_and_the_next_request_served(endpoint, talk, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("tiny_audio.asr_pipeline.ASRPipeline._forward", fail)
+        with pytest.raises(openai.InternalServerError, match="RuntimeError"):
+            ask(endpoint.client(), talk)
+    assert ask(endpoint.client(), talk).text
+
+
 def test_a_port_that_is_taken_is_named(endpoint, model_folder, capfd):
     from tiny_audio.commands import serve
 

@@ -266,7 +266,7 @@ def test_out_of_memory_halves_the_pieces_once(pipe, monkeypatch, caplog):
 def test_pieces_stream_and_call_agree(pipe):
     long = np.concatenate([babble(5.0, 1), np.zeros(9000, np.float32), babble(6.0, 2)])
     whole = pipe(long)["text"]
-    assert " ".join(p.text for p in pipe.pieces(Recording(long)) if p.text) == whole
+    assert " ".join(p.text for p in pipe.pieces(long) if p.text) == whole
     seconds: list[float] = []
     several = pipe([long, tone(1.0), long], progress=seconds.append)
     assert [several[0]["text"], several[2]["text"]] == [whole, whole]
@@ -276,6 +276,8 @@ def test_pieces_stream_and_call_agree(pipe):
 def test_unknown_call_arguments_are_refused(pipe):
     with pytest.raises(ValueError, match="return_timestamps"):
         pipe(tone(1.0), return_timestamp=True)
+    with pytest.raises(ValueError, match="'word'"):
+        pipe(tone(1.0), return_timestamps="char")
 
 
 def test_a_limit_of_length(pipe):

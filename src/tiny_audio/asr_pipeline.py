@@ -189,6 +189,8 @@ class ASRPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
         check_keys(kwargs, [name for names in ARGUMENTS for name in names], "the pipeline's call")
         given = {k: v for k, v in kwargs.items() if v is not None}
+        if given.get("return_timestamps") not in (None, False, True, "word"):
+            raise ValueError("return_timestamps is False, True or 'word'")
         pre, forward, post = ({k: given[k] for k in names & given.keys()} for names in ARGUMENTS)
         return pre, forward, post
 
@@ -237,12 +239,13 @@ class ASRPipeline(Pipeline):
                 recording.error = str(error)
             yield recording, None
 
-    def pieces(self, recording: Recording, **kwargs: Any) -> Iterator[Piece]:
-        """The pieces of one recording in order, each as soon as its batch is decoded.
+    def pieces(self, source: AudioInput | Recording, **kwargs: Any) -> Iterator[Piece]:
+        """The pieces of one input in order, each as soon as its batch is decoded.
 
         Joined with spaces, their texts are the text that a call gives.
         """
         pre, forward, _ = self.settings(**kwargs)
+        recording = source if isinstance(source, Recording) else Recording(source)
         todo: list[Piece] = []
         for piece in chain(self.preprocess(recording, **pre), [None]):
             todo += [piece] if piece else []

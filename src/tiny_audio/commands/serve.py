@@ -89,13 +89,13 @@ class Worker:
     def round(self, jobs: list[Job]) -> list[tuple[Job, Event]]:
         """Read and decode one batch with pieces of every job; the events in order."""
         events: list[tuple[Job, Event]] = []
-        for job in jobs:
-            try:
-                pieces = list(islice(job.pieces, max(1, PIECES // len(jobs))))
-                events += [(job, piece) for piece in pieces or [None]]
-            except AudioError as error:
-                events.append((job, HTTPException(400, str(error))))
         try:
+            for job in jobs:
+                try:
+                    pieces = list(islice(job.pieces, max(1, PIECES // len(jobs))))
+                    events += [(job, piece) for piece in pieces or [None]]
+                except AudioError as error:
+                    events.append((job, HTTPException(400, str(error))))
             self.pipe._forward([piece for _, piece in events if isinstance(piece, Piece)])
         except Exception as error:  # whatever it is: these requests fail, the next go on
             logger.exception("a batch failed")
