@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_audio
 
 from tiny_audio.asr_pipeline import Piece, split_blocks
@@ -106,6 +107,7 @@ def test_a_long_recording_is_read_as_its_clips_are(half_hour, real):
     assert len(errors) > 0.9 * len(clips) and (median <= frame).all()
 
 
+@torch.no_grad()
 def test_word_times_lie_where_the_speech_is(half_hour, real):
     """Forced alignment of what was said: within one projected frame (median)."""
     _, clips = half_hour
