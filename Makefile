@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet -e '.[quickstart,dev]' -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[quickstart,serve,demo,dev]' -c constraints.txt
 	touch $@
 
 install: .venv/installed

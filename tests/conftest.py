@@ -48,6 +48,7 @@ from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.train import CONFIGS
+from tiny_audio.commands.transcribe import load_pipeline
 
 TEXTS = (
     "the cat sat",
@@ -290,6 +291,22 @@ def build(tiny_bases: Path) -> Callable[..., tuple[ASRProcessor, ASRModel]]:
         return build_asr(tiny_bases / encoder, tiny_bases / "decoder", **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model with both heads; its weights are random, so it talks to its limit."""
+    processor, model = build("whisper", bridge="posteriors", lora="decoder")
+    processor.max_seconds = 4.0
+    folder = tmp_path_factory.mktemp("use") / "tiny"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(model_folder: Path) -> Any:
+    return load_pipeline(str(model_folder), "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import av
@@ -163,15 +167,42 @@ def commands() -> list[str]:
 
 # The only substitutions: a manifest of three clips where a whole test set is scored.
 LONG = ("make quickstart", "+experiments=quickstart")
+SERVERS = {"tiny-audio demo": 7860, "tiny-audio serve": 8000}  # they run until interrupted
+APART = (*LONG, *SERVERS)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not any(x in c for x in LONG)])
+@pytest.mark.parametrize("command", [c for c in commands() if not any(x in c for x in APART)])
 def test_readme_command(command, workplace):
     if command.startswith("make "):  # `make test` is what runs this
         done = bash(f"{command.replace('make', 'make -n')}", ROOT)
     else:
         done = bash(command.replace("/test.jsonl", "/librivox.jsonl"), workplace)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(tuple(SERVERS))])
+def test_readme_server(command, workplace):
+    """It answers, OpenAI's client as the README has it gets its text, and Ctrl-C ends it."""
+    port = next(p for name, p in SERVERS.items() if command.startswith(name))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=workplace,
+                           env={**os.environ, "PATH": path}, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        for _ in range(120):
+            with socket.socket() as sock:
+                if sock.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.5)
+        page = "docs" if port == 8000 else ""
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}").status == 200
+        if "serve" in command:
+            code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+            done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True)
+            assert done.returncode == 0 and done.stdout.strip(), done.stderr[-3000:]
+    finally:
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) in (0, 130)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ the blank), rows hypotheses of a search.
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -357,3 +358,49 @@ class LengthLimit(LogitsProcessor):
         only_end = torch.full_like(scores, float("-inf"))
         only_end[:, self.end] = 0.0
         return torch.where(over, only_end, scores)
+
+
+def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Forced alignment: where the best CTC path (Viterbi) says each of `targets`.
+
+    All states of a frame are computed at once; the loop is over frames.
+
+    Args:
+        log_probs: (t, c) float32, class 0 the blank.
+        targets: (s,) classes from 1 on, of which t frames must have room (`fits`).
+
+    Returns:
+        `spans` (s, 2): the first frame of each target and the one behind its last, and `scores`
+        (s,): the highest log-probability that the target has in its span.
+    """
+    t, s = len(log_probs), len(targets)
+    states = np.zeros(2 * s + 1, np.int64)  # blanks between and around the targets
+    states[1::2] = targets
+    skip = np.full(2 * s + 1, -np.inf, np.float32)  # a blank may be left out between two unlike
+    skip[3::2][targets[1:] != targets[:-1]] = 0.0
+    emit = log_probs[:, states]  # (t, 2 s + 1)
+    best = np.full((t, 2 * s + 3), -np.inf, np.float32)  # two columns of "impossible" first
+    best[0, 2:4] = emit[0, :2]
+    top, jump = np.empty(2 * s + 1, np.float32), np.empty(2 * s + 1, np.float32)
+    for i in range(1, t):
+        before = best[i - 1]
+        np.maximum(before[2:], before[1:-1], out=top)
+        np.add(before[:-2], skip, out=jump)
+        np.maximum(top, jump, out=top)
+        np.add(top, emit[i], out=best[i, 2:])
+    path = np.empty(t, np.int64)
+    at = 2 * s - int(best[-1, -2] > best[-1, -1])
+    for i in range(t - 1, 0, -1):
+        path[i] = at
+        before = best[i - 1, at : at + 3]  # from two states back, from one, from the same
+        at -= int(np.argmax((before[2], before[1], before[0] + skip[at])))
+    path[0] = at
+    label = np.arange(s) * 2 + 1
+    spans = np.stack([np.searchsorted(path, label), np.searchsorted(path, label, "right")], 1)
+    scores = np.array([emit[a:b, k].max() for (a, b), k in zip(spans, label, strict=True)])
+    return spans, scores
+
+
+def fits(frames: int, targets: np.ndarray) -> bool:
+    """Whether `frames` have room for `targets`: one each, and a blank between equal ones."""
+    return len(targets) > 0 and len(targets) + (targets[1:] == targets[:-1]).sum() <= frames

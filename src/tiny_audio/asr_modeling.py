@@ -303,6 +303,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         ctc_decode_weight: float | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: list[LogitsProcessor] | None = None,
+        encoded: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Transcribe a left-padded batch; returns new token ids only, as (b, new tokens).
@@ -313,12 +314,13 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 the decoder alone.
             generation_config: replaces the model's own.
             logits_processor: further processors, applied before the CTC score.
+            encoded: see `encode`.
             kwargs: any argument of `GenerationMixin.generate` (num_beams, streamer, ...).
 
         Each row may speak one token per projected frame and `SPARE_TOKENS` more.
         """
         weight = self.config.ctc_decode_weight if ctc_decode_weight is None else ctc_decode_weight
-        hidden, steps = self.encode(input_features, input_features_mask)
+        hidden, steps = self.encode(input_features, input_features_mask, encoded)
         frames, lengths = self._project(hidden, steps)
         log_probs: Any = None
         if self.residual is not None:

@@ -1,25 +1,51 @@
-"""ASRPipeline: audio of any length in, text out, decoded in batches by length.
+"""ASRPipeline: audio of any length in, text and times out, decoded in batches by length.
 
 The pipeline decodes with the model's own generation settings, so that `pipeline(...)`, the
-command line and the evaluation give the same text.
+command line, the page, the endpoint and the evaluation give the same text.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Pipeline
 
-from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, load_audio
+from .asr_config import check_keys
+from .asr_ctc import UNSPELLABLE, align, fits
+from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, read_audio
 
 logger = logging.getLogger(__name__)
 HOP = SAMPLE_RATE // 100  # 10 ms: the grid on which pauses are looked for
 PAUSE_WINDOW = 20  # grid steps (0.2 s) that a cut should find quiet
-# How many input files are read before a round of batches is decoded: bounds memory.
-FILES_PER_ROUND = 64
+# What is read before a round of batches is decoded, in inputs and seconds of audio: bounds memory.
+FILES_PER_ROUND, SECONDS_PER_ROUND = 64, 300.0
+BATCH_SECONDS = 60.0
+# Call arguments, by the step of the pipeline that they go to.
+ARGUMENTS = (
+    {"sampling_rate", "limit_seconds", "skip_errors"},
+    {"batch_seconds", "progress", "ctc_decode_weight", "ctc_only", "generate_kwargs"},
+    {"return_timestamps"},
+)
+LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split to be tried again
+SILENCE = 1e-3  # a piece whose samples are all below this (-60 dBFS) holds no speech
+UNSUPPORTED = 0.33  # a transcript of less CTC confidence than this is not what was said
+FLAGS = {
+    "truncated": "stopped at the limit of tokens for its length",
+    "repetition": "says one thing over and over",
+    "refusal": "is an answer of the language model, not a transcript",
+    "no_speech": "is not supported by the audio, which may hold no speech",
+}
+RETRIED = {"truncated", "repetition"}  # what may be better in halves
+LOOP = re.compile(r"(?i)\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}")
+REFUSAL = re.compile(r"(?i)\b(as an ai|sorry,? but i|i can('?t|not) (transcribe|hear|help))\b")
+LAG = 0.06  # seconds that a word sounds behind the CTC peak of its last letter, by measurement
+# A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
+PAUSE, LONGEST_SEGMENT = 0.5, 6.0
 
 
 @dataclass
@@ -27,57 +53,126 @@ class Piece:
     """A stretch of one input's audio, short enough for the model.
 
     Attributes:
-        item: index of the input that it is cut from.
         start: offset in the input, seconds.
-        samples: mono 16 kHz, shape (n,).
+        seconds: length.
+        samples: mono 16 kHz, shape (n,); given up once they are decoded.
         text: transcript, once decoded.
-        truncated: decoding stopped at the token limit instead of an end token.
+        words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`,
+            where the model has a CTC head.
+        confidence: geometric mean of the CTC probabilities of what the text is spelled with.
+        flags: what is wrong with it, keys of `FLAGS`.
+        parts: the pieces that it was split into, to be tried again.
     """
 
-    item: int
     start: float
     samples: np.ndarray = field(repr=False)
+    seconds: float = 0.0
     text: str = ""
-    truncated: bool = False
+    words: list[dict[str, Any]] = field(default_factory=list)
+    confidence: float | None = None
+    flags: list[str] = field(default_factory=list)
+    parts: list["Piece"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.seconds = len(self.samples) / SAMPLE_RATE
+
+    def halve(self) -> list["Piece"]:
+        """Split it near its middle, in the quietest place, unless it is short already."""
+        if self.seconds >= 2 * LEAST_PIECE:
+            cuts = split_at_pauses(self.samples, 0.7 * self.seconds)
+            self.parts = [Piece(self.start + a / SAMPLE_RATE, self.samples[a:b]) for a, b in cuts]
+        return self.parts
+
+    def whole(self) -> list[dict[str, Any]]:
+        """Its text as one word, for a model that knows no times of words."""
+        times = (self.start, self.start + self.seconds)
+        return [{"text": self.text, "timestamp": times, "confidence": None}] if self.text else []
+
+    def final(self) -> list["Piece"]:
+        """The pieces that make up its text: itself, unless it was split."""
+        return [leaf for part in self.parts for leaf in part.final()] or [self]
+
+
+@dataclass
+class Recording:
+    """One input on its way through the pipeline.
+
+    Attributes:
+        source: see `read_audio`.
+        pieces: what it was cut into so far.
+        missing: what could not be decoded.
+        error: why it cannot be read at all.
+    """
+
+    source: Any
+    pieces: list[Piece] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    error: str = ""
 
 
 def split_at_pauses(samples: np.ndarray, max_seconds: float) -> list[tuple[int, int]]:
     """Cut points of a recording into pieces of at most `max_seconds`, in the quietest places.
 
-    Within the last half of each allowed stretch the cut goes where a 0.2 s window has the least
-    energy, so a pause is found wherever there is one.
-
     Returns:
         (start, end) in samples for each piece; they cover the recording without gap or overlap.
     """
-    limit = int(max_seconds * SAMPLE_RATE)
-    if len(samples) <= limit:
-        return [(0, len(samples))]
+    return [(at, at + len(part)) for at, part in split_blocks([samples], max_seconds)]
+
+
+def split_blocks(
+    blocks: Iterable[np.ndarray], max_seconds: float
+) -> Iterator[tuple[int, np.ndarray]]:
+    """`split_at_pauses` for samples that come in blocks: (start, samples) for each piece.
+
+    Within the last half of each allowed stretch the cut goes where a 0.2 s window has the least
+    energy, so a pause is found wherever there is one.
+    """
+    limit, margin = int(max_seconds * SAMPLE_RATE), PAUSE_WINDOW * HOP
+    held: list[np.ndarray] = []
+    size = at = 0
+    for block in chain(blocks, [None]):
+        if block is not None:
+            held.append(block)
+            size += len(block)
+        while size > limit + (margin if block is not None else 0):
+            samples = np.concatenate(held)
+            cut = _quietest(samples[: limit + margin], limit)
+            yield at, samples[:cut]
+            held, at, size = [samples[cut:]], at + cut, size - cut
+    if size:
+        yield at, np.concatenate(held)
+
+
+def _quietest(samples: np.ndarray, limit: int) -> int:
+    """Where to cut within the last half of the first `limit` samples."""
     steps = len(samples) // HOP
     energy = np.square(samples[: steps * HOP]).reshape(steps, HOP).mean(1)
-    smooth = np.convolve(energy, np.ones(PAUSE_WINDOW) / PAUSE_WINDOW, mode="same")
-    bounds, start = [], 0
-    while len(samples) - start > limit:
-        low, high = (start + limit // 2) // HOP, (start + limit) // HOP
-        cut = (low + int(smooth[low:high].argmin())) * HOP
-        bounds.append((start, cut))
-        start = cut
-    return [*bounds, (start, len(samples))]
+    energy = np.pad(energy, (PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1), mode="edge")
+    smooth = np.convolve(energy, np.ones(PAUSE_WINDOW) / PAUSE_WINDOW, mode="valid")
+    low, high = limit // 2 // HOP, limit // HOP
+    return (low + int(smooth[low:high].argmin())) * HOP
 
 
 class ASRPipeline(Pipeline):
     """`pipeline("automatic-speech-recognition", model=..., trust_remote_code=True)`.
 
-    Call it with a path, URL, bytes, array, dict or a list of them; it returns a dict with `text`
-    (and `truncated: True` where the model ran into its token limit), or a list of dicts.
+    Call it with a path, URL, bytes, array, dict or a list of them; it returns a dict, or a list of
+    dicts, with `text`, and where there is something to say
+    - `chunks`: dicts of `text`, `timestamp` (start, end) in seconds and `confidence`;
+    - `truncated`, `repetition`, `refusal`, `no_speech`: True, see `FLAGS`, with `warnings`, which
+      say where;
+    - `missing`: what could not be decoded of a damaged file.
 
     Call arguments:
+        return_timestamps: True adds `chunks` of a subtitle's length, "word" of single words.
         batch_seconds: padded seconds of audio decoded together.
         sampling_rate: Hz, of raw arrays.
+        limit_seconds: longer inputs are refused.
         skip_errors: an input that cannot be read gives `{"text": "", "error": reason}` instead of
             ending the call.
         ctc_decode_weight: overrides the model's own; 0 is the decoder alone.
         ctc_only: the greedy transcript of the CTC head instead.
+        progress: called with the seconds of audio of each round.
         generate_kwargs: further arguments of `generate`.
     """
 
@@ -91,24 +186,20 @@ class ASRPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         self.model.eval()
 
-    def _sanitize_parameters(
-        self,
-        batch_seconds: float | None = None,
-        sampling_rate: int | None = None,
-        skip_errors: bool | None = None,
-        ctc_decode_weight: float | None = None,
-        ctc_only: bool | None = None,
-        generate_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[dict, dict, dict]:
-        forward: dict[str, Any] = {
-            "batch_seconds": batch_seconds,
-            "ctc_decode_weight": ctc_decode_weight,
-            "ctc_only": ctc_only,
-            "generate_kwargs": generate_kwargs,
-        }
-        pre = {"sampling_rate": sampling_rate, "skip_errors": skip_errors}
-        kept = [{k: v for k, v in part.items() if v is not None} for part in (pre, forward)]
-        return kept[0], kept[1], {}
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        check_keys(kwargs, [name for names in ARGUMENTS for name in names], "the pipeline's call")
+        given = {k: v for k, v in kwargs.items() if v is not None}
+        if given.get("return_timestamps") not in (None, False, True, "word"):
+            raise ValueError("return_timestamps is False, True or 'word'")
+        pre, forward, post = ({k: given[k] for k in names & given.keys()} for names in ARGUMENTS)
+        return pre, forward, post
+
+    def settings(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Arguments of `preprocess`, `_forward` and `postprocess` for these call arguments."""
+        own = (self._preprocess_params, self._forward_params, self._postprocess_params)
+        given = self._sanitize_parameters(**kwargs)
+        pre, forward, post = ({**a, **b} for a, b in zip(own, given, strict=True))
+        return pre, forward, post
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Transcribe one input (a dict comes back) or a list, tuple or generator (a list)."""
@@ -117,89 +208,264 @@ class ASRPipeline(Pipeline):
         return results if several else results[0]
 
     def stream(self, inputs: Iterable[AudioInput], **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Results in the order of `inputs`, a round of files at a time (constant memory)."""
-        pre, forward, _ = self._sanitize_parameters(**kwargs)
-        pre, forward = {**self._preprocess_params, **pre}, {**self._forward_params, **forward}
-        batch: list[AudioInput] = []
-        for item in inputs:
-            batch.append(item)
-            if len(batch) == FILES_PER_ROUND:
-                yield from self._round(batch, pre, forward)
-                batch = []
-        yield from self._round(batch, pre, forward)
+        """Results in the order of `inputs`, decoded some minutes at a time (constant memory)."""
+        pre, forward, post = self.settings(**kwargs)
+        todo: list[Piece] = []
+        done: list[Recording] = []
+        for recording, piece in self._read(inputs, **pre):
+            if piece:
+                todo.append(piece)
+            else:
+                done.append(recording)
+            seconds = sum(piece.seconds for piece in todo)
+            if len(done) == FILES_PER_ROUND or seconds >= SECONDS_PER_ROUND:
+                self._forward(todo, **forward)
+                yield from (self.postprocess(recording, **post) for recording in done)
+                todo, done = [], []
+        self._forward(todo, **forward)
+        yield from (self.postprocess(recording, **post) for recording in done)
 
-    def _round(self, inputs: list[AudioInput], pre: dict, forward: dict) -> Iterator[dict]:
-        pre = dict(pre)  # shared by all rounds
-        skip_errors = pre.pop("skip_errors", False)
-        pieces: list[Piece] = []
-        errors: dict[int, str] = {}
-        for i, source in enumerate(inputs):
+    def _read(
+        self, inputs: Iterable[AudioInput], skip_errors: bool = False, **pre: Any
+    ) -> Iterator[tuple[Recording, Piece | None]]:
+        """The pieces of each input, and None behind its last."""
+        for source in inputs:
+            recording = Recording(source)
             try:
-                pieces += self.preprocess(source, item=i, **pre)
+                yield from ((recording, piece) for piece in self.preprocess(recording, **pre))
             except AudioError as error:
                 if not skip_errors:
                     raise
-                errors[i] = str(error)
-        self._forward(pieces, **forward)
-        for i in range(len(inputs)):
-            result = self.postprocess([piece for piece in pieces if piece.item == i])
-            yield {**result, "error": errors[i]} if i in errors else result
+                recording.error = str(error)
+            yield recording, None
+
+    def pieces(self, source: AudioInput | Recording, **kwargs: Any) -> Iterator[Piece]:
+        """The pieces of one input in order, each as soon as its batch is decoded.
+
+        Joined with spaces, their texts are the text that a call gives.
+        """
+        pre, forward, _ = self.settings(**kwargs)
+        recording = source if isinstance(source, Recording) else Recording(source)
+        todo: list[Piece] = []
+        for piece in chain(self.preprocess(recording, **pre), [None]):
+            todo += [piece] if piece else []
+            if not piece or sum(p.seconds for p in todo) + piece.seconds > BATCH_SECONDS:
+                yield from self._forward(todo, **forward)
+                todo = []
 
     def preprocess(  # type: ignore[override]
-        self, inputs: AudioInput, item: int = 0, sampling_rate: int = SAMPLE_RATE
-    ) -> list[Piece]:
-        """One input -> pieces that the model can take."""
-        samples = load_audio(inputs, sampling_rate)
-        return [
-            Piece(item, start / SAMPLE_RATE, samples[start:end])
-            for start, end in split_at_pauses(samples, self.processor.max_seconds)
-        ]
+        self,
+        recording: Recording,
+        sampling_rate: int = SAMPLE_RATE,
+        limit_seconds: float = float("inf"),
+    ) -> Iterator[Piece]:
+        """One input -> pieces that the model can take, which are also kept in `recording`.
+
+        Raises:
+            AudioError: see `read_audio`; or for more than `limit_seconds`.
+        """
+        blocks = read_audio(recording.source, sampling_rate, recording.missing)
+        for at, samples in split_blocks(blocks, self.processor.max_seconds):
+            if (at + len(samples)) / SAMPLE_RATE > limit_seconds:
+                raise AudioError(f"longer than the limit of {limit_seconds:.0f} s")
+            recording.pieces.append(piece := Piece(at / SAMPLE_RATE, samples))
+            yield piece
 
     def _forward(  # type: ignore[override]
         self,
         pieces: list[Piece],
-        batch_seconds: float = 60.0,
+        batch_seconds: float = BATCH_SECONDS,
+        progress: Callable[[float], Any] = lambda seconds: None,
+        **options: Any,
+    ) -> list[Piece]:
+        """Fill in the text of each piece, longest first, in batches of `batch_seconds`.
+
+        What ends without an end token or in a loop is split in two and decoded once more.
+
+        Returns:
+            The final pieces in the order of `pieces`.
+        """
+        loud = [p for p in pieces if np.abs(p.samples).max(initial=0.0) >= SILENCE]
+        self._decode_all(loud, batch_seconds, **options)
+        final = [leaf for piece in pieces for leaf in piece.final()]
+        for piece in [*pieces, *final]:
+            piece.samples = piece.samples[:0].copy()
+        progress(sum(piece.seconds for piece in pieces))
+        return final
+
+    def _decode_all(
+        self, pieces: list[Piece], batch_seconds: float, first: bool = True, **options: Any
+    ) -> None:
+        halves: list[Piece] = []
+        for batch in length_batches(pieces, batch_seconds):
+            try:
+                self._decode(batch, **options)
+                bad = [piece for piece in batch if first and RETRIED & {*piece.flags}]
+                halves += [half for piece in bad for half in piece.halve()]
+            except RuntimeError as error:
+                if not first or "memory" not in str(error):
+                    raise
+                logger.warning("out of memory: pieces of %.0f s are halved", batch[0].seconds)
+                halves += [half for piece in batch for half in piece.halve() or [piece]]
+                batch_seconds /= 2
+        if halves:
+            self._decode_all(halves, batch_seconds, first=False, **options)
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        batch: list[Piece],
         ctc_decode_weight: float | None = None,
         ctc_only: bool = False,
         generate_kwargs: dict[str, Any] | None = None,
-    ) -> list[Piece]:
-        """Fill in the text of each piece, longest first, in batches of `batch_seconds`."""
-        for batch in length_batches(pieces, batch_seconds):
-            features = [self.processor.features(piece.samples) for piece in batch]
-            inputs = self.processor.collate(features).to(self.model.device)
-            audio = {k: inputs[k] for k in ("input_features", "input_features_mask")}
-            if ctc_only:
-                ids = self.model.ctc_generate(**audio)
-            else:
-                ids = self.model.generate(
-                    **inputs, ctc_decode_weight=ctc_decode_weight, **(generate_kwargs or {})
-                ).tolist()
-            for piece, feature, row in zip(batch, features, ids, strict=True):
-                piece.text = self.processor.decode(row)
-                spoken = [t for t in row if t != self.processor.end_token_id]
-                limit = self.model.token_limits(torch.tensor(self.processor.frames(len(feature))))
-                piece.truncated = len(spoken) >= int(limit)
-                if piece.truncated:
-                    logger.warning(
-                        "at %.1f s: stopped at the limit of %d tokens for %.1f s of audio",
-                        piece.start, int(limit), len(piece.samples) / SAMPLE_RATE,
-                    )  # fmt: skip
-        return pieces
+    ) -> None:
+        """Fill in texts, words and flags of a batch; the encoder runs once for all of it."""
+        inputs = self.processor.collate([self.processor.features(piece.samples) for piece in batch])
+        inputs = inputs.to(self.model.device)
+        raw = {k: inputs[k] for k in ("input_features", "input_features_mask")}
+        hidden, steps = self.model.encode(**raw)
+        mask = torch.arange(hidden.shape[1], device=steps.device) < steps[:, None]
+        audio = {"input_features": hidden, "input_features_mask": mask, "encoded": True}
+        if ctc_only:
+            ids = self.model.ctc_generate(**raw)
+        else:
+            audio_and_prompt = {**inputs, **audio, "ctc_decode_weight": ctc_decode_weight}
+            ids = self.model.generate(**audio_and_prompt, **(generate_kwargs or {})).tolist()
+        limits = self.model.token_limits((steps + self.processor.stack - 1) // self.processor.stack)
+        emissions, lengths, step = self._emissions(**audio)
+        for i, (piece, row) in enumerate(zip(batch, ids, strict=True)):
+            spoken = [t for t in row if t != self.processor.end_token_id]
+            piece.text = self.processor.decode(spoken)
+            if emissions is not None:
+                self._time(piece, spoken, emissions[i, : lengths[i]], step)
+            piece.flags = ["truncated"] if len(spoken) >= int(limits[i]) else []
+            doubtful = piece.confidence is None or piece.confidence < UNSUPPORTED
+            for flag, pattern in (("repetition", LOOP), ("refusal", REFUSAL)):
+                piece.flags += [flag] if doubtful and pattern.search(piece.text) else []
+            if piece.text and piece.confidence is not None and doubtful:
+                piece.flags.append("no_speech")
 
-    def postprocess(self, pieces: list[Piece]) -> dict[str, Any]:  # type: ignore[override]
+    def _emissions(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor, encoded: bool
+    ) -> tuple[np.ndarray | None, list[int], float]:
+        """What words are aligned with, of the character head or else of the one over tokens.
+
+        Returns:
+            Log-probabilities (b, t, c), frames of each clip, and seconds of a frame; None without
+            a CTC head.
+        """
+        lengths, seconds = input_features_mask.sum(1), self.processor.frame_seconds
+        if self.model.characters is not None:
+            log_probs = self.model.characters(input_features)
+        elif self.model.ctc is not None:
+            frames, lengths = self.model.project(input_features, input_features_mask, encoded)
+            log_probs = self.model.ctc(frames, self.model.get_input_embeddings().weight)
+            seconds *= self.processor.stack
+        else:
+            return None, [0] * len(lengths), seconds
+        return log_probs.cpu().numpy(), lengths.tolist(), seconds
+
+    def _classes(self, token: int) -> list[int]:
+        """Classes of the alignment's head that spell a token; none for what has no sound."""
+        if self.model.characters is None:
+            return [c] if (c := int(self.model.ctc.class_of[token])) else []
+        spelling = self.model.characters.spelling[token].tolist()
+        return [c for c in spelling if 0 < c < UNSPELLABLE]
+
+    def _time(self, piece: Piece, ids: list[int], log_probs: np.ndarray, step: float) -> None:
+        """Fill in `words` and `confidence` of a piece from its token ids, by forced alignment.
+
+        Words that the head cannot spell (digits, punctuation alone) share the time between their
+        neighbours, and have no confidence.
+        """
+        texts, owner, classes, word = [], list[int](), list[int](), list[int]()
+        names = [*self.processor.tokenizer.convert_ids_to_tokens(ids), "Ġ"]
+        for token, name in zip([*ids, None], names, strict=True):
+            if name.startswith(("Ġ", "▁")) and (text := self.processor.decode(word)):
+                spelled = [c for t in word for c in self._classes(t)]
+                owner, classes = owner + [len(texts)] * len(spelled), classes + spelled
+                texts, word = [*texts, text], []
+            word += [] if token is None else [token]
+        targets, owners, n = np.array(classes, int), np.array(owner, int), len(texts)
+        alphabet = self.model.config.ctc_alphabet if self.model.characters is not None else []
+        letters = targets != (alphabet.index(32) + 1 if 32 in alphabet else 0)
+        edges, confidences = np.full((n, 2), np.nan), dict[int, float]()
+        if fits(len(log_probs), targets):
+            spans, scores = align(log_probs, targets)
+            for k in np.unique(owners[letters]):
+                own = letters & (owners == k)
+                edges[k] = spans[own][0, 0] * step, spans[own][-1, 1] * step + LAG
+                confidences[k] = round(float(np.exp(scores[own].mean())), 3)
+            piece.confidence = float(np.exp(scores[letters].mean())) if letters.any() else None
+        elif letters.any():
+            piece.confidence = 0.0  # more is said than there is time for
+        edges, at = edges.clip(0, piece.seconds).reshape(-1), np.arange(2 * n)
+        on = np.isfinite(edges)
+        known = np.minimum(edges[on], [*edges[on][1:], piece.seconds])  # no word ends in the next
+        edges = np.interp(at, [-1, *at[on], 2 * n], [0.0, *known, piece.seconds])
+        times = (piece.start + edges.reshape(-1, 2)).round(3).tolist()
+        piece.words = [
+            {"text": text, "timestamp": tuple(span), "confidence": confidences.get(k)}
+            for k, (text, span) in enumerate(zip(texts, times, strict=True))
+        ]
+
+    def postprocess(  # type: ignore[override]
+        self, recording: Recording, return_timestamps: bool | str = False
+    ) -> dict[str, Any]:
         """Join the pieces of one input."""
+        if recording.error:
+            return {"text": "", "error": recording.error}
+        pieces = [leaf for piece in recording.pieces for leaf in piece.final()]
         result: dict[str, Any] = {"text": " ".join(p.text for p in pieces if p.text)}
-        if any(piece.truncated for piece in pieces):
-            result["truncated"] = True
+        if return_timestamps:
+            result["duration"] = round(pieces[-1].start + pieces[-1].seconds, 3)
+            result["chunks"] = chunks(pieces, return_timestamps == "word")
+        flags = [flag for flag in FLAGS if any(flag in piece.flags for piece in pieces)]
+        if flags:
+            result.update(dict.fromkeys(flags, True))
+            found = [(p.start, p.start + p.seconds, FLAGS[f]) for p in pieces for f in p.flags]
+            result["warnings"] = [f"{a:.1f}-{b:.1f} s: {what}" for a, b, what in found]
+        if recording.missing:
+            result["missing"] = recording.missing
         return result
+
+
+def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
+    """Words of decoded pieces with their times, or words grouped to the length of a subtitle.
+
+    Raises:
+        ValueError: when words are asked of a model without a CTC head.
+    """
+    if by_word and any(piece.text and not piece.words for piece in pieces):
+        raise ValueError("word times need a CTC head, which this model lacks; use True")
+    groups: list[list[dict[str, Any]]] = []
+    for word in (word for piece in pieces for word in piece.words or piece.whole()):
+        start, end = word["timestamp"]
+        group = groups[-1] if groups else []
+        if (
+            by_word
+            or not group
+            or start - group[-1]["timestamp"][1] > PAUSE
+            or group[-1]["text"].endswith((".", "?", "!"))
+            or end - group[0]["timestamp"][0] > LONGEST_SEGMENT
+        ):
+            groups.append([])
+        groups[-1].append(word)
+    return [
+        {
+            "text": " ".join(word["text"] for word in group),
+            "timestamp": (group[0]["timestamp"][0], group[-1]["timestamp"][1]),
+            "confidence": min((w["confidence"] for w in group if w["confidence"]), default=None),
+        }
+        for group in groups
+    ]
 
 
 def length_batches(pieces: list[Piece], batch_seconds: float) -> Iterator[list[Piece]]:
     """Pieces sorted longest first, cut where padding to the longest exceeds `batch_seconds`."""
-    ordered = sorted(pieces, key=lambda piece: len(piece.samples), reverse=True)
     batch: list[Piece] = []
-    for piece in ordered:
-        if batch and len(batch[0].samples) * (len(batch) + 1) > batch_seconds * SAMPLE_RATE:
+    for piece in sorted(pieces, key=lambda piece: piece.seconds, reverse=True):
+        if batch and batch[0].seconds * (len(batch) + 1) > batch_seconds:
             yield batch
             batch = []
         batch.append(piece)

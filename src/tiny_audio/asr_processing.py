@@ -2,11 +2,10 @@
 
 import io
 import math
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import av
 import httpx2 as httpx
@@ -17,6 +16,9 @@ from transformers import BatchFeature, ProcessorMixin
 from .asr_config import IGNORE, encoder_frames
 
 SAMPLE_RATE = 16_000  # Hz
+# A jump of a file's clock within these bounds, in seconds, is audio that is missing.
+LEAST_GAP, MOST_GAP = 0.1, 600.0
+ESTIMATED = ("mp3", "aac")  # containers whose duration is a guess
 
 # What can be transcribed: a path or URL, the bytes of a file, an open file, samples, or a dict.
 AudioInput = str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor | dict[str, Any]
@@ -29,6 +31,16 @@ class AudioError(ValueError):
 def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Any audio as mono float32 samples at 16 kHz, in [-1, 1], shape (samples,).
 
+    Takes and raises what `read_audio` does; damaged audio is an error here.
+    """
+    return np.concatenate(list(read_audio(source, sampling_rate)))
+
+
+def read_audio(
+    source: AudioInput, sampling_rate: int = SAMPLE_RATE, missing: list[str] | None = None
+) -> Iterator[np.ndarray]:
+    """The samples of `load_audio` in blocks, so that a file of any length takes little memory.
+
     Files are decoded, resampled and mixed down by FFmpeg through PyAV, so every format and rate
     that FFmpeg reads works, the audio track of a video too.
 
@@ -37,6 +49,8 @@ def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarr
             (channels, samples), or a dict with `array` or `raw` and `sampling_rate`, or with
             `bytes` or `path`, as `datasets` has them.
         sampling_rate: Hz, of an array that does not say its own.
+        missing: is given a line for each stretch that cannot be decoded, which is silence in the
+            blocks. None: damage is an error.
 
     Raises:
         AudioError: for anything that holds no decodable, finite audio.
@@ -44,18 +58,18 @@ def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarr
     if isinstance(source, dict):
         for key in ("array", "raw", "bytes", "path"):
             if source.get(key) is not None:
-                return load_audio(source[key], source.get("sampling_rate") or sampling_rate)
+                rate = source.get("sampling_rate") or sampling_rate
+                yield from read_audio(source[key], rate, missing)
+                return
         raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        return _resample(source, sampling_rate)
+        yield _resample(source, sampling_rate)
+        return
     name = str(source) if isinstance(source, str | Path) else "audio"
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        response = httpx.get(source, follow_redirects=True, timeout=60)
-        if response.status_code != 200:
-            raise AudioError(f"{name}: the server answered {response.status_code}")
-        source = response.content
+        source = _fetch(source)
     elif isinstance(source, str | Path):
         path = Path(source).expanduser()
         if not path.is_file():
@@ -63,24 +77,66 @@ def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarr
         source = str(path)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
-    return _decode(source, name)
+    yield from _decode(source, name, missing)
 
 
-def _decode(source: str | BinaryIO, name: str) -> np.ndarray:
+def _fetch(url: str) -> bytes:
+    try:
+        response = httpx.get(url, follow_redirects=True, timeout=60)
+    except httpx.HTTPError as error:
+        raise AudioError(f"{url}: {str(error) or type(error).__name__}") from error
+    if response.status_code != 200:
+        raise AudioError(f"{url}: the server answered {response.status_code}")
+    return response.content
+
+
+def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
+    done = 0
     try:
         with av.open(source, mode="r") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
-            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)  # keeps the channels
-            blocks = [
-                block.to_ndarray().mean(0)
-                for frame in chain(container.decode(audio=0), [None])
-                for block in resampler.resample(frame)
-            ]
-    except (av.FFmpegError, OSError) as error:
+            for block in _blocks(container, missing):
+                done += len(block)
+                yield _finite(block, name)
+            stream = container.streams.audio[0]
+            if missing is not None and stream.duration and container.format.name not in ESTIMATED:
+                says, there = float(stream.duration * (stream.time_base or 0)), done / SAMPLE_RATE
+                if there < 0.98 * says - 1:
+                    missing.append(f"ends at {there:.1f} s of {says:.1f}")
+    except AudioError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise AudioError(f"{name}: not readable as audio ({error})") from error
-    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    return _finite(samples, name)
+    if not done:
+        raise AudioError(f"{name}: {'; '.join(['holds no samples', *(missing or [])])}")
+
+
+def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
+    """Decode packet by packet, so that the packets behind a damaged one are still read."""
+    resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)  # keeps the channels
+    packets = container.demux(container.streams.audio[0])
+    packet, done, clock = True, 0, None  # samples given; where the next frame should begin, s
+    while packet is not None:
+        at, blocks = done / SAMPLE_RATE, []
+        try:
+            packet = next(packets, None)  # it ends, if the container itself is damaged
+            for frame in [None] if packet is None else packet.decode():
+                if frame is not None and frame.time is not None:
+                    gap = 0.0 if clock is None else frame.time - clock
+                    clock = frame.time + frame.samples / frame.sample_rate
+                    if missing is not None and LEAST_GAP < gap < MOST_GAP:
+                        missing.append(f"nothing from {at:.1f} to {at + gap:.1f} s")
+                        blocks.append(np.zeros(round(gap * SAMPLE_RATE), np.float32))
+                blocks += [block.to_ndarray().mean(0) for block in resampler.resample(frame)]
+        except (av.FFmpegError, ValueError) as error:
+            if missing is None:
+                raise
+            if (line := f"damaged at {at:.1f} s ({error})") not in missing[-1:]:
+                missing.append(line)
+        for block in blocks:
+            done += len(block)
+            yield block
 
 
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -188,6 +244,13 @@ class ASRProcessor(ProcessorMixin):
         samples += round(self.tail_seconds * SAMPLE_RATE)
         hop = getattr(self.feature_extractor, "hop_length", 1)  # waveform encoders have none
         return self.frames(samples // hop)
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds between two encoder frames."""
+        hop, many = getattr(self.feature_extractor, "hop_length", 1), 1_000_000
+        frames = encoder_frames(SimpleNamespace(**self.encoder), many)
+        return round(many * hop / frames) / SAMPLE_RATE
 
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.

@@ -1,9 +1,13 @@
 """Handler for Hugging Face inference endpoints.
 
 The inference toolkit loads this file by its path, from the model's folder, so it imports nothing
-of ours: it builds the pipeline that the folder itself describes.
+of ours: it builds the pipeline that the folder itself describes. To try it in such a folder:
+`python handler.py talk.mp3`.
 """
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from transformers import pipeline
@@ -13,8 +17,24 @@ class EndpointHandler:
     """Answers `{"inputs": <bytes of an audio file>, "parameters": {...}}` with `{"text": ...}`."""
 
     def __init__(self, path: str = "") -> None:
-        self.pipeline = pipeline("automatic-speech-recognition", model=path, trust_remote_code=True)
+        model = path or str(Path(__file__).parent)
+        self.pipeline = pipeline(
+            "automatic-speech-recognition", model=model, trust_remote_code=True
+        )
 
     def __call__(self, data: dict[str, Any]) -> Any:
-        """Transcribe `data["inputs"]`; `data["parameters"]` are the pipeline's call arguments."""
+        """Transcribe `data["inputs"]`; `data["parameters"]` are the pipeline's call arguments.
+
+        Raises:
+            ValueError: unless the inputs are bytes: no path or address of the caller's choice is
+                ever opened.
+        """
+        if not isinstance(data["inputs"], bytes):
+            raise ValueError("inputs must be the bytes of an audio file")
         return self.pipeline(data["inputs"], **(data.get("parameters") or {}))
+
+
+if __name__ == "__main__":
+    handler = EndpointHandler()
+    for file in sys.argv[1:]:
+        print(json.dumps(handler({"inputs": Path(file).read_bytes()}), ensure_ascii=False))

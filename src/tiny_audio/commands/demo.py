@@ -1,0 +1,129 @@
+"""`tiny-audio demo [MODEL ...]`: a page to talk to. Upload or record, read along, download.
+
+Uploads are limited in size and length, and deleted; nothing is sent anywhere else.
+"""
+
+import argparse
+import base64
+import functools
+import html
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..asr_pipeline import Recording
+from ..asr_processing import AudioError
+from .formats import render
+from .transcribe import load_pipeline
+
+MAX_SIZE, MAX_SECONDS = "200mb", 3600.0
+KEEP = 7200  # seconds until an upload is deleted
+CSS = """
+.result audio { width: 100% } .result a { margin-right: 1rem; text-decoration: underline }
+.words { font-size: 1.2rem; line-height: 1.9 } .words .now { background: #ffd54a; color: #000 }
+"""
+# Marks the word that is being said; a click on a word plays from there.
+JS = """
+element.addEventListener('timeupdate', ({target: {currentTime: t}}) => {
+  for (const word of element.querySelectorAll('.words span'))
+    word.classList.toggle('now', word.dataset.start <= t && t < word.dataset.end);
+}, true);
+element.addEventListener('click', ({target: {dataset: {start}}}) => {
+  const audio = element.querySelector('audio');
+  if (audio && start) { audio.currentTime = start; audio.play(); }
+});
+"""
+
+
+def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "") -> str:
+    """The result as HTML: status, which screen readers say, then `more`, words with their times."""
+    spans = [
+        f'<span data-start="{word["timestamp"][0]}" data-end="{word["timestamp"][1]}">'
+        f"{html.escape(word['text'])}</span>"
+        for word in words or []
+    ]
+    status = f'<p role="status" class="status"><b>{html.escape(status)}</b></p>'
+    return f'<div class="result">{status}{more}<p class="words">{" ".join(spans)}</p></div>'
+
+
+def downloads(result: dict[str, Any], source: Path) -> str:
+    """The player, and links that carry their files: none is made on the server."""
+    out = f'<audio controls src="gradio_api/file={html.escape(str(source))}"></audio>'
+    for kind in ("txt", "srt"):
+        data = base64.b64encode(render(result, kind).encode()).decode()
+        name = html.escape(f"{source.stem}.{kind}")
+        href = f"data:text/plain;charset=utf-8;base64,{data}"
+        out += f'<a download="{name}" href="{href}">Download .{kind}</a>'
+    return out
+
+
+def transcribe(source: str | None, model: str) -> Iterator[str]:
+    """The page's HTML, again and again while the text comes in."""
+    if not source:
+        yield page("Choose a file, record something or take an example first.")
+        return
+    yield page("Listening ...")
+    pipe, began = load(model), time.perf_counter()
+    recording, done = Recording(source), []
+    try:
+        for piece in pipe.pieces(recording, limit_seconds=MAX_SECONDS):
+            done += piece.words or piece.whole()
+            yield page(f"{piece.start + piece.seconds:.0f} s read ...", done)
+    except AudioError as error:
+        yield page(f"Error: {str(error).replace(source, Path(source).name)}")
+        return
+    spent = time.perf_counter() - began
+    result = pipe.postprocess(recording, return_timestamps=True)
+    seconds, notes = result["duration"], result.get("warnings", []) + result.get("missing", [])
+    status = f"{seconds:.1f} s of audio in {spent:.1f} s: {seconds / spent:.1f} times real time. "
+    status += "" if result["text"] else "No speech was found."
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    more = downloads(result, Path(source)) + (f"<ul>{notes}</ul>" if notes else "")
+    yield page(status, done, more)
+
+
+@functools.lru_cache(1)
+def load(model: str) -> Any:
+    """The pipeline of the model that was used last."""
+    return load_pipeline(model)
+
+
+def build(models: list[str], examples: list[str]) -> gr.Blocks:
+    """The page for a choice of models and example recordings."""
+    with gr.Blocks(title="tiny-audio", delete_cache=(300, KEEP)) as blocks:
+        gr.Markdown("# tiny-audio\nUpload or record speech; the text appears as it is decoded.")
+        audio = gr.Audio(type="filepath", label="Recording", elem_id="recording", buttons=[])
+        choice = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
+        button = gr.Button("Transcribe", variant="primary", elem_id="go")
+        out = gr.HTML(elem_id="result", js_on_load=JS)
+        if examples:
+            gr.Examples(examples, audio, cache_examples=False)
+        button.click(transcribe, [audio, choice], out)
+    return blocks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show the page until interrupted."""
+    parser = argparse.ArgumentParser(prog="tiny-audio demo", description=__doc__)
+    parser.add_argument("models", nargs="*", help="default: every model in outputs")
+    parser.add_argument("--examples", nargs="*", default=[], help="recordings to offer")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args(argv)
+    models = args.models or [str(p.parent) for p in sorted(Path("outputs").glob("*/config.json"))]
+    if not models:
+        print("error: no model in outputs; name a folder or Hub id", file=sys.stderr)
+        return 2
+    load(models[0])
+    try:
+        build(models, args.examples).launch(
+            server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, css=CSS
+        )
+    except OSError as error:
+        print(f"error: {error}; see --port", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,26 @@
+"""A transcript as a file: plain text, SubRip, WebVTT, JSON."""
+
+import json
+from typing import Any
+
+FORMATS = ("txt", "srt", "vtt", "json")
+
+
+def clock(seconds: float, point: str = ".") -> str:
+    """Seconds as hh:mm:ss.mmm."""
+    ms = round(1000 * seconds)
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"
+
+
+def render(result: dict[str, Any], kind: str) -> str:
+    """A result of the pipeline as text of one of `FORMATS`; srt and vtt need its `chunks`."""
+    if kind == "txt":
+        return result["text"] + "\n"
+    if kind == "json":
+        return json.dumps(result, ensure_ascii=False, indent=1) + "\n"
+    point = "," if kind == "srt" else "."
+    cues = []
+    for i, chunk in enumerate(result["chunks"], 1):
+        times = " --> ".join(clock(t, point) for t in chunk["timestamp"])
+        cues.append(f"{i}\n{times}\n{chunk['text'].replace('-->', '->')}\n")
+    return ("WEBVTT\n\n" if kind == "vtt" else "") + "\n".join(cues)

@@ -1,0 +1,150 @@
+"""Recordings of half an hour and more, and what is no speech, with real weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_audio
+
+from tiny_audio.asr_pipeline import Piece, split_blocks
+from tiny_audio.asr_processing import SAMPLE_RATE, load_audio, read_audio
+from tiny_audio.commands import assets
+from tiny_audio.commands.transcribe import load_pipeline
+from tiny_audio.scoring import score
+
+pytestmark = pytest.mark.long
+# A model of `make quickstart`; TINY_AUDIO_MODEL names another.
+MODEL = os.environ.get("TINY_AUDIO_MODEL", "outputs/quickstart")
+
+
+@pytest.fixture(scope="module")
+def real():
+    if not (Path(MODEL) / "config.json").exists():
+        pytest.skip(f"no trained model in {MODEL}: make quickstart, or set TINY_AUDIO_MODEL")
+    return load_pipeline(MODEL, "cpu")
+
+
+def speech_bounds(samples: np.ndarray) -> tuple[float, float]:
+    """Where a clean recording is louder than 3 % of its loudest 10 ms, seconds."""
+    steps = samples[: len(samples) // 160 * 160].reshape(-1, 160)
+    loud = np.sqrt(np.square(steps).mean(1))
+    on = np.flatnonzero(loud > 0.03 * loud.max())
+    return on[0] / 100, (on[-1] + 1) / 100
+
+
+@pytest.fixture(scope="module")
+def half_hour(real_bases, tmp_path_factory):
+    """A FLAC of 30 minutes: held-out clips again and again, pauses of 0.5 to 1.2 s between them.
+
+    Gives the file and, for each clip, its row, its samples and its offset in seconds.
+    """
+    rng = np.random.default_rng(0)
+    rows = [
+        (row, load_audio(manifest.parent / row["audio"]))
+        for manifest in (real_bases.test, real_bases.librivox)
+        for row in assets.read_manifest(manifest)
+        if row["duration"] < 15
+    ]
+    parts, clips, at = [], [], 0
+    while at < 1800 * SAMPLE_RATE:
+        row, samples = rows[rng.integers(len(rows))]
+        clips.append((row, samples, at / SAMPLE_RATE))
+        hush = 1e-4 * rng.standard_normal(rng.integers(8_000, 19_200)).astype(np.float32)
+        parts += [samples, hush]
+        at += len(samples) + len(hush)
+    path = tmp_path_factory.mktemp("long") / "half_hour.flac"
+    return write_audio(path, np.concatenate(parts), SAMPLE_RATE, "flac"), clips
+
+
+def test_every_cut_lies_in_a_pause(half_hour, real):
+    path, clips = half_hour
+    pieces = list(split_blocks(read_audio(path), real.processor.max_seconds))
+    spans = [(at + a, at + b) for _, x, at in clips for a, b in [speech_bounds(x)]]
+    cuts = [at / SAMPLE_RATE for at, _ in pieces[1:]]
+    assert len(cuts) >= 90
+    inside = [(cut, span) for cut in cuts for span in spans if span[0] < cut < span[1]]
+    # A cut may also lie in a pause of the speaker: there it is as quiet as between the clips.
+    whole = load_audio(path)
+    for cut, _ in inside:
+        around = whole[round((cut - 0.05) * SAMPLE_RATE) : round((cut + 0.05) * SAMPLE_RATE)]
+        assert np.abs(around).max() < 0.02, cut
+    print(f"{len(cuts)} cuts, {len(inside)} of them within a clip, in its own pauses")
+
+
+def test_a_long_recording_is_read_as_its_clips_are(half_hour, real):
+    """The first 5 minutes: beams over half an hour take long on a CPU."""
+    path, clips = half_hour
+    minutes = float(os.environ.get("TINY_AUDIO_MINUTES", 5))
+    clips = [c for c in clips if c[2] + len(c[1]) / SAMPLE_RATE < 60 * minutes]
+    end = clips[-1][2] + len(clips[-1][1]) / SAMPLE_RATE
+    whole = real(load_audio(path)[: round(end * SAMPLE_RATE)], return_timestamps="word")
+    alone = real([samples for _, samples, _ in clips])
+    said = " ".join(row["text"] for row, _, _ in clips)
+    wer = {
+        name: score([said], [text])["wer"]
+        for name, text in (("whole", whole["text"]), ("alone", " ".join(a["text"] for a in alone)))
+    }
+    print(wer, len(clips), "clips", whole.get("warnings"))
+    assert wer["whole"] <= wer["alone"] + 1.5
+    times = [t for chunk in whole["chunks"] for t in chunk["timestamp"]]
+    assert times == sorted(times)
+    # Shown by what was decoded: the first word of each clip, the last one.
+    errors = []
+    for _, samples, at in clips:
+        a, b = speech_bounds(samples)
+        inside = [c["timestamp"] for c in whole["chunks"]
+                  if at + a - 0.3 < np.mean(c["timestamp"]) < at + b + 0.3]  # fmt: skip
+        if inside:
+            errors.append((inside[0][0] - at - a, inside[-1][1] - at - b))
+    median = np.median(np.abs(errors), axis=0)
+    print("median error of first and last word, s:", median, "of", len(errors), "clips")
+    frame = real.processor.frame_seconds * real.processor.stack
+    assert len(errors) > 0.9 * len(clips) and (median <= frame).all()
+
+
+@torch.no_grad()
+def test_word_times_lie_where_the_speech_is(half_hour, real):
+    """Forced alignment of what was said: within one projected frame (median)."""
+    _, clips = half_hour
+    errors = []
+    for row, samples, _ in clips[:120]:
+        piece = Piece(0.0, samples)
+        inputs = real.processor(samples)
+        hidden, steps = real.model.encode(inputs["input_features"], inputs["input_features_mask"])
+        log_probs, _, step = real._emissions(hidden, steps.new_ones(hidden.shape[:2]).bool(), True)
+        real._time(piece, real.processor.tokenize(row["text"]), log_probs[0], step)
+        a, b = speech_bounds(samples)
+        first, last = piece.words[0]["timestamp"][0], piece.words[-1]["timestamp"][1]
+        errors.append((first - a, last - b))
+    median = np.median(np.abs(errors), axis=0)
+    print("median error of first and last word, s:", median)
+    assert (median <= real.processor.frame_seconds * real.processor.stack).all()
+
+
+def test_memory_is_flat_from_ten_minutes_to_three_hours(model_folder, tmp_path):
+    """Peak of a fresh process, tiny model: what grows with the recording is all that counts."""
+    rng = np.random.default_rng(0)
+    minute = rng.standard_normal(60 * 8000).astype(np.float32) * 0.1
+    peaks = {}
+    code = (
+        "import sys, resource; from tiny_audio.commands.transcribe import load_pipeline; "
+        "pipe = load_pipeline(sys.argv[1], 'cpu'); "
+        "r = pipe(sys.argv[2], return_timestamps='word', generate_kwargs={'max_new_tokens': 8}); "
+        "print(r['duration'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    )
+    for minutes in (10, 180):
+        path = write_audio(
+            tmp_path / f"{minutes}.mp3", np.tile(minute, minutes), 8000, "libmp3lame"
+        )
+        run = [sys.executable, "-c", code, str(model_folder), str(path)]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        duration, peaks[minutes] = map(float, done.stdout.split())
+        assert duration == pytest.approx(60 * minutes, abs=1)
+    print("peak memory, GB:", json.dumps(peaks))
+    assert peaks[180] < peaks[10] + 0.2

@@ -1,0 +1,81 @@
+"""The page in a headless Chromium: `apt-get install chromium chromium-driver`."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import babble, write_audio
+
+from tiny_audio.commands import demo
+
+SCREENS = {"desktop": (1200, 900), "phone": (390, 844)}
+
+
+@pytest.fixture
+def page(model_folder, tmp_path):
+    """The page's address."""
+    example = str(write_audio(tmp_path / "example.wav", babble(1.0, 3), 16_000, "pcm_s16le"))
+    blocks = demo.build([str(model_folder)], [example])
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, css=demo.CSS)
+    yield url
+    blocks.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page(page, pipe, tmp_path, screen):
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    assert shutil.which("chromium") and shutil.which("chromedriver"), __doc__
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "autoplay-policy=no-user-gesture-required"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_window_size(*SCREENS[screen])
+    wait = WebDriverWait(driver, 60)
+
+    def text(selector: str) -> str:
+        return driver.execute_script(
+            "const e = document.querySelector(arguments[0]); return e ? e.textContent : ''",
+            selector,
+        )
+
+    def give(file: Path, status: str) -> None:
+        driver.get(page)
+        upload = wait.until(
+            lambda d: d.find_element(By.CSS_SELECTOR, "#recording input[type=file]")
+        )
+        upload.send_keys(str(file))
+        wait.until(lambda d: not d.find_elements(By.CSS_SELECTOR, "#recording input[type=file]"))
+        time.sleep(1)
+        driver.find_element(By.CSS_SELECTOR, "#go").click()
+        wait.until(lambda d: status in text(".status"))
+
+    try:
+        talk = write_audio(tmp_path / "talk.wav", babble(6.0, 5), 16_000, "pcm_s16le")
+        give(talk, "times real time")
+        words = pipe(str(talk), return_timestamps="word")
+        assert text(".words").split() == words["text"].split()
+        driver.execute_script("document.querySelector('.result audio').play()")
+        wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, ".words .now"))
+        first = text(".words .now")
+        wait.until(lambda d: text(".words .now") not in ("", first) or len(words["chunks"]) == 1)
+        driver.save_screenshot(str(tmp_path.parent / f"{screen}.png"))
+        for kind in ("srt", "txt"):
+            driver.find_element(By.CSS_SELECTOR, f"a[download='talk.{kind}']").click()
+            wait.until(lambda d, kind=kind: (tmp_path / f"talk.{kind}").exists())
+        assert (tmp_path / "talk.txt").read_text().strip() == words["text"].strip()
+        assert "-->" in (tmp_path / "talk.srt").read_text()
+        width = driver.execute_script("return document.documentElement.scrollWidth")
+        assert width <= driver.execute_script("return window.innerWidth") + 1
+        assert driver.find_element(By.CSS_SELECTOR, ".status").get_attribute("role") == "status"
+        broken = tmp_path / "broken.wav"
+        broken.write_text("this is no audio")
+        give(broken, "Error: broken.wav")
+    finally:
+        driver.quit()

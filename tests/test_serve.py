@@ -1,0 +1,273 @@
+"""The endpoint, driven by OpenAI's own client and by clients that misbehave; the page; load."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openai
+import psutil
+import pytest
+import uvicorn
+from conftest import babble, write_audio
+
+from tiny_audio.commands import demo, transcribe
+from tiny_audio.commands.formats import render
+from tiny_audio.commands.serve import create_app
+from tiny_audio.handler import EndpointHandler
+
+KINDS = {
+    "wav": "pcm_s16le",
+    "flac": "flac",
+    "mp3": "libmp3lame",
+    "ogg": "vorbis",
+    "m4a": "aac",
+    "webm": "libopus",
+}
+
+
+class Running:
+    """An endpoint in a thread, on a free port."""
+
+    def __init__(self, app) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        run = {"sockets": [self.sock]}
+        self.thread = threading.Thread(target=self.server.run, kwargs=run, daemon=True)
+        self.thread.start()
+
+    def client(self, **options) -> openai.OpenAI:
+        key = options.pop("api_key", "none")
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def endpoint(pipe):
+    running = Running(create_app(pipe, "tiny", queue=16, max_mb=2, limit_seconds=60))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory) -> Path:
+    """A file of several pieces."""
+    samples = np.concatenate([babble(3.0, 0), np.zeros(8000, np.float32), babble(5.0, 7)])
+    return write_audio(tmp_path_factory.mktemp("talk") / "talk.mp3", samples, 16_000, "libmp3lame")
+
+
+def ask(client: openai.OpenAI, file, **options):
+    return client.audio.transcriptions.create(model="tiny", file=file, **options)
+
+
+def test_plain_forms(endpoint, talk, pipe):
+    client = endpoint.client()
+    expected = pipe(str(talk), return_timestamps=True)
+    assert expected["text"]
+    assert ask(client, talk).text == expected["text"]
+    assert ask(client, talk, response_format="text").strip() == expected["text"].strip()
+    for kind in ("srt", "vtt"):
+        assert ask(client, talk, response_format=kind) == render(expected, kind)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_verbose_json(endpoint, talk, pipe):
+    said = ask(
+        endpoint.client(),
+        talk,
+        response_format="verbose_json",
+        timestamp_granularities=["word", "segment"],
+        language="en",
+    )
+    words = pipe(str(talk), return_timestamps="word")
+    segments = pipe(str(talk), return_timestamps=True)["chunks"]
+    assert said.text == words["text"] and float(said.duration) == words["duration"]
+    assert said.language == "en"
+    times = [(w.word, (w.start, w.end)) for w in said.words]
+    assert times == [(w["text"], tuple(w["timestamp"])) for w in words["chunks"]]
+    assert [(s.text, s.start, s.end) for s in said.segments] == [
+        (c["text"], *c["timestamp"]) for c in segments
+    ]
+    assert all(s.confidence is None or 0 <= s.confidence <= 1 for s in said.segments)
+    plain = ask(endpoint.client(), talk, response_format="verbose_json")
+    assert plain.words is None and len(plain.segments) == len(segments)
+
+
+def test_stream(endpoint, talk, pipe):
+    events = list(ask(endpoint.client(), talk, stream=True))
+    kinds = [event.type for event in events]
+    assert kinds[-1] == "transcript.text.done" and len(kinds) >= 3
+    assert set(kinds[:-1]) == {"transcript.text.delta"}
+    text = pipe(str(talk))["text"]
+    assert events[-1].text == text
+    assert "".join(event.delta for event in events[:-1]).strip() == text
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "kind", "says"),
+    [
+        (b"this is no recording" * 9, {}, openai.BadRequestError, "not readable"),
+        (b"", {}, openai.BadRequestError, "not readable"),
+        (b"junk" * 9, {"stream": True}, openai.BadRequestError, "not readable"),
+        (None, {"temperature": 0.7}, openai.BadRequestError, "not supported"),
+        (None, {"prompt": "names"}, openai.BadRequestError, "not supported"),
+        (None, {"response_format": "xml"}, openai.UnprocessableEntityError, "422"),
+        (bytes(3_000_000), {}, openai.APIStatusError, "at most 2 MB"),
+    ],
+)
+def test_bad_requests_are_4xx_with_a_reason(endpoint, talk, content, options, kind, says):
+    file = talk if content is None else ("a.wav", content)
+    with pytest.raises(kind, match=says) as caught:
+        ask(endpoint.client(), file, **options)
+    assert 400 <= caught.value.status_code < 500
+
+
+def test_wrong_model_and_too_long(endpoint, tmp_path):
+    client = endpoint.client()
+    with pytest.raises(openai.NotFoundError, match="'tiny'"):
+        client.audio.transcriptions.create(model="large", file=("a.wav", b"x"))
+    long = write_audio(tmp_path / "long.mp3", babble(70, 0), 8_000, "libmp3lame")
+    with pytest.raises(openai.BadRequestError, match="limit of 60 s"):
+        ask(client, long)
+
+
+def test_bearer_key(pipe, talk, monkeypatch):
+    monkeypatch.setenv("TINY_AUDIO_API_KEY", "secret")
+    running = Running(create_app(pipe, "tiny"))
+    with pytest.raises(openai.AuthenticationError):
+        ask(running.client(api_key="guess"), talk)
+    assert ask(running.client(api_key="secret"), talk).text
+    running.stop()
+
+
+def test_a_hundred_at_once(endpoint, talk, pipe):
+    """What fits into the queue is answered right, the rest is refused with 429 at once."""
+    text = pipe(str(talk))["text"]
+
+    def one(_: int) -> str | int:
+        try:
+            return ask(endpoint.client(timeout=120), talk).text
+        except openai.RateLimitError as error:
+            return error.status_code
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(one, range(100)))
+    assert set(answers) <= {text, 429}
+    assert answers.count(text) >= 16
+    assert endpoint.client().models.list().data
+
+
+def test_a_client_that_leaves_is_forgotten(endpoint, tmp_path):
+    long = write_audio(tmp_path / "long.flac", babble(55, 0), 16_000, "flac")
+    for options in ({}, {"stream": True}):
+        client = endpoint.client(timeout=0.3)
+        with pytest.raises(openai.APIConnectionError):
+            for _ in ask(client, long, **options):
+                client.close()
+                raise openai.APIConnectionError(request=None)
+        ended = time.monotonic() + 20
+        while time.monotonic() < ended:
+            if endpoint.client().get("/../health", cast_to=dict)["waiting"] == 0:
+                break
+            time.sleep(0.2)
+        else:
+            pytest.fail("the job of a client that left is still there")
+
+
+def test_a_failure_is_answered_and_the_next_request_served(endpoint, talk, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("tiny_audio.asr_pipeline.ASRPipeline._forward", fail)
+        with pytest.raises(openai.InternalServerError, match="RuntimeError"):
+            ask(endpoint.client(), talk)
+    assert ask(endpoint.client(), talk).text
+
+
+def test_a_port_that_is_taken_is_named(endpoint, model_folder, capfd):
+    from tiny_audio.commands import serve
+
+    port = endpoint.url.rsplit(":", 1)[1]
+    with pytest.raises(SystemExit):
+        serve.main([str(model_folder), "--port", port, "--device", "cpu"])
+    assert port in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("twenty")
+    kinds = list(KINDS) * 4
+    return [
+        write_audio(
+            folder / f"{i}.{kinds[i]}", babble(1 + 0.1 * i, i), 48_000 if i % 2 else 16_000,
+            KINDS[kinds[i]],
+        )
+        for i in range(20)
+    ]  # fmt: skip
+
+
+def page_text(source: Path, model: str) -> str:
+    """The text that the page ends with."""
+    import html
+    import re
+
+    *_, last = demo.transcribe(str(source), model)
+    return " ".join(html.unescape(w) for w in re.findall(r"<span [^>]*>(.*?)</span>", last, re.S))
+
+
+def everywhere(files: list[Path], model: str, pipe, client, capsys) -> list[str]:
+    """Asserts one text for each file everywhere; returns the texts."""
+    texts = [r["text"] for r in pipe(list(map(str, files)))]
+    assert transcribe.main([*map(str, files), "--model", model, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said == "".join(f"{f}: {t}\n" for f, t in zip(files, texts, strict=True))
+    handler = EndpointHandler(model)
+    for file, text in zip(files, texts, strict=True):
+        assert handler({"inputs": file.read_bytes()})["text"] == text
+        assert ask(client, file).text == text
+        assert page_text(file, model).split() == text.split()
+    return texts
+
+
+def test_one_text_everywhere(twenty, model_folder, pipe, endpoint, capsys):
+    texts = everywhere(twenty, str(model_folder), pipe, endpoint.client(), capsys)
+    assert sum(map(bool, texts)) > 15
+
+
+def test_the_page_says_what_is_wrong(model_folder, tmp_path):
+    (tmp_path / "a<b>.wav").write_text("no audio")
+    *_, last = demo.transcribe(str(tmp_path / "a<b>.wav"), str(model_folder))
+    assert "Error: a&lt;b&gt;.wav: not readable" in last and str(tmp_path) not in last
+    assert "Choose a file" in list(demo.transcribe(None, str(model_folder)))[-1]
+    demo.build([str(model_folder)], [])
+
+
+@pytest.mark.long
+def test_load(pipe, talk, tmp_path):
+    """8 clients, 200 requests, one in twenty broken: every answer right, memory flat."""
+    running = Running(create_app(pipe, "tiny"))
+    files = [write_audio(tmp_path / f"{i}.wav", babble(1 + i / 2, i), 16_000, "pcm_s16le")
+             for i in range(5)]  # fmt: skip
+    texts = [r["text"] for r in pipe(list(map(str, files)))]
+    memory = []
+
+    def one(i: int) -> bool:
+        memory.append(psutil.Process().memory_info().rss)
+        try:
+            said = ask(running.client(timeout=300), ("x", b"bad") if i % 20 == 7 else files[i % 5])
+        except openai.BadRequestError:
+            return i % 20 == 7
+        return i % 20 != 7 and said.text == texts[i % 5]
+
+    with ThreadPoolExecutor(8) as pool:
+        right = list(pool.map(one, range(200)))
+    running.stop()
+    assert all(right)
+    assert max(memory[-50:]) < max(memory[:50]) + 100e6

@@ -1,0 +1,400 @@
+"""Using a model: any length, damage, guards, word times, the command line, handler and formats."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from itertools import pairwise, product
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import babble, tone, write_audio
+from transformers import TextIteratorStreamer
+
+from tiny_audio.asr_ctc import align, fits
+from tiny_audio.asr_pipeline import (
+    LAG,
+    LOOP,
+    REFUSAL,
+    ASRPipeline,
+    Piece,
+    Recording,
+    chunks,
+    split_at_pauses,
+    split_blocks,
+)  # fmt: skip
+from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
+from tiny_audio.commands import transcribe
+from tiny_audio.commands.formats import render
+from tiny_audio.handler import EndpointHandler
+
+# -- reading in blocks, damage -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp3", "libmp3lame"), ("flac", "flac")])
+def test_damage_in_the_middle_is_said_and_the_rest_is_read(tmp_path, pipe, suffix, codec):
+    path = write_audio(tmp_path / f"a.{suffix}", babble(8.0, 1), 16_000, codec)
+    whole = load_audio(path)
+    data = bytearray(path.read_bytes())
+    middle, many = len(data) // 2, len(data) // 20
+    data[middle : middle + many] = bytes(b ^ 0x5A for b in data[middle : middle + many])
+    path.write_bytes(data)
+    missing: list[str] = []
+    read = np.concatenate(list(read_audio(path, missing=missing)))
+    assert missing and any("s" in line for line in missing)
+    assert abs(len(read) - len(whole)) < 0.6 * SAMPLE_RATE  # what is lost is silence: times hold
+    result = pipe(str(path))
+    assert result["text"] and result["missing"] == missing
+
+
+def test_a_file_that_ends_early_says_so(tmp_path, pipe):
+    path = write_audio(tmp_path / "a.flac", babble(6.0, 1), 16_000, "flac")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    result = pipe(str(path))
+    assert result["text"] and "6.0" in result["missing"][-1]
+
+
+def test_the_sound_of_a_video(tmp_path, pipe):
+    path = tmp_path / "film.mp4"
+    samples = babble(2.0, 5)
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("mpeg4", rate=10)
+        video.width = video.height = 32
+        sound = out.add_stream("aac", rate=16_000, layout="mono")
+        for _ in range(20):
+            image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            out.mux(video.encode(image))
+        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in (*sound.encode(frame), *video.encode(None), *sound.encode(None)):
+            out.mux(packet)
+    assert len(load_audio(path)) == pytest.approx(2.0 * SAMPLE_RATE, abs=2048)
+    assert pipe(str(path))["text"]
+
+
+def test_blocks_of_any_size_give_the_same_pieces():
+    samples = np.concatenate([babble(9.0, 2), np.zeros(8000, np.float32), babble(11.3, 3)])
+    for limit in (2.0, 5.5):
+        whole = split_at_pauses(samples, limit)
+        for size in (160, 4_001, 70_000):
+            blocks = (samples[i : i + size] for i in range(0, len(samples), size))
+            parts = list(split_blocks(blocks, limit))
+            assert [(at, at + len(part)) for at, part in parts] == whole
+            assert np.array_equal(np.concatenate([part for _, part in parts]), samples)
+
+
+# -- forced alignment ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [[1], [1, 2], [1, 1], [2, 1, 2], [2, 2, 1]])
+@pytest.mark.parametrize("frames", [3, 5, 6])
+def test_alignment_is_the_best_of_all_paths(targets, frames):
+    targets = np.array(targets)
+    log_probs = torch.randn(frames, 3, generator=torch.Generator().manual_seed(frames))
+    log_probs = log_probs.log_softmax(-1).numpy()
+    found = {}
+    for path in product(range(3), repeat=frames):
+        runs = [c for i, c in enumerate(path) if i == 0 or c != path[i - 1]]
+        if [c for c in runs if c] == targets.tolist():
+            found[path] = sum(log_probs[i, c] for i, c in enumerate(path))
+    if not fits(frames, targets):
+        assert not found
+        return
+    best = max(found, key=found.__getitem__)
+    spans, scores = align(log_probs, targets)
+    said = np.zeros(frames, int)
+    for (start, end), target in zip(spans, targets, strict=True):
+        said[start:end] = target
+    assert tuple(said) == best
+    for (start, end), target, score in zip(spans, targets, scores, strict=True):
+        assert score == log_probs[start:end, target].max()
+
+
+def test_thirty_seconds_are_aligned_in_less_than_50_ms():
+    rng = np.random.default_rng(0)
+    log_probs = np.log(rng.dirichlet(np.ones(30), 1500)).astype(np.float32)
+    targets = rng.integers(1, 30, 450)
+    spent = []
+    for _ in range(5):
+        began = time.process_time()
+        align(log_probs, targets)
+        spent.append(time.process_time() - began)
+    assert min(spent) < 0.05
+
+
+def emissions(pipe, said: list[tuple[str, int, int]], frames: int) -> np.ndarray:
+    """Log-probabilities that spell words evenly from a frame to another."""
+    alphabet = pipe.model.config.ctc_alphabet
+    out = np.full((frames, len(alphabet) + 1), 0.01)
+    out[:, 0] = 1.0
+    for word, start, end in said:
+        for i, letter in enumerate(word):
+            at = start + i * (end - 1 - start) // max(1, len(word) - 1)
+            out[at] = 0.01
+            out[at, alphabet.index(ord(letter)) + 1] = 1.0
+    return np.log(out / out.sum(1, keepdims=True)).astype(np.float32)
+
+
+def test_word_times(pipe):
+    said = [("the", 10, 20), ("red", 30, 42), ("dog", 90, 99)]
+    ids = pipe.processor.tokenize("the red 42 , dog 7")
+    piece = Piece(5.0, np.zeros(3 * SAMPLE_RATE, np.float32))
+    pipe._time(piece, ids, emissions(pipe, said, 150), pipe.processor.frame_seconds)
+    assert [w["text"] for w in piece.words] == ["the", "red", "42", ",", "dog", "7"]
+    by = {w["text"]: w["timestamp"] for w in piece.words}
+    for word, start, end in said:
+        assert by[word] == pytest.approx((5 + 0.02 * start, 5 + 0.02 * end + LAG), abs=0.021)
+    assert by["red"][1] < by["42"][0] < by["42"][1] < by[","][1] < by["dog"][0] < by["7"][1] <= 8.0
+    times = [t for w in piece.words for t in w["timestamp"]]
+    assert times == sorted(times)
+    sure = {w["text"]: w["confidence"] for w in piece.words}
+    assert sure["42"] is None and sure["the"] > 0.5
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert", "parakeet"])
+@pytest.mark.parametrize("head", ["characters", "tokens", "none"])
+def test_times_with_any_encoder_and_head(build, clips, encoder, head):
+    processor, model = build(encoder, ctc=head != "none")
+    if head == "tokens":
+        model.characters = None
+    pipe = ASRPipeline(model=model, processor=processor)
+    long = np.concatenate([np.zeros(3200, np.float32), *clips])
+    if head == "none":
+        with pytest.raises(ValueError, match="CTC head"):
+            pipe(long, return_timestamps="word")
+    result = pipe(long, return_timestamps="word" if head != "none" else True)
+    times = [t for chunk in result["chunks"] for t in chunk["timestamp"]]
+    assert times == sorted(times) and times[-1] <= result["duration"] + 1e-3
+    assert result["duration"] == pytest.approx(len(long) / SAMPLE_RATE, abs=1e-3)
+    joined = " ".join(chunk["text"] for chunk in result["chunks"])
+    assert joined.split() == result["text"].split() == pipe(long)["text"].split()
+
+
+def test_segments_break_at_pauses_sentences_and_length():
+    def word(text, start, end):
+        return {"text": text, "timestamp": (start, end), "confidence": 0.5}
+
+    piece = Piece(0.0, np.zeros(0, np.float32))
+    piece.words = [word("One", 0, 1), word("two.", 1, 2), word("Three", 2, 3), word("four", 4, 5)]
+    piece.words += [word(f"w{i}", 5 + i, 6 + i) for i in range(8)]
+    got = chunks([piece])
+    assert [c["text"] for c in got] == ["One two.", "Three", "four w0 w1 w2 w3 w4", "w5 w6 w7"]
+    assert got[0]["timestamp"] == (0, 2)
+    for a, b in pairwise(got):
+        assert a["timestamp"][1] <= b["timestamp"][0]
+
+
+# -- guards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["okay okay okay okay okay", "I see the cat. I see the cat. I see the cat. I see the cat."],
+)
+def test_loops_are_found(text):
+    assert LOOP.search(text)
+
+
+@pytest.mark.parametrize("text", ["no no no", "the cat and the dog and the cow", "seven seven two"])
+def test_what_people_say_is_no_loop(text):
+    assert not LOOP.search(text)
+
+
+def test_refusals():
+    for text in ("I'm sorry, but I can't help with that.", "As an AI model I cannot hear audio."):
+        assert REFUSAL.search(text)
+    assert not REFUSAL.search("I am sorry to hear that he cannot come")
+
+
+def test_silence_is_not_decoded(pipe):
+    assert pipe(np.zeros(3 * SAMPLE_RATE, np.float32)) == {"text": ""}
+    assert pipe(1e-4 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
+    assert pipe(np.zeros(160, np.float32)) == {"text": ""}  # 10 ms
+    assert isinstance(pipe(tone(0.01))["text"], str)
+
+
+def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
+    """Every guard speaks where the text has little CTC probability, and not where it has much."""
+    for confidence, flags in ((0.01, {"repetition", "no_speech"}), (0.9, set())):
+
+        def timed(piece, *args, sure=confidence):
+            piece.text, piece.confidence = "okay okay okay okay", sure
+
+        monkeypatch.setattr(pipe, "_time", timed)
+        result = pipe(babble(1.5, 3))
+        assert {"repetition", "no_speech"} & result.keys() == flags
+        assert bool(flags) == any("over and over" in line for line in result.get("warnings", []))
+
+
+def test_a_piece_that_meets_its_limit_is_split_and_tried_again(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe.model), "token_limits", staticmethod(lambda n: n * 0))
+    recording = Recording(babble(3.5, 4))
+    final = list(pipe.pieces(recording))
+    assert len(recording.pieces) == 1 and len(final) == 2
+    assert final[0].start == 0.0 and final[1].start == pytest.approx(final[0].seconds)
+    result = pipe.postprocess(recording)
+    assert result["truncated"] and any("limit of tokens" in line for line in result["warnings"])
+    assert sum(piece.seconds for piece in final) == pytest.approx(3.5)
+    short = pipe(babble(1.5, 4))  # too short to be split
+    assert short["truncated"] and len(short["warnings"]) <= 2
+
+
+def test_out_of_memory_halves_the_pieces_once(pipe, monkeypatch, caplog):
+    encode, limit = type(pipe.model).encode, 2.5
+
+    def small(self, input_features, input_features_mask, encoded=False):
+        if not encoded and input_features_mask.numel() > limit * 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, input_features, input_features_mask, encoded)
+
+    monkeypatch.setattr(type(pipe.model), "encode", small)
+    result = pipe(babble(3.5, 4), batch_seconds=2.6)
+    assert result["text"] and "halved" in caplog.text
+    limit = 0.5
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe(babble(3.5, 4))
+
+
+# -- the pipeline's calls ------------------------------------------------------------------------
+
+
+def test_pieces_stream_and_call_agree(pipe):
+    long = np.concatenate([babble(5.0, 1), np.zeros(9000, np.float32), babble(6.0, 2)])
+    whole = pipe(long)["text"]
+    assert " ".join(p.text for p in pipe.pieces(long) if p.text) == whole
+    seconds: list[float] = []
+    several = pipe([long, tone(1.0), long], progress=seconds.append)
+    assert [several[0]["text"], several[2]["text"]] == [whole, whole]
+    assert sum(seconds) == pytest.approx((2 * len(long) + SAMPLE_RATE) / SAMPLE_RATE)
+
+
+def test_unknown_call_arguments_are_refused(pipe):
+    with pytest.raises(ValueError, match="return_timestamps"):
+        pipe(tone(1.0), return_timestamp=True)
+    with pytest.raises(ValueError, match="'word'"):
+        pipe(tone(1.0), return_timestamps="char")
+
+
+def test_a_limit_of_length(pipe):
+    with pytest.raises(AudioError, match="limit of 5 s"):
+        pipe(babble(9.0, 0), limit_seconds=5)
+
+
+def test_words_appear_as_they_are_decoded(pipe, clips):
+    inputs = pipe.processor(clips[1])
+    streamer = TextIteratorStreamer(pipe.processor.tokenizer, timeout=30)
+    ids = pipe.model.generate(**inputs, streamer=streamer, min_new_tokens=9)
+    words = list(streamer)
+    assert len(words) > 3
+    assert pipe.processor.tokenizer.decode(ids[0]) == "".join(words)
+
+
+def test_rounds_do_not_change_the_text(pipe, monkeypatch, clips):
+    expected = [r["text"] for r in pipe(clips)]
+    monkeypatch.setattr("tiny_audio.asr_pipeline.SECONDS_PER_ROUND", 1.0)
+    assert [r["text"] for r in pipe(clips)] == expected
+    monkeypatch.setattr("tiny_audio.asr_pipeline.FILES_PER_ROUND", 1)
+    mixed = pipe([clips[0], b"junk", clips[1]], skip_errors=True)
+    assert [r["text"] for r in mixed] == [expected[0], "", expected[1]] and "error" in mixed[1]
+
+
+# -- files of transcripts, command line ----------------------------------------------------------
+
+
+def test_formats():
+    result = {
+        "text": "hello there",
+        "chunks": [
+            {"text": "hello", "timestamp": (0.0, 1.5)},
+            {"text": "there", "timestamp": (3661.25, 3662.0)},
+        ],
+    }
+    assert render(result, "txt") == "hello there\n"
+    assert render(result, "srt") == (
+        "1\n00:00:00,000 --> 00:00:01,500\nhello\n\n2\n01:01:01,250 --> 01:01:02,000\nthere\n"
+    )
+    assert render(result, "vtt").startswith(
+        "WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\nhello\n\n2\n01:01"
+    )
+    assert json.loads(render(result, "json"))["chunks"][1]["text"] == "there"
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    paths = [
+        write_audio(tmp_path / "talk.mp3", babble(1.2, 1), 44_100, "libmp3lame"),
+        write_audio(tmp_path / "meeting.m4a", babble(1.4, 2), 22_050, "aac"),
+    ]
+    return list(map(str, paths))
+
+
+def test_command_line_writes_subtitles_and_continues(model_folder, files, tmp_path, capsys, pipe):
+    out = tmp_path / "out"
+    run = [*files, "--model", str(model_folder), "--format", "srt", "--output-dir", str(out)]
+    (tmp_path / "broken.wav").write_text("no audio")
+    assert transcribe.main([str(tmp_path / "broken.wav"), *run]) == 1
+    assert "broken.wav: not readable" in capsys.readouterr().err
+    expected = pipe(files, return_timestamps=True)
+    assert [(out / f"{n}.srt").read_text() for n in ("talk", "meeting")] == [
+        render(result, "srt") for result in expected
+    ]
+    (out / "talk.srt").write_text("kept")
+    (out / "meeting.srt").unlink()
+    assert transcribe.main(run) == 0
+    assert "1 of 2 done before" in capsys.readouterr().err
+    assert (out / "talk.srt").read_text() == "kept" and (out / "meeting.srt").exists()
+    assert sorted(p.name for p in out.iterdir()) == ["meeting.srt", "talk.srt"]
+
+
+def test_command_line_refuses_two_inputs_for_one_output(files, tmp_path, capsys):
+    other = str(Path(files[0]).with_suffix(".wav"))
+    for run, says in (
+        ([files[0], other, "--output-dir", str(tmp_path)], "written to one"),
+        ([*files, "--format", "srt"], "--output-dir"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            transcribe.main(run)
+        assert says in capsys.readouterr().err
+
+
+def test_command_line_reads_stdin(model_folder, files, capsys, monkeypatch, pipe):
+    data = io.BytesIO(Path(files[1]).read_bytes())
+    monkeypatch.setattr("sys.stdin", type("", (), {"buffer": data}))
+    assert transcribe.main(["-", "--model", str(model_folder), "--format", "json", "--words"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads(json.dumps(pipe(files[1], return_timestamps="word")))
+
+
+def test_a_wrong_model_folder_is_named(tmp_path, files):
+    with pytest.raises(SystemExit, match=r"config\.json"):
+        transcribe.main([files[0], "--model", str(tmp_path)])
+
+
+# -- the Hub endpoint's handler ------------------------------------------------------------------
+
+
+def test_handler_gives_the_pipelines_result(model_folder, files, pipe):
+    handler = EndpointHandler(str(model_folder))
+    expected = pipe(files[0])
+    data = Path(files[0]).read_bytes()
+    assert handler({"inputs": data}) == expected
+    words = handler({"inputs": data, "parameters": {"return_timestamps": "word"}})
+    assert words["chunks"] == pipe(files[0], return_timestamps="word")["chunks"]
+    with pytest.raises(ValueError):
+        handler({"inputs": "/etc/passwd"})
+    with pytest.raises(ValueError, match="unknown key"):
+        handler({"inputs": data, "parameters": {"num_beam": 2}})
+
+
+def test_handler_runs_from_its_folder_without_this_package(model_folder, files, pipe):
+    code = "import sys, runpy; sys.modules['tiny_audio'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = [sys.executable, "-c", code, str(model_folder / "handler.py"), files[0]]
+    done = subprocess.run(run, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["text"] == pipe(files[0])["text"]
