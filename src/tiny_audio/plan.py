@@ -242,7 +242,9 @@ class _Step:
         if not settings["cache_encoder"]:
             with torch.set_grad_enabled(model.encoder_is_trained):
                 hidden = self.encode(steps)
-            hidden = hidden.masked_fill(torch.empty(hidden.shape[:2], dtype=torch.bool)[..., None], 0.0)
+            hidden = hidden.masked_fill(
+                torch.empty(hidden.shape[:2], dtype=torch.bool)[..., None], 0.0
+            )
         hidden = self.cut("encoder", hidden)
         recorder.part = "projector"
         frames, lengths = model.projector(hidden.to(dtype), torch.empty(clips, dtype=torch.long))
