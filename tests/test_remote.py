@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from tiny_audio.commands import remote
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]
-SECRET = "hf_ThisIsTheSecretOfTheTest"
+SECRET = f"hf_{uuid.uuid4().hex}"
 
 
 def tool(*command, **options) -> subprocess.CompletedProcess:
@@ -209,13 +210,15 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     assert remote.main(call("stop", sshd, far, "--wait", "60")) == 0
     assert remote.main(call("stop", sshd, far)) == 1
     assert "it is not running" in capfd.readouterr().err
-    assert remote.main([*train, *recipe(12)]) == 0
+    done = int(log.read_text().rsplit("step ", 1)[1].split("/")[0])
+    assert remote.main([*train, *recipe(done + 30)]) == 0
     out = capfd.readouterr().out
     assert "continuing from" in out and "ended with code 0" in out
     assert remote.main(call("fetch", sshd, far, "--into", str(home / "the model"))) == 0
     assert (home / "the model/model.safetensors").exists()
     assert remote.main(call("logs", sshd, far)) == 0
-    assert "step    12/12" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "step     7/4000" in said and f"/{done + 30} 100 %" in said
 
 
 def test_killed_and_continued_gives_the_same_weights(far, home, sshd, recipe, capfd):

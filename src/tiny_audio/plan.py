@@ -70,7 +70,8 @@ class Recorder(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self.owner: dict[int, str] = {}  # part by storage
+        self.total = self.most = 0  # of live, of peak
+        self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, and what tells its end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -81,25 +82,29 @@ class Recorder(TorchDispatchMode):
 
     def track(self, tensors: Any) -> None:
         """Note the storages of `tensors`, a tree of them, that were not seen before."""
-        for tensor in tree_leaves(tensors):
+        for tensor in [tensors] if isinstance(tensors, Tensor) else tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.owner:
-                    self.owner[storage._cdata] = self.part
-                    self.live[self.part] += storage.nbytes()
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        if self.live.total() > self.peak.total():
-            self.peak = self.live.copy()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.owner:
+                    end = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
+                    self.owner[key] = (self.part, end)
+                    self.live[self.part] += size
+                    self.total += size
+        if self.total > self.most:
+            self.peak, self.most = self.live.copy(), self.total
 
     def move(self, tensor: Tensor, part: str) -> None:
         """Count a tensor's bytes under another name from now on."""
         storage = tensor.untyped_storage()
-        self.live[self.owner[storage._cdata]] -= storage.nbytes()
+        owner, end = self.owner[storage._cdata]
+        self.live[owner] -= storage.nbytes()
         self.live[part] += storage.nbytes()
-        self.owner[storage._cdata] = part
+        self.owner[storage._cdata] = (part, end)
 
     def _free(self, key: int, size: int) -> None:
-        self.live[self.owner.pop(key)] -= size
+        self.live[self.owner.pop(key)[0]] -= size
+        self.total -= size
 
 
 class MixedPrecision(TorchFunctionMode):
@@ -223,7 +228,7 @@ class _Step:
             )
         self.optimizer.step()  # makes its states
         self.optimizer.zero_grad()
-        recorder.peak = recorder.live.copy()
+        recorder.most = 0  # its own temporaries come again at the end
 
     def cut(self, part: str, output: Tensor) -> Tensor:
         """The output of a part as a fresh input of the next; gradients are handed over by hand."""
