@@ -1,5 +1,11 @@
 """What a step is said to cost, against published sizes and against counted real steps."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import babble
@@ -10,6 +16,11 @@ from tiny_audio import plan
 from tiny_audio import train as recipe
 from tiny_audio.asr_config import ASRConfig
 
+ROOT = Path(__file__).parents[1]
+BIG = {
+    "facebook/hubert-xlarge-ls960-ft": "hubert-xlarge-ls960-ft.json",
+    "HuggingFaceTB/SmolLM3-3B": "SmolLM3-3B.json",
+}
 SETTINGS = {
     "decoder_loss_weight": 1.0,
     "ctc_loss_weight": 0.2,
@@ -134,3 +145,83 @@ def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
     assert planned == pytest.approx(recorder.most, rel=0.15)
     states = sum(p.nbytes for p in model.parameters())
     assert recorder.most > 1.5 * states  # what the step needs beside the weights is what is tested
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """`planned("+experiments=stage1", ...)`: the command beside a Hub cache of the two configs."""
+    home = tmp_path_factory.mktemp("hf")
+    for repo, file in BIG.items():
+        folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        config = (ROOT / "tests/fixtures" / file).read_text()
+        (folder / "snapshots" / ("0" * 40) / "config.json").write_text(config)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        code = "import sys; from tiny_audio.commands.plan import main; sys.exit(main(sys.argv[1:]))"
+        env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_plan_of_the_readme_is_what_the_command_prints(planned):
+    readme = (ROOT / "README.md").read_text()
+    said = readme.split("<!-- plan:begin -->\n```\n")[1].split("\n```\n<!-- plan:end -->")[0]
+    command = next(x for x in readme.splitlines() if x.startswith("tiny-audio plan +"))
+    started = time.process_time()
+    done = planned(*command.split()[2:])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == said.strip()
+    assert time.process_time() - started < 20
+
+
+def test_batches_of_five_on_forty_gigabytes(planned):
+    """What the README says about a batch of 5 is what the command says."""
+    batch = ["seconds=30", "training.per_device_train_batch_size=5", "training.batch_seconds=150"]
+    done = planned("+experiments=stage1", "gpu=a100-40", *batch)
+    assert "17.0 GB at most: fits in 36.0 of 40 GB" in done.stdout
+    assert "no gradient checkpointing           +40 % audio    44.3 GB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["gpu=a41"], "did you mean 'a40'"),
+        (["budget=12"], "budget= needs price="),
+        (["+training.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["model.encoder_model_name=no/such", "price=x"], "could not convert"),
+        (["model.encoder_model_name=no/such"], "no/such"),
+    ],
+)
+def test_what_is_wrong_is_said(planned, arguments, hint):
+    done = planned("+experiments=stage1", *arguments)
+    assert done.returncode == 1 and hint in done.stderr
+    assert len([x for x in done.stderr.splitlines() if x.startswith("error: ")]) == 1
+
+
+def test_a_budget_is_hours_at_a_price(planned, tiny_bases):
+    tiny = [f"model.encoder_model_name={tiny_bases / 'whisper'}", "seconds=2", "price=0.5"]
+    tiny += [f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32"]
+    lines = [
+        next(x for x in planned(*tiny, bought).stdout.splitlines() if " buy " in x)
+        for bought in ("hours=24", "budget=12", "budget=6")
+    ]
+    assert lines[0] == lines[1] and lines[0].startswith("24 hours ($12.00) buy ")
+    assert lines[2].startswith("12 hours ($6.00) buy ")
+
+
+@pytest.mark.parametrize(
+    "gpu", ["NVIDIA A40", "NVIDIA L4", "NVIDIA L40S", "NVIDIA H100 80GB HBM3", "Tesla T4"]
+)
+def test_a_device_is_found_by_the_name_that_torch_gives_it(gpu):
+    known = {"NVIDIA A40": "a40", "NVIDIA L4": "l4", "NVIDIA L40S": "l40s"}
+    known["NVIDIA H100 80GB HBM3"] = "h100"
+    assert plan.gpu_of(gpu) == known.get(gpu)
+    assert all(facts["source"] and facts["tflops"] > 50 for facts in plan.GPUS.values())

@@ -42,7 +42,6 @@ LETTERS = 40  # classes of a character head; English has 28
 CHANGES = {
     "frozen encoder": ["encoder_lora.r=0"],
     "no gradient checkpointing": ["training.gradient_checkpointing=false"],
-    "CTC against 4,000 sampled tokens": ["training.ctc_negatives=4000"],
 }
 RECIPES = ("stage1", "archive/lora_decoder", "parakeet", "quickstart", "mac_minimal")
 
@@ -172,10 +171,11 @@ def report(stages: list[Stage], overrides: Sequence[str], own: dict[str, Any], r
     print(f"{full:.1f} GB at most: {verdict} in {room:.1f} of {gpu['memory']} GB")
     bought = own["hours"] or (own["budget"] and own["budget"] / price)
     if bought:
-        heard = bought * rate / main.gflop
+        heard, cash = bought * rate / main.gflop, dollars(bought).strip()
+        cost = f"{bought:g} hours ({cash})" if cash else f"{bought:g} hours"
         print(
-            f"{bought:g} hours{dollars(bought)} buy {heard:,.0f} hours of audio in stage "
-            f"{main.name}, {heard * 3600 / main.audio:,.0f} steps"
+            f"{cost} buy {heard:,.0f} hours of audio in stage {main.name}, "
+            f"{heard * 3600 / main.audio:,.0f} steps"
         )
     print("\nthe same on other GPUs at the same utilisation")
     print(f"{'':<12}{'TFLOP/s':>8}{'GB':>5}{'fits':>6}{'hours':>8}  costs the same at")
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="12 real steps instead of a guess")
     parser.add_argument("--recipes", action="store_true", help="a table of the shipped recipes too")
     parser.add_argument("arguments", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     own, overrides = dict(OWN), []
     try:
         for argument in args.arguments:
