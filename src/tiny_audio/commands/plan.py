@@ -31,6 +31,7 @@ from transformers import AutoConfig
 
 from ..asr_config import ASRConfig, check_keys
 from ..asr_modeling import ASRModel
+from ..hub import one_line
 from ..plan import GPUS, PARTS, Cost, count, gpu_of, without_weights
 from ..train import CONFIGS, check_config, lora_from, part_of, part_rates, run_stage
 
@@ -94,7 +95,10 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     bases: list[Any] = []
     for part in ("encoder", "decoder"):
         name, revision = model[f"{part}_model_name"], model[f"{part}_revision"]
-        bases.append(AutoConfig.from_pretrained(name, revision=revision))
+        try:
+            bases.append(AutoConfig.from_pretrained(name, revision=revision))
+        except OSError as error:
+            raise OSError(f"no config of the {part} {name}: {one_line(error)}") from error
     text = bases[1]
     config = ASRConfig(
         audio_config=vars(bases[0]).get("encoder_config", bases[0]),
@@ -201,7 +205,7 @@ def recipes(own: dict[str, Any], rate: float) -> None:
         try:
             stage = plan([f"+experiments={name}"], own)[-1]
         except OSError as error:
-            print(f"{name:<22}{str(error).strip().splitlines()[0]}")
+            print(f"{name:<22}{error}")
             continue
         figures = f"{stage.gflop:>14.1f}{stage.gigabytes:>8.1f} GB{rate / stage.gflop:>23.0f}"
         print(f"{name:<22}{figures}")
@@ -247,6 +251,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.recipes:
             recipes(own, rate)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
