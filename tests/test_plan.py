@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiny_audio import plan
 from tiny_audio import train as recipe
 from tiny_audio.asr_config import ASRConfig
-from tiny_audio.commands.plan import OWN, main, measure, plan_stage, stage_config
+from tiny_audio.commands.plan import OWN, main, measure, plan_stage, stage_configs
 
 ROOT = Path(__file__).parents[1]
 BIG = {
@@ -179,7 +179,8 @@ def test_the_plan_of_the_readme_is_what_the_command_prints(planned):
     started = os.times().children_user
     done = planned(*command.split()[2:])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == said.strip()
+    clean = [[line.rstrip() for line in text.strip().splitlines()] for text in (done.stdout, said)]
+    assert clean[0] == clean[1]
     assert os.times().children_user - started < 20
 
 
@@ -188,8 +189,8 @@ def test_batches_of_five_on_forty_gigabytes(planned):
     """What the README says about a batch of 5 is what the command says."""
     batch = ["seconds=30", "training.per_device_train_batch_size=5", "training.batch_seconds=150"]
     done = planned("+experiments=stage1", "gpu=a100-40", *batch)
-    assert "17.0 GB at most: fits in 36.0 of 40 GB" in done.stdout
-    assert "no gradient checkpointing           +40 % audio    44.3 GB" in done.stdout
+    assert "= 17.0 GB" in done.stdout and "gaps: fits" in done.stdout
+    assert "gradient_checkpointing=false     +40% audio   44.3 GB" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -223,14 +224,14 @@ def test_a_budget_is_hours_at_a_price(tiny, capsys):
     for bought in ("hours=24", "budget=12", "budget=6"):
         assert main([*tiny, bought]) == 0
         lines.append(next(x for x in capsys.readouterr().out.splitlines() if " buy " in x))
-    assert lines[0] == lines[1] and lines[0].startswith("24 hours ($12.00) buy ")
-    assert lines[2].startswith("12 hours ($6.00) buy ")
+    assert lines[0] == lines[1] and lines[0].startswith("24 hours $12.00 buy ")
+    assert lines[2].startswith("12 hours $6.00 buy ")
 
 
 def test_measure_takes_real_steps(tiny, corpus, capsys):
     data = [f"data.train=[{{path: {corpus}}}]", "training.batch_seconds=4"]
     assert main([*tiny, *data, "--measure", "+training.use_cpu=true"]) == 0
-    assert "measured here (this CPU)" in capsys.readouterr().out
+    assert "measured on this CPU: " in capsys.readouterr().out
 
 
 @pytest.mark.long
@@ -246,7 +247,7 @@ def test_a_measured_rate_predicts_another_run(real_bases):
                 f"data.train=[{{path: {real_bases.train}}}]", "data.max_train_samples=200",
                 f"stages.1.training.batch_seconds={batch}",
             ]  # fmt: skip
-            rates.append(measure(plan_stage(stage_config(overrides, 1), own), steps=8))
+            rates.append(measure(plan_stage(stage_configs(overrides)[1], own), steps=8))
         ratios.append(rates[0] / rates[1])
     assert median(ratios) == pytest.approx(1, abs=0.25), ratios
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,8 +53,8 @@ class Cost:
     """What a step costs.
 
     `gflop` is for a second of audio, forward and backward, by `PARTS`. `memory` is in bytes at the
-    fullest moment, by what they are: weights, optimizer, gradients, and of `PARTS` what the forward
-    pass keeps and the backward pass needs.
+    fullest moment, by what they are: weights, optimizer, and of `PARTS` what the forward pass keeps
+    and the backward pass makes.
     """
 
     gflop: dict[str, float]
@@ -67,9 +67,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.part = ""
-        self.flops: Counter[str] = Counter()
-        self.live: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
+        self.flops, self.live, self.peak = (Counter[str]() for _ in range(3))
         self.total = self.most = 0  # of live, of peak
         self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, and what tells its end
 
@@ -94,14 +92,6 @@ class Recorder(TorchDispatchMode):
         if self.total > self.most:
             self.peak, self.most = self.live.copy(), self.total
 
-    def move(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's bytes under another name from now on."""
-        storage = tensor.untyped_storage()
-        owner, end = self.owner[storage._cdata]
-        self.live[owner] -= storage.nbytes()
-        self.live[part] += storage.nbytes()
-        self.owner[storage._cdata] = (part, end)
-
     def _free(self, key: int, size: int) -> None:
         self.live[self.owner.pop(key)[0]] -= size
         self.total -= size
@@ -123,23 +113,17 @@ class MixedPrecision(TorchFunctionMode):
 
 
 def counted_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
+    _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention (b, heads, s, d) as a fused kernel keeps it: no scores, unless they need gradients
-    (Parakeet's relative positions)."""
+    """Attention (b, heads, s, d) as a fused kernel keeps it: no scores, unless their mask needs
+    gradients (Parakeet's relative positions)."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if attention_mask is not None and attention_mask.requires_grad:
-        scores = query @ key.transpose(2, 3) * (scaling or 1.0) + attention_mask
+        scores = query @ key.transpose(2, 3) * kwargs["scaling"] + attention_mask
         out = scores.softmax(-1) @ value
     else:
-        out = FUSED(query, key, value, scale=scaling)[0]
+        out = FUSED(query, key, value, scale=kwargs["scaling"])[0]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -223,9 +207,6 @@ class _Step:
         self.optimizer = torch.optim.AdamW(trained, foreach=False)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: recorder.move(p.grad, "gradients")  # type: ignore[arg-type]
-            )
         self.optimizer.step()  # makes its states
         self.optimizer.zero_grad()
         recorder.most = 0  # its own temporaries come again at the end
@@ -284,14 +265,14 @@ class _Step:
 
     def encode(self, steps: int) -> Tensor:
         """Encoder frames (clips, t, d) of clips of `steps` samples or mel frames."""
-        audio, dtype = self.model.config.audio_config, next(self.model.encoder.parameters()).dtype
+        audio, encoder = self.model.config.audio_config, self.model.encoder
         if audio.model_type == "whisper":
             features = torch.empty(self.clips, audio.num_mel_bins, steps)
             mask = torch.empty(self.clips, steps, dtype=torch.bool)
-            return run_encoder(self.model.encoder, audio, features, mask)
+            return run_encoder(encoder, audio, features, mask)
         bins = [audio.num_mel_bins] if "num_mel_bins" in vars(audio) else []
-        features = torch.empty(self.clips, steps, *bins, dtype=dtype)
-        return self.model.encoder(features).last_hidden_state
+        features = torch.empty(self.clips, steps, *bins, dtype=next(encoder.parameters()).dtype)
+        return encoder(features).last_hidden_state
 
     def backward(self) -> None:
         """Backward through the parts, the last first; each frees what it kept."""

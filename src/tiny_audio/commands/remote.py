@@ -165,17 +165,8 @@ class Machine:
     def rsync(self, *args: str) -> None:
         """Copy files, going on where a copy broke off. Names are sent as data, never to a shell."""
         shell = " ".join("'" + word.replace("'", "''") + "'" for word in self.ssh)
-        command = [
-            "rsync",
-            "-azs",
-            "--no-owner",
-            "--no-group",
-            "--partial",
-            "--timeout=60",
-            "-e",
-            shell,
-            *args,
-        ]
+        options = "-azs --no-owner --no-group --partial --timeout=60 -e".split()
+        command = ["rsync", *options, shell, *args]
         self.check(subprocess.run(command, stderr=subprocess.PIPE, text=True))
 
     def check(self, done: subprocess.CompletedProcess[str]) -> None:
