@@ -244,7 +244,8 @@ def test_a_measured_rate_predicts_another_run(real_bases):
         for batch in (16, 32):
             overrides = [
                 "+experiments=quickstart", "training.cache_encoder=false",
-                f"data.train=[{{path: {real_bases.train}}}]", "data.max_train_samples=200", "data.max_seconds=15",
+                f"data.train=[{{path: {real_bases.train}}}]", "data.max_train_samples=200",
+                "data.max_seconds=15",
                 f"stages.1.training.batch_seconds={batch}",
             ]  # fmt: skip
             rates.append(measure(plan_stage(stage_configs(overrides)[1], own), steps=8))
