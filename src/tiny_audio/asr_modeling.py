@@ -364,8 +364,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
 
     @property
     def encoder_is_trained(self) -> bool:
-        """True when the encoder has LoRA weights, so that gradients must reach it."""
-        return bool(self.config.encoder_lora["r"])
+        """True when LoRA weights of the encoder are trained, so that gradients must reach it."""
+        return any(p.requires_grad for n, p in self.encoder.named_parameters() if ".lora_" in n)
 
     def train(self, mode: bool = True) -> "ASRModel":
         """Training mode for the trained parts; a frozen encoder stays as it was pretrained, with

@@ -11,6 +11,8 @@ VERBS = {
     "transcribe": "audio files in, text or subtitles out",
     "serve": "an HTTP endpoint with OpenAI's routes for transcription",
     "demo": "a web page: upload or record, read along, download",
+    "plan": "what a recipe costs in time, memory and money, before it runs",
+    "remote": "train on a rented machine: deploy, train, attach, status, logs, stop, fetch",
     "push": "put a trained model on the Hugging Face Hub",
     "quickstart": "train, score and use a real recogniser on this CPU",
     "dev": "format, lint, type-check, test, check",
@@ -47,6 +49,16 @@ def main(argv: list[str] | None = None) -> int:
 def eval_alias() -> int:
     """`poetry run eval` is `tiny-audio eval`."""
     return main(["eval", *sys.argv[1:]])
+
+
+def deploy_alias() -> int:
+    """`deploy-runpod` is `tiny-audio remote deploy`."""
+    return main(["remote", "deploy", *sys.argv[1:]])
+
+
+def remote_train_alias() -> int:
+    """`remote-train` is `tiny-audio remote train`."""
+    return main(["remote", "train", *sys.argv[1:]])
 
 
 def format_alias() -> int:

@@ -1,0 +1,205 @@
+"""`tiny-audio plan +experiments=stage1 gpu=a40 price=0.50 hours=24`: the cost before the run.
+
+Counts a step of each stage from the configs alone, without weights or data, and says what it needs
+in work, memory, time and money. Arguments are those of src/train.py, and:
+
+  gpu=a40           which one: see the table that this prints
+  price=0.50        dollars an hour
+  hours=24          what so many hours buy; or budget=12, dollars
+  utilisation=0.4   share of the peak that training reaches: an assumption, unless --measure
+  seconds=8.4       length of a clip
+  text_rate=3       transcript tokens a second of audio
+
+A vocabulary of the data is not known here: the CTC head is counted with the decoder's whole one.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from transformers import AutoConfig
+
+from ..asr_config import ASRConfig, check_keys
+from ..asr_modeling import ASRModel
+from ..hub import one_line
+from ..plan import GPUS, PARTS, Cost, count, gpu_of, without_weights
+from ..train import CONFIGS, check_config, describe, lora_from, part_of, part_rates, run_stage
+
+OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
+OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
+MARGIN = 0.1  # of the memory, for the driver and what fragmentation wastes
+LETTERS = 40  # classes of a character head; English has 28
+CHANGES = ("encoder_lora.r=0", "training.gradient_checkpointing=false")
+RECIPES = ("stage1", "archive/lora_decoder", "parakeet", "quickstart", "mac_minimal")
+
+
+@dataclass
+class Stage:
+    """A stage of a recipe: `gflop` for a second of audio, `gb` at the fullest moment, `audio` in
+    hours over all its steps."""
+
+    cfg: Any
+    model: ASRModel
+    cost: Cost
+    clips: int
+    gflop: float
+    gb: float
+    audio: float
+
+
+def stage_configs(overrides: Sequence[str]) -> list[Any]:
+    """The config of each stage of a recipe, as `train.run_stage` takes it."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("config", list(overrides))
+    check_config(cfg)
+    own = [{k: stage[k] for k in ("training", "data") if stage.get(k)} for stage in cfg.stages]
+    return [
+        OmegaConf.merge(cfg, part, {"stages": [stage]})
+        for part, stage in zip(own, cfg.stages, strict=True)
+    ]
+
+
+def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
+    """Count one stage.
+
+    Raises:
+        OSError: when a base model's config is not found; only that file is read.
+    """
+    bases: list[Any] = []
+    for part in ("encoder", "decoder"):
+        name = cfg.model[f"{part}_model_name"]
+        try:
+            revision = cfg.model[f"{part}_revision"]
+            bases.append(AutoConfig.from_pretrained(name, revision=revision))
+        except OSError as error:
+            raise OSError(f"no config of the {part} {name}: {one_line(error)}") from error
+    config = ASRConfig(
+        audio_config=vars(bases[0]).get("encoder_config", bases[0]),
+        text_config=bases[1],
+        encoder_lora=lora_from(cfg.encoder_lora),
+        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
+        ctc_token_ids=list(range(bases[1].vocab_size)) if cfg.model.ctc else [],
+        ctc_alphabet=list(range(LETTERS)) if cfg.model.ctc_characters else [],
+        **{k: cfg.model[k] for k in ("stack", "projector_hidden", "bridge", "ctc_hidden")},
+    )
+    settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
+    twin = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))
+    rates = part_rates(settings, settings["learning_rate"])
+    for name, parameter in twin.named_parameters():
+        if not rates[part_of(name)]:
+            parameter.requires_grad_(False)
+    seconds, clips = own["seconds"], int(settings["batch_seconds"] / own["seconds"])
+    clips = max(1, min(clips, settings["per_device_train_batch_size"] or clips))
+    cost = count(twin, settings, seconds, round(own["text_rate"] * seconds), clips)
+    steps = settings["max_steps"] * settings["gradient_accumulation_steps"]
+    gflop, gb = sum(cost.gflop.values()), sum(cost.memory.values()) / 1e9
+    return Stage(cfg, twin, cost, clips, gflop, gb, steps * clips * seconds / 3600)
+
+
+def measure(stage: Stage, steps: int = 12) -> float:
+    """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand."""
+    cfg: Any = OmegaConf.merge(stage.cfg, {"training": {"max_steps": steps, "logging_steps": 1}})
+    with tempfile.TemporaryDirectory() as scratch:
+        run_stage(cfg, Path(scratch) / "stage", None)
+        rows = (Path(scratch) / "stage/log.jsonl").read_text().splitlines()[3:]
+    return stage.gflop * median(json.loads(row)["audio_seconds_per_second"] for row in rows)
+
+
+def report(
+    overrides: list[str], own: dict[str, Any], rate: float, stages: list[Stage], recipes: bool
+) -> None:
+    """Print everything; `rate` is in GFLOP/s."""
+    gpu, price = GPUS[own["gpu"]], own["price"]
+    hours = [stage.audio * stage.gflop / rate for stage in stages]
+    longest = hours.index(max(hours))
+    main, full = stages[longest], max(stage.gb for stage in stages)
+
+    def dollars(hours: float) -> str:
+        return "" if price is None else f"${hours * price:,.2f}"
+
+    def fits(gpu: dict[str, Any]) -> str:
+        return "fits" if full <= gpu["memory"] * (1 - MARGIN) else "too big"
+
+    print(f"\n{describe(main.model)}\n\nGFLOP for a second of audio, forward and backward")
+    print(f"{'stage':<12}" + "".join(f"{part:>11}" for part in (*PARTS, "all")))
+    for stage in stages:
+        figures = [*(stage.cost.gflop[part] for part in PARTS), stage.gflop]
+        name = stage.cfg.stages[0].name
+        print(f"{name:<12}" + "".join(f"{figure:>11.1f}" for figure in figures))
+    print(f"\n{'stage':<12}{'steps':>8}{'audio h':>9}{'hours':>8}{'memory':>11}")
+    for stage, takes in zip(stages, hours, strict=True):
+        row = f"{stage.cfg.stages[0].name:<12}{stage.cfg.training.max_steps:>8,}{stage.audio:>9.0f}"
+        print(f"{row}{takes:>8.1f}{stage.gb:>8.1f} GB  {dollars(takes)}")
+    print(f"{'all':<29}{sum(hours):>8.1f}{'':>13}{dollars(sum(hours))}\n")
+    memory = " + ".join(f"{v / 1e9:.1f} {k}" for k, v in main.cost.memory.items() if v > 5e7)
+    print(f"memory with {main.clips} clips of {own['seconds']:g} s: {memory} = {main.gb:.1f} GB,")
+    print(f"of {gpu['memory']} GB, {MARGIN:.0%} of them left to driver and gaps: {fits(gpu)}")
+    if bought := own["hours"] or (own["budget"] and own["budget"] / price):
+        heard = bought * rate / main.gflop
+        steps = heard / main.audio * main.cfg.training.max_steps
+        print(f"{bought:g} hours {dollars(bought)} buy {heard:,.0f} of audio, {steps:,.0f} steps")
+    print("\nGPUs         TFLOP/s   GB             hours  costs the same at")
+    for name, other in GPUS.items():
+        takes = sum(hours) * gpu["tflops"] / other["tflops"]
+        equal = "" if price is None else f"  ${price * sum(hours) / takes:.2f} an hour"
+        row = f"{name:<12}{other['tflops']:>8}{other['memory']:>5}  {fits(other):<8}"
+        print(f"{row}{takes:>8.1f}{equal}")
+    print("\ninstead, the last stage of")
+    others = [[f"+experiments={name}"] for name in RECIPES if recipes]
+    for row in [[*overrides, change] for change in CHANGES] + others:
+        try:
+            stage = plan_stage(stage_configs(row)[-1], own)
+        except OSError as error:
+            print(f"{row[-1]}: {error}")
+            continue
+        print(f"{row[-1]:<40}{stages[-1].gflop / stage.gflop - 1:>+6.0%} audio{stage.gb:>7.1f} GB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan; what is wrong is one line."""
+    parser = argparse.ArgumentParser(
+        prog="tiny-audio plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--measure", action="store_true", help="12 real steps instead of a guess")
+    parser.add_argument("--recipes", action="store_true", help="a table of the shipped recipes too")
+    parser.add_argument("arguments", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    own, overrides = dict(OWN), []
+    try:
+        for argument in args.arguments:
+            key, _, value = argument.partition("=")
+            if key not in OWN:
+                overrides.append(argument)
+            else:
+                own[key] = value if key == "gpu" else float(value)
+        check_keys([own["gpu"]], GPUS, "the list of GPUs")
+        if own["budget"] and not own["price"]:
+            raise ValueError("budget= needs price=, dollars an hour")
+        stages = [plan_stage(cfg, own) for cfg in stage_configs(overrides)]
+        peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
+        rate = peak * own["utilisation"]
+        if args.measure:
+            rate = measure(stages[-1])
+            here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+            how = f"measured on {here}: {rate:,.0f} GFLOP/s"
+            if known := gpu_of(here):
+                share = rate / GPUS[known]["tflops"] / 1e3
+                rate, how = peak * share, f"{how}, {share:.1%} of its peak"
+        print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
+        print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
+        report(overrides, own, rate, stages, args.recipes)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0

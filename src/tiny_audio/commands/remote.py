@@ -1,0 +1,346 @@
+"""`tiny-audio remote <task> --host H --port P`: train on a rented machine, or any that ssh reaches.
+
+  deploy   check the machine, send this checkout, install it      (deploy-runpod is the same)
+  train    start a recipe there and follow it                     (remote-train is the same)
+  attach   follow it again
+  status   step, loss, speed, time left, money spent
+  logs     everything that it has printed
+  stop     have it save a checkpoint and end
+  fetch    bring its checkpoints and results here; again brings what is new
+
+Every task can be repeated; `train` continues from the newest checkpoint. The system's own ssh and
+rsync do the work: they know the keys, agents and jump hosts of whoever runs this. A machine's host
+key is taken the first time and compared from then on. HF_TOKEN and WANDB_API_KEY go through ssh's
+input into the environment of the run, and nowhere else.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from ..train import CONFIGS, check_config, clock, refuse_shadowed
+
+ROOT = Path(__file__).resolve().parents[3]
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+KEPT_AT_HOME = ["/.git", "/.venv", "/outputs", "/runs", "/wandb", "/.deploying", "__pycache__"]
+KEPT_AT_HOME += [".*_cache", ".env*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc"]
+DISK_GB = {"gpu": 40, "cpu": 8}  # installation, base models, checkpoints
+# What ssh and rsync say when they fail -> what to do about it.
+ADVICE = {
+    "HOST IDENTIFICATION HAS CHANGED": "its host key is not the one of before: either the machine "
+    "was replaced, or somebody stands between. If it was replaced: ssh-keygen -f {known} -R {name}",
+    "Permission denied": "it does not take your key: give --identity FILE and the right --user, "
+    "and put the .pub file into its ~/.ssh/authorized_keys",
+    "Could not resolve": "there is no such host: check --host",
+    "Connection refused": "nothing listens there: check --port, and that the machine runs",
+    "timed out": "it does not answer: check --host and --port, and that the machine runs",
+    "No space left": "its disk is full: free some, or rent more",
+}
+
+# Scripts for the other side: bash, with arguments, so that no value is ever read as code.
+CHECK = """
+mkdir -p -- "$1" && cd -- "$1" || exit
+for python in python3.13 python3.12 python3.11 python3; do
+  $python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
+    echo "python=$python" && break
+done
+echo "gpu=$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader \\
+  2>/dev/null | grep , | head -n 1)"
+echo "free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1e6) }')"
+echo "rsync=$(command -v rsync)"
+"""
+INSTALL = """
+cd -- "$1" && exec 9>>.deploying || exit
+flock -n 9 || { echo 'another deploy to this machine is under way' >&2; exit 3; }
+want=$(cat pyproject.toml constraints.txt | sha256sum)
+if [ "$(cat .venv/deployed 2>/dev/null)" = "$want" ]; then echo 'installed before'; else
+  set -e
+  "$2" -m venv .venv
+  .venv/bin/pip install --quiet torch -c constraints.txt
+  .venv/bin/pip install --quiet -e '.[quickstart,wandb]' -c constraints.txt
+  echo "$want" > .venv/deployed
+fi
+"""
+SEES_GPU = """
+cd -- "$1" && .venv/bin/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null
+"""
+START = """
+cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed there' >&2; exit 3; }
+name=$2 beside=$3 output=$4; shift 4
+while IFS= read -r line; do export "$line"; done  # the secrets
+mkdir -p "runs/$name" && exec 9>>runs/starting && flock -w 30 9 || exit
+for lock in runs/*/lock; do
+  [ -e "$lock" ] && ! flock -n "$lock" true || continue
+  other=$(basename "$(dirname "$lock")")
+  [ "$beside" = yes ] && [ "$other" != "$name" ] && continue
+  echo "the run $other is going on there: attach to it, stop it, or add --beside" >&2; exit 4
+done
+cd "runs/$name" && exec 8>>lock && flock -n 8 || exit 4  # held until its last process is gone
+rm -f exit; [ -e started ] || date +%s > started
+echo "$output" > output; echo "$name" > ../last; touch log
+echo "from=$(($(stat -c %s log) + 1))"
+cd ../..
+PYTHONUNBUFFERED=1 setsid bash -c '
+  run=$0; "$@" & echo $! > "$run/pid"; wait $!; echo $? > "$run/exit"
+' "runs/$name" "$@" < /dev/null >> "runs/$name/log" 2>&1 9>&- &
+for _ in 1 2 3 4 5; do [ -s "runs/$name/pid" ] && break; sleep 0.2; done
+"""
+RUN = """
+cd -- "$1" 2>/dev/null; name=${2:-$(cat runs/last 2>/dev/null)}
+cd "runs/$name" 2>/dev/null && [ -n "$name" ] || { echo 'there is no such run' >&2; exit 3; }
+"""
+FOLLOW = RUN + 'tail -c "+$3" -f --pid="$(cat pid)" log'
+LOGS = RUN + "cat log"
+STATUS = (
+    RUN
+    + """
+echo "name=$name"; echo "output=$(cat output)"
+echo "started=$(cat started)"; echo "seen=$(stat -c %Y log)"; echo "now=$(date +%s)"
+if ! flock -n lock true; then echo state=running
+elif [ -e exit ]; then echo "state=ended with code $(cat exit)"
+else echo state=killed; fi
+echo "line=$(grep -a '^step ' log | tail -n 1)"
+"""
+)
+STOP = (
+    RUN
+    + """
+flock -n lock true && { echo 'it is not running' >&2; exit 3; }
+kill -TERM "$(cat pid)"  # not its workers: without them it could not end in order
+for _ in $(seq "$3"); do flock -n lock true && exit 0; sleep 1; done
+exit 6
+"""
+)
+
+
+class RemoteError(RuntimeError):
+    """What went wrong on the way or on the other side, and the next step, in one line."""
+
+
+class Machine:
+    """A machine that ssh reaches, and the folder on it that holds the checkout."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.host, self.folder = f"{args.user}@{args.host}", args.folder
+        self.name = f"[{args.host}]:{args.port}" if args.port != 22 else args.host
+        cache = Path(os.environ.get("TINY_AUDIO_CACHE", Path.home() / ".cache/tiny-audio"))
+        cache.mkdir(parents=True, exist_ok=True)
+        self.known = cache / "known_hosts"
+        self.ssh = ["ssh", "-p", str(args.port), "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+        self.ssh += ["-o", "StrictHostKeyChecking=accept-new", "-o", "LogLevel=ERROR"]
+        self.ssh += ["-o", f'UserKnownHostsFile="{self.known}"', "-o", "ForwardAgent=no"]
+        self.ssh += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"]
+        if args.identity:
+            self.ssh += ["-i", str(args.identity), "-o", "IdentitiesOnly=yes"]
+
+    def call(self, script: str, *values: object, text: str = "", show: bool = False) -> str:
+        """Run a script there with `folder` and `values` as arguments and `text` as its input.
+
+        Its output is returned, or shown as it comes. Raises RemoteError unless it ends well.
+        """
+        words = ["bash", "-c", script, "tiny-audio", self.folder, *map(str, values)]
+        done = subprocess.run(
+            [*self.ssh, "--", self.host, shlex.join(words)],
+            input=text,
+            stdout=None if show else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.check(done)
+        return done.stdout or ""
+
+    def facts(self, script: str, *values: object, text: str = "") -> dict[str, str]:
+        """The `key=value` lines that a script prints."""
+        lines = self.call(script, *values, text=text).splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    def rsync(self, *args: str) -> None:
+        """Copy files, going on where a copy broke off. Names are sent as data, never to a shell."""
+        shell = " ".join("'" + word.replace("'", "''") + "'" for word in self.ssh)
+        options = "-azs --no-owner --no-group --partial --timeout=60 -e".split()
+        command = ["rsync", *options, shell, *args]
+        self.check(subprocess.run(command, stderr=subprocess.PIPE, text=True))
+
+    def check(self, done: subprocess.CompletedProcess[str]) -> None:
+        """Raise RemoteError for a program that failed, with what to do where that is known."""
+        if not done.returncode:
+            return
+        said = done.stderr.strip()
+        for sign, advice in ADVICE.items():
+            if sign in said:
+                known, name = shlex.quote(str(self.known)), shlex.quote(self.name)
+                raise RemoteError(f"{self.name}: {advice.format(known=known, name=name)}")
+        lines = said.splitlines() or [f"code {done.returncode}"]
+        if len(lines) > 1:
+            print(said, file=sys.stderr)
+        lost = done.returncode in (255, 10, 12, 30, 35)  # ssh's code, and rsync's for lost sockets
+        hint = "; the connection was lost: the same command goes on from here" if lost else ""
+        raise RemoteError(f"{self.name}: {lines[-1]}{hint}")
+
+    def path(self, folder: str) -> str:
+        """A folder there as rsync names it; relative ones lie in the checkout's."""
+        return f"{self.host}:{Path(self.folder) / folder}/"
+
+
+def deploy(machine: Machine, args: argparse.Namespace) -> None:
+    """Check, copy, install; seconds where nothing has changed."""
+    found = machine.facts(CHECK)
+    print(f"{machine.name}: {found['gpu'] or 'no GPU'}; {found['free']} GB free", flush=True)
+    need = DISK_GB["cpu" if args.cpu else "gpu"]
+    for wrong, what in (
+        (not args.cpu and not found["gpu"], "nvidia-smi finds no GPU; --cpu goes on without one"),
+        ("python" not in found, "no Python 3.11 with venv: apt-get install -y python3-venv"),
+        (not found["rsync"], "no rsync: apt-get install -y rsync"),
+        (int(found["free"]) < need and not args.small_disk,
+         f"{found['free']} GB of disk are free, {need} are needed; --small-disk goes on"),
+    ):  # fmt: skip
+        if wrong:
+            raise RemoteError(f"{machine.name}: {what}")
+    excluded = [f"--exclude={name}" for name in KEPT_AT_HOME]
+    machine.rsync("--delete", *excluded, f"{ROOT}/", machine.path("."))
+    print("installing", flush=True)
+    machine.call(INSTALL, found["python"], show=True)
+    if not args.cpu:
+        try:
+            machine.call(SEES_GPU)
+        except RemoteError as error:
+            driver = found["gpu"].split(",")[-1].strip()
+            raise RemoteError(
+                f"{machine.name}: torch cannot use the GPU with driver {driver}: rent a machine "
+                "with a newer driver"
+            ) from error
+    print("ready: remote-train starts a recipe")
+
+
+def train(machine: Machine, args: argparse.Namespace) -> int:
+    """Start a run, or continue it, and follow it; it outlives this program."""
+    overrides = [f"+experiments={args.config}", *args.overrides]
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("config", overrides)
+    check_config(cfg)  # here, before anything is paid for
+    refuse_shadowed(cfg, overrides)
+    name = args.run or args.config.replace("/", "-")
+    secrets = {key: os.environ[key] for key in SECRETS if os.environ.get(key)}
+    command = [".venv/bin/python", "src/train.py", *overrides]
+    if args.config == "quickstart":  # fetches its parts first
+        both = ".venv/bin/python -m tiny_audio.commands.assets && exec " + shlex.join(command)
+        command = ["bash", "-c", both]
+    text = "".join(f"{key}={value}\n" for key, value in secrets.items())
+    beside = "yes" if args.beside else "no"
+    started = machine.facts(START, name, beside, cfg.run.output_dir, *command, text=text)
+    passed = f" with {' and '.join(secrets)}" if secrets else ""
+    print(f"{name} runs on {machine.name}{passed}; it goes on without you", flush=True)
+    args.run = name
+    return 0 if args.detach else follow(machine, args, started["from"])
+
+
+def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
+    """Show the log from a byte on until the run ends; 0 when it ended well."""
+    again = f"`tiny-audio remote attach --host {args.host} --port {args.port}` follows it again"
+    try:
+        machine.call(FOLLOW, args.run, start, show=True)
+    except KeyboardInterrupt:
+        print(f"\nthe run goes on; {again}")
+        return 0
+    except RemoteError as error:
+        raise RemoteError(f"{error}; {again}") from error
+    state = machine.facts(STATUS, args.run)["state"]
+    print(state if state != "killed" else "killed: the same command continues")
+    return 0 if state == "ended with code 0" else 1
+
+
+def status(machine: Machine, args: argparse.Namespace) -> int:
+    """Print state, the last step line and the bill since the first start."""
+    found = machine.facts(STATUS, args.run)
+    until = int(found["now" if found["state"] == "running" else "seen"])
+    seconds = until - int(found["started"])
+    spent = "" if args.price is None else f", ${args.price * seconds / 3600:.2f} spent"
+    print(f"{found['name']}: {found['state']}, {clock(seconds)} since its start{spent}")
+    print(found["line"] or "no step yet: see `tiny-audio remote logs`")
+    return 0
+
+
+def fetch(machine: Machine, args: argparse.Namespace) -> None:
+    """Bring the run's folder here, but for cached encoder frames."""
+    output = machine.facts(STATUS, args.run)["output"]
+    here = args.into or ROOT / "outputs" / Path(output).name
+    here.mkdir(parents=True, exist_ok=True)
+    machine.rsync("--exclude=encoder_frames-*", machine.path(output), f"{here}/")
+    print(f"fetched into {here}")
+
+
+def stop(machine: Machine, args: argparse.Namespace) -> None:
+    """Ask the run to save and end, and wait for it."""
+    started = time.monotonic()
+    try:
+        machine.call(STOP, args.run, args.wait)
+    except RemoteError as error:
+        if str(error).endswith("code 6"):
+            raise RemoteError(
+                f"still running after {args.wait} s; --wait gives it longer"
+            ) from error
+        raise
+    print(f"stopped after {time.monotonic() - started:.0f} s; remote-train continues it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do one task; what fails is one line with the next step."""
+    parser = argparse.ArgumentParser(
+        prog="tiny-audio remote",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for name, (_, text) in TASKS.items():
+        task = tasks.add_parser(name, help=text, description=text)
+        task.add_argument("--host", required=True)
+        task.add_argument("--port", type=int, default=22)
+        task.add_argument("--user", default="root")
+        task.add_argument("--identity", type=Path, help="private key; default: what ssh would take")
+        task.add_argument("--folder", default="tiny-audio", help="checkout there, e.g. on a volume")
+        if name == "deploy":
+            task.add_argument("--cpu", action="store_true", help="a machine without a GPU will do")
+            task.add_argument("--small-disk", action="store_true", help="do not ask for free space")
+        else:
+            task.add_argument("--run", default="", help="name of the run; default: the last one")
+        if name == "train":
+            task.add_argument("--config", required=True, help="experiment: stage1, quickstart, ...")
+            task.add_argument("--beside", action="store_true", help="although another run goes on")
+            task.add_argument("--detach", action="store_true", help="do not follow it")
+            task.add_argument("overrides", nargs="*", help="key=value, as src/train.py takes them")
+        if name == "status":
+            task.add_argument("--price", type=float, help="dollars an hour")
+        if name == "stop":
+            task.add_argument("--wait", type=int, default=300, help="seconds, at most")
+        if name == "fetch":
+            task.add_argument("--into", type=Path, help="folder here; default: outputs/<its name>")
+    args = parser.parse_args(argv)
+    try:
+        for key in ("host", "user", "run"):
+            if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):
+                raise RemoteError(f"--{key}: {value!r} is no name")
+        if args.folder.startswith(("-", "~")):
+            raise RemoteError("--folder is absolute, or counts from the home directory there")
+        return TASKS[args.task][0](Machine(args), args) or 0
+    except (RemoteError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+TASKS = {
+    "deploy": (deploy, "check the machine, send this checkout, install it"),
+    "train": (train, "start or continue a recipe there, and follow it"),
+    "attach": (lambda machine, args: follow(machine, args, "1"), "follow the run again"),
+    "status": (status, "step, loss, speed, time left, money spent"),
+    "logs": (lambda machine, args: machine.call(LOGS, args.run, show=True) and 0, "all it printed"),
+    "stop": (stop, "have it save a checkpoint and end"),
+    "fetch": (fetch, "bring checkpoints and results here"),
+}

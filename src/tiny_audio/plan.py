@@ -1,0 +1,293 @@
+"""What a training step costs, from the configs alone: FLOPs and bytes of a forward and a backward.
+
+A twin of the model without weights takes one real step on torch's meta device, where tensors have
+shapes but no data. Every operation is seen: its FLOPs by torch's own formulas (a multiplication and
+an addition are two), its results as bytes that live until the last reference is gone.
+"""
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from .asr_config import encoder_frames
+from .asr_encoder import build_encoder, run_encoder
+from .asr_modeling import ASRModel
+from .asr_processing import SAMPLE_RATE
+
+PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
+MEL_RATE = 100  # mel frames a second: hop of 10 ms
+PROMPT_TOKENS = 16  # of the chat format around the audio
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # runs on meta too
+FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Fused attention is counted as the plain one is: what it computes twice to save memory is no work.
+FLOPS: dict[Any, Any] = {
+    **flop_registry,
+    FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    FUSED_BACKWARD: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q.shape, k.shape, v.shape),
+}
+# What torch.autocast runs in bf16 and in fp32 on CUDA, as far as our models use it.
+HALF = {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.bmm, torch.einsum}
+HALF |= {Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention}
+FULL = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, Tensor.softmax, Tensor.log_softmax}
+FULL |= {torch.softmax, torch.log_softmax, Tensor.exp, Tensor.pow, F.cross_entropy, F.normalize}
+
+
+@dataclass
+class Cost:
+    """What a step costs.
+
+    `gflop` is for a second of audio, forward and backward, by `PARTS`. `memory` is in bytes at the
+    fullest moment, by what they are: weights, optimizer, and of `PARTS` what the forward pass keeps
+    and the backward pass makes.
+    """
+
+    gflop: dict[str, float]
+    memory: dict[str, int]
+
+
+class Recorder(TorchDispatchMode):
+    """Adds up the FLOPs and live bytes of what runs inside it, under the name `part`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ""
+        self.flops, self.live, self.peak = (Counter[str]() for _ in range(3))
+        self.total = self.most = 0  # of live, of peak
+        self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, and what tells its end
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := FLOPS.get(func._overloadpacket):
+            self.flops[self.part] += formula(*args, **(kwargs or {}), out_val=out)
+        self.track(out)
+        return out
+
+    def track(self, tensors: Any) -> None:
+        """Note the storages of `tensors`, a tree of them, that were not seen before."""
+        for tensor in [tensors] if isinstance(tensors, Tensor) else tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.owner:
+                    end = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
+                    self.owner[key] = (self.part, end)
+                    self.live[self.part] += size
+                    self.total += size
+        if self.total > self.most:
+            self.peak, self.most = self.live.copy(), self.total
+
+    def _free(self, key: int, size: int) -> None:
+        self.live[self.owner.pop(key)[0]] -= size
+        self.total -= size
+
+
+class MixedPrecision(TorchFunctionMode):
+    """bf16 autocast of CUDA, which torch does not offer for the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dtype = torch.bfloat16 if func in HALF else torch.float32 if func in FULL else None
+
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        kwargs = kwargs or {}
+        if dtype is not None:
+            args, kwargs = tree_map(cast, args), tree_map(cast, kwargs)
+        return func(*args, **kwargs)
+
+
+def counted_attention(
+    _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention (b, heads, s, d) as a fused kernel keeps it: no scores, unless their mask needs
+    gradients (Parakeet's relative positions)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if attention_mask is not None and attention_mask.requires_grad:
+        scores = query @ key.transpose(2, 3) * kwargs["scaling"] + attention_mask
+        out = scores.softmax(-1) @ value
+    else:
+        out = FUSED(query, key, value, scale=kwargs["scaling"])[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("counted", counted_attention)
+
+
+def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
+    """A model on the meta device: shapes and dtypes as `ASRModel.from_base` makes them.
+
+    Args:
+        config: an ASRConfig with both base configs in it; it is copied.
+        dtype: of the base weights; None is fp32.
+    """
+    config = copy.deepcopy(config)
+    for part in (config.audio_config, config.text_config):
+        part._attn_implementation = "counted"
+    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance changes no count
+        if key in vars(config.audio_config):
+            setattr(config.audio_config, key, off)
+    with torch.device("meta"):
+        encoder = build_encoder(config.audio_config).to(dtype or torch.float32)
+        decoder = AutoModelForCausalLM.from_config(config.text_config).to(dtype or torch.float32)
+        return ASRModel(config, encoder, decoder)
+
+
+def count(
+    model: ASRModel,
+    settings: Mapping[str, Any],
+    seconds: float,
+    tokens: int,
+    clips: int = 1,
+    prompt: int = PROMPT_TOKENS,
+) -> Cost:
+    """The cost of a training step on `clips` clips without padding.
+
+    Args:
+        model: any, with weights or without; which parameters it trains is taken from it.
+        settings: the training group of the config.
+        seconds: length of a clip.
+        tokens: transcript tokens of a clip, without the end token.
+        clips: clips in a step: they set the memory.
+        prompt: tokens of the chat format around the audio.
+
+    With the bridge "posteriors" the decoder is taken to see one frame for each token.
+    """
+    dtype = next(model.encoder.parameters()).dtype
+    twin = without_weights(model.config, dtype)
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    recorder = Recorder()
+    mixed = MixedPrecision if settings["bf16"] else nullcontext
+    if settings["gradient_checkpointing"]:
+        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), mixed())}
+        twin.gradient_checkpointing_enable(again)
+    with torch.device("meta"), recorder:
+        step = _Step(twin.train(), recorder, settings, clips, tokens)
+        with mixed():
+            step.forward(seconds, prompt)
+        step.backward()
+        step.optimizer.step()
+    audio = 1e9 * clips * seconds
+    return Cost({part: recorder.flops[part] / audio for part in PARTS}, dict(recorder.peak))
+
+
+class _Step:
+    """One step of `ASRModel.forward` and its backward pass, cut at the parts' borders.
+
+    The parts are called one by one: masks of real clips depend on data, which meta tensors lack.
+    """
+
+    def __init__(
+        self, model: ASRModel, recorder: Recorder, settings: Any, clips: int, tokens: int
+    ) -> None:
+        self.model, self.recorder, self.settings = model, recorder, settings
+        self.clips, self.tokens = clips, tokens
+        self.cuts: list[tuple[str, Tensor, Tensor | None]] = []  # part, its output, the next input
+        recorder.part = "weights"
+        recorder.track([*model.parameters(), *model.buffers()])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        recorder.part = "optimizer"
+        self.optimizer = torch.optim.AdamW(trained, foreach=False)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # makes its states
+        self.optimizer.zero_grad()
+        recorder.most = 0  # its own temporaries come again at the end
+
+    def cut(self, part: str, output: Tensor) -> Tensor:
+        """The output of a part as a fresh input of the next; gradients are handed over by hand."""
+        fresh = output.detach().requires_grad_(output.requires_grad)
+        self.cuts.append((part, output, fresh))
+        return fresh
+
+    def forward(self, seconds: float, prompt: int) -> None:
+        """Run the parts; what they keep for the backward pass stays in `cuts`."""
+        model, clips, settings, recorder = self.model, self.clips, self.settings, self.recorder
+        audio, text = model.config.audio_config, model.config.text_config
+        recorder.part = "encoder"
+        dtype = next(model.projector.parameters()).dtype
+        steps = round(seconds * (MEL_RATE if "num_mel_bins" in vars(audio) else SAMPLE_RATE))
+        hidden = torch.empty(clips, encoder_frames(audio, steps), audio.hidden_size)
+        if not settings["cache_encoder"]:
+            with torch.set_grad_enabled(model.encoder_is_trained):
+                hidden = self.encode(steps)
+            hidden = hidden.masked_fill(
+                torch.empty(hidden.shape[:2], dtype=torch.bool)[..., None], 0.0
+            )
+        hidden = self.cut("encoder", hidden)
+        recorder.part = "projector"
+        frames, lengths = model.projector(hidden.to(dtype), torch.empty(clips, dtype=torch.long))
+        frames = self.cut("projector", frames)
+        recorder.part = "ctc heads"
+        rows = model.decoder.get_input_embeddings().weight
+        decodes, log_probs = settings["decoder_loss_weight"], None
+        if model.residual is not None and decodes:
+            log_probs = model.ctc(frames, rows)
+        if settings["ctc_loss_weight"] and model.ctc is not None:
+            some = min(settings["ctc_negatives"], len(model.ctc.token_ids))
+            classes = torch.arange(1, some + 1) if some else None
+            self.cuts.append(("ctc heads", model.ctc(frames, rows, classes), None))
+        if settings["character_loss_weight"] and model.characters is not None:
+            self.cuts.append(("ctc heads", model.characters(hidden), None))
+        if not decodes:
+            return
+        fed, _ = model.bridge(frames, lengths, log_probs)
+        if log_probs is not None:
+            fed = fed[:, : self.tokens]
+        fed = self.cut("ctc heads", fed)
+        recorder.part = "decoder"
+        words = torch.empty(clips, prompt + self.tokens + 1, text.hidden_size, dtype=rows.dtype)
+        embeds = torch.cat([fed.to(rows.dtype), words], dim=1)
+        out = model.decoder.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        out = self.cut("decoder", out)
+        recorder.part = "logits"
+        labels = out[:, -self.tokens - 2 : -1].reshape(-1, text.hidden_size)
+        logits = model.decoder.get_output_embeddings()(labels)
+        targets = torch.empty(len(labels), dtype=torch.long)
+        self.cuts.append(("logits", F.cross_entropy(logits.float(), targets), None))
+
+    def encode(self, steps: int) -> Tensor:
+        """Encoder frames (clips, t, d) of clips of `steps` samples or mel frames."""
+        audio, encoder = self.model.config.audio_config, self.model.encoder
+        if audio.model_type == "whisper":
+            features = torch.empty(self.clips, audio.num_mel_bins, steps)
+            mask = torch.empty(self.clips, steps, dtype=torch.bool)
+            return run_encoder(encoder, audio, features, mask)
+        bins = [audio.num_mel_bins] if "num_mel_bins" in vars(audio) else []
+        features = torch.empty(self.clips, steps, *bins, dtype=next(encoder.parameters()).dtype)
+        return encoder(features).last_hidden_state
+
+    def backward(self) -> None:
+        """Backward through the parts, the last first; each frees what it kept."""
+        while self.cuts:
+            self.recorder.part, output, fresh = self.cuts.pop()
+            gradient = torch.ones_like(output) if fresh is None else fresh.grad
+            del fresh
+            if output.requires_grad and gradient is not None:
+                torch.autograd.backward(output, gradient)
+
+
+GPUS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text())
+
+
+def gpu_of(device_name: str) -> str | None:
+    """The name in `gpus.yaml` of a device that torch calls `device_name`; None for others."""
+    known = [name for name, gpu in GPUS.items() if device_name.startswith(gpu["device"])]
+    return max(known, key=lambda name: len(GPUS[name]["device"]), default=None)

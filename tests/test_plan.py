@@ -1,0 +1,263 @@
+"""What a step is said to cost, against published sizes and against counted real steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from conftest import babble
+from test_recipes import base_config, composed
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiny_audio import plan
+from tiny_audio import train as recipe
+from tiny_audio.asr_config import ASRConfig
+from tiny_audio.commands.plan import OWN, main, measure, plan_stage, stage_configs
+
+ROOT = Path(__file__).parents[1]
+BIG = {
+    "facebook/hubert-xlarge-ls960-ft": "hubert-xlarge-ls960-ft.json",
+    "HuggingFaceTB/SmolLM3-3B": "SmolLM3-3B.json",
+}
+SETTINGS = {
+    "decoder_loss_weight": 1.0,
+    "ctc_loss_weight": 0.2,
+    "ctc_negatives": 0,
+    "character_loss_weight": 0.2,
+    "cache_encoder": False,
+    "gradient_checkpointing": False,
+    "bf16": False,
+}
+
+
+def big(*overrides: str, **heads):
+    """HuBERT-XLarge and SmolLM3-3B without weights, and the settings of the recipe."""
+    cfg = composed("+experiments=stage1", *overrides)
+    config = ASRConfig(
+        audio_config=base_config("hubert-xlarge-ls960-ft.json"),
+        text_config=base_config("SmolLM3-3B.json"),
+        stack=cfg.model.stack,
+        projector_hidden=cfg.model.projector_hidden,
+        encoder_lora=recipe.lora_from(cfg.encoder_lora),
+        decoder_lora=recipe.lora_from(cfg.peft, cfg.peft.peft_method),
+        **heads,
+    )
+    return plan.without_weights(config, torch.bfloat16), cfg.training
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gflop"),  # of the decoder's path, counted independently: LoRA on both ends,
+    [  # frozen encoder, cached frames; 8.4 s clips with 3 tokens a second
+        ([], 403),
+        (["encoder_lora.r=0"], 290),
+        (["encoder_lora.r=0", "training.cache_encoder=true"], 184),
+    ],
+)
+def test_the_big_recipe_costs_what_was_counted_before(overrides, gflop):
+    model, settings = big(*overrides, "training.gradient_checkpointing=false")
+    cost = plan.count(model, settings, seconds=8.4, tokens=25)
+    assert sum(cost.gflop.values()) == pytest.approx(gflop, rel=0.02)
+    assert cost.gflop["ctc heads"] == 0  # this model has none
+    assert (cost.gflop["encoder"] == 0) == ("training.cache_encoder=true" in overrides)
+
+
+def real_step(model, processor, settings, clips=3, seconds=2.0, text="the cat sat on a red mat"):
+    """Loss of a real batch of equal clips, and the arguments of `plan.count` that describe it."""
+    batch = processor([babble(seconds, i) for i in range(clips)], [text] * clips)
+    tokens = len(processor.tokenize(text))
+    prompt = len(processor.prefix_ids) + len(processor.suffix_ids)
+    weights = {key: settings[key] for key in recipe.LOSS_KEYS}
+    described = {"seconds": seconds, "tokens": tokens, "clips": clips, "prompt": prompt}
+    return (lambda: model(**batch, **weights).loss), described
+
+
+@pytest.mark.parametrize(
+    ("encoder", "lora", "changes"),
+    [
+        ("whisper", "both", {}),
+        ("whisper", "neither", {}),
+        ("hubert", "both", {}),
+        ("hubert", "encoder", {"ctc_loss_weight": 0.0}),
+        ("hubert", "both", {"gradient_checkpointing": True}),
+        ("parakeet", "both", {}),
+        ("whisper", "decoder", {"decoder_loss_weight": 0.0}),
+    ],
+)
+def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
+    processor, model = build(encoder, lora=lora)
+    settings = SETTINGS | changes
+    for config in (model.encoder.config, model.decoder.config):  # fused attention has no formula
+        config._attn_implementation = "eager"
+    model.train()
+    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance
+        if hasattr(model.encoder.config, key):
+            setattr(model.encoder.config, key, off)
+    if settings["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable()
+    loss, described = real_step(model, processor, settings)
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    cost = plan.count(model, settings, **described)
+    audio = described["seconds"] * described["clips"]
+    ratio = sum(cost.gflop.values()) * audio * 1e9 / counter.get_total_flops()
+    # With LoRA on q and k alone, the first layer's values need no gradient; a fused kernel, as a
+    # GPU runs it and the plan counts it, computes that all the same.
+    assert ratio == pytest.approx(1, abs=0.02 if lora in ("both", "encoder") else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "lora", "changes"),
+    [
+        ("whisper", "both", {}),
+        ("whisper", "neither", {"ctc_loss_weight": 0.0}),
+        ("hubert", "both", {}),
+        ("hubert", "both", {"gradient_checkpointing": True}),
+        ("parakeet", "both", {}),
+    ],
+)
+def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
+    """Tensor bytes at the fullest moment of a real step with its optimizer, attention fused."""
+    processor, model = build(encoder, lora=lora)
+    settings = SETTINGS | changes
+    model.train()
+    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance
+        if hasattr(model.encoder.config, key):
+            setattr(model.encoder.config, key, off)
+    if settings["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable()
+    for module in model.encoder.modules():  # a GPU's fused attention has dropout, a CPU's has none
+        for key in {"dropout", "attention_dropout"} & set(vars(module)):
+            setattr(module, key, 0.0)
+    loss, described = real_step(model, processor, settings, clips=4, seconds=6.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loss().backward()
+    optimizer.step()  # makes its states
+    optimizer.zero_grad()
+    recorder = plan.Recorder()
+    recorder.track([*model.parameters(), *model.buffers()])
+    recorder.track([state for states in optimizer.state.values() for state in states.values()])
+    with recorder:
+        loss().backward()
+        optimizer.step()
+    planned = sum(plan.count(model, settings, **described).memory.values())
+    assert planned == pytest.approx(recorder.most, rel=0.15)
+    states = sum(p.nbytes for p in model.parameters())
+    assert recorder.most > 1.5 * states  # what the step needs beside the weights is what is tested
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """`planned("+experiments=stage1", ...)`: the command beside a Hub cache of the two configs."""
+    home = tmp_path_factory.mktemp("hf")
+    for repo, file in BIG.items():
+        folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        config = (ROOT / "tests/fixtures" / file).read_text()
+        (folder / "snapshots" / ("0" * 40) / "config.json").write_text(config)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        code = "import sys; from tiny_audio.commands.plan import main; sys.exit(main(sys.argv[1:]))"
+        env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_plan_of_the_readme_is_what_the_command_prints(planned):
+    readme = (ROOT / "README.md").read_text()
+    said = readme.split("<!-- plan:begin -->\n```\n")[1].split("\n```\n<!-- plan:end -->")[0]
+    command = next(x for x in readme.splitlines() if x.startswith("tiny-audio plan +"))
+    started = os.times().children_user
+    done = planned(*command.split()[2:])
+    assert done.returncode == 0, done.stderr[-3000:]
+    clean = [[line.rstrip() for line in text.strip().splitlines()] for text in (done.stdout, said)]
+    assert clean[0] == clean[1]
+    assert os.times().children_user - started < 20
+
+
+@pytest.mark.long
+def test_batches_of_five_on_forty_gigabytes(planned):
+    """What the README says about a batch of 5 is what the command says."""
+    batch = ["seconds=30", "training.per_device_train_batch_size=5", "training.batch_seconds=150"]
+    done = planned("+experiments=stage1", "gpu=a100-40", *batch)
+    assert "= 17.0 GB" in done.stdout and "gaps: fits" in done.stdout
+    assert "gradient_checkpointing=false     +40% audio   44.3 GB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["gpu=a41"], "did you mean 'a40'"),
+        (["budget=12"], "budget= needs price="),
+        (["+training.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["model.encoder_model_name=no/such", "price=x"], "could not convert"),
+        (["model.encoder_model_name=no/such"], "no/such"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, hint, capsys):
+    assert main(["+experiments=stage1", *arguments]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and hint in said
+
+
+@pytest.fixture
+def tiny(tiny_bases):
+    """Arguments that put tiny base models into a plain run."""
+    return [
+        f"model.encoder_model_name={tiny_bases / 'whisper'}", "model.encoder_revision=null",
+        f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.decoder_revision=null",
+        "model.projector_hidden=32", "seconds=1.2", "price=0.5",
+    ]  # fmt: skip
+
+
+def test_a_budget_is_hours_at_a_price(tiny, capsys):
+    lines = []
+    for bought in ("hours=24", "budget=12", "budget=6"):
+        assert main([*tiny, bought]) == 0
+        lines.append(next(x for x in capsys.readouterr().out.splitlines() if " buy " in x))
+    assert lines[0] == lines[1] and lines[0].startswith("24 hours $12.00 buy ")
+    assert lines[2].startswith("12 hours $6.00 buy ")
+
+
+def test_measure_takes_real_steps(tiny, corpus, capsys):
+    data = [f"data.train=[{{path: {corpus}}}]", "training.batch_seconds=4"]
+    assert main([*tiny, *data, "--measure", "+training.use_cpu=true"]) == 0
+    assert "measured on this CPU: " in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_measured_rate_predicts_another_run(real_bases):
+    """Steps of 32 s of audio from steps of 16 s, real weights and speech: 5 pairs."""
+    own = {**OWN, "seconds": 2.7}
+    ratios = []
+    for _ in range(5):
+        rates = []
+        for batch in (16, 32):
+            overrides = [
+                "+experiments=quickstart", "training.cache_encoder=false",
+                f"data.train=[{{path: {real_bases.train}}}]", "data.max_train_samples=200",
+                "data.max_seconds=15",
+                f"stages.1.training.batch_seconds={batch}",
+            ]  # fmt: skip
+            rates.append(measure(plan_stage(stage_configs(overrides)[1], own), steps=8))
+        ratios.append(rates[0] / rates[1])
+    assert median(ratios) == pytest.approx(1, abs=0.25), ratios
+
+
+@pytest.mark.parametrize(
+    "gpu", ["NVIDIA A40", "NVIDIA L4", "NVIDIA L40S", "NVIDIA H100 80GB HBM3", "Tesla T4"]
+)
+def test_a_device_is_found_by_the_name_that_torch_gives_it(gpu):
+    known = {"NVIDIA A40": "a40", "NVIDIA L4": "l4", "NVIDIA L40S": "l40s"}
+    known["NVIDIA H100 80GB HBM3"] = "h100"
+    assert plan.gpu_of(gpu) == known.get(gpu)
+    assert all(facts["source"] and facts["tflops"] > 50 for facts in plan.GPUS.values())
