@@ -47,8 +47,8 @@ from tiny_audio.asr_ctc import spell
 from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
-from tiny_audio.train import CONFIGS
 from tiny_audio.commands.transcribe import load_pipeline
+from tiny_audio.train import CONFIGS
 
 TEXTS = (
     "the cat sat",

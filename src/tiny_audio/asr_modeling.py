@@ -371,9 +371,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Training mode for the trained parts; a frozen encoder stays as it was pretrained, with
         no dropout, layer drop or time masking. The decoder follows: gradients flow through it."""
         super().train(mode)
-        for module in self.encoder.modules():
-            if not self.encoder_is_trained or isinstance(module, nn.BatchNorm1d):
-                module.eval()  # running statistics are no trained weights: they would not be saved
+        # Running statistics are no trained weights: they would not be saved. Feature extractors of
+        # waveform encoders hold no LoRA, and would ask for gradients of their input.
+        still = ("feature_extractor",) if self.encoder_is_trained else ("",)
+        for name, module in self.encoder.named_modules():
+            if name.startswith(still) or isinstance(module, nn.BatchNorm1d):
+                module.eval()
         return self
 
     def get_input_embeddings(self) -> nn.Module:

@@ -141,9 +141,7 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
     elif path.is_dir():
         rows = load_dataset("audiofolder", data_dir=str(path), **how)
     else:
-        rows = load_dataset(
-            str(source["path"]), source["name"], revision=source["revision"], **how
-        )
+        rows = load_dataset(str(source["path"]), source["name"], revision=source["revision"], **how)
     columns = rows.column_names or list(next(iter(rows), {}))
     for key in ("audio_column", "text_column"):
         if source[key] not in columns:

@@ -8,7 +8,7 @@ an addition are two), its results as bytes that live until the last reference is
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,6 +282,35 @@ class _Step:
             del fresh
             if output.requires_grad and gradient is not None:
                 torch.autograd.backward(output, gradient)
+
+
+def describe(model: ASRModel) -> str:
+    """A table of the parts: parameters in total and trained, dtype, mode."""
+    lines = [f"{'part':<12}{'total':>16}{'trained':>14}  {'dtype':<10}mode"]
+    for part, module in model.named_children():
+        tensors = list(module.parameters())
+        total = sum(p.numel() for p in tensors)
+        trained = sum(p.numel() for p in tensors if p.requires_grad)
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        mode = "trained" if trained else "frozen"
+        lines.append(f"{part:<12}{total:>16,}{trained:>14,}  {dtype:<10}{mode}")
+    return "\n".join(lines)
+
+
+def expected_cost(model: ASRModel, settings: dict[str, Any], examples: Sequence[Any]) -> str:
+    """Work of a second of audio and memory of a step, counted before anything runs."""
+    seconds, tokens = 8.4, 25  # of a stream: a guess
+    if examples:
+        seconds = sum(example.duration for example in examples) / len(examples)
+        tokens = round(sum(len(example.target) for example in examples) / len(examples))
+    clips = max(1, int(settings["batch_seconds"] / seconds))
+    cost = count(model, settings, seconds, max(1, tokens), clips)
+    settings["gflop"] = sum(cost.gflop.values())
+    parts = ", ".join(f"{part} {n:.1f}" for part, n in cost.gflop.items() if n)
+    return (
+        f"{settings['gflop']:.1f} GFLOP a second of audio ({parts}); expected memory "
+        f"{sum(cost.memory.values()) / 1e9:.1f} GB with {clips} clips of {seconds:.1f} s"
+    )
 
 
 GPUS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text())

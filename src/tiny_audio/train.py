@@ -56,8 +56,17 @@ from .data import (
     SpeechDataset,
 )  # fmt: skip
 from .hub import HubPusher, PushError, git_hash, hub_target, model_card, one_line, push_folder
+from .plan import describe, expected_cost
 from .stream import SpeechStream
-from .trainer import ASRTrainer, Preemption, StepLine, part_of, part_rates, start_trackers
+from .trainer import (
+    ASRTrainer,
+    Preemption,
+    StepLine,
+    last_checkpoint,
+    part_of,
+    part_rates,
+    start_trackers,
+)
 
 logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
@@ -193,19 +202,6 @@ def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int], s
     return sorted(tokens), sorted(spoken | (written & set(b"'"))), written
 
 
-def describe(model: ASRModel) -> str:
-    """A table of the parts: parameters in total and trained, dtype, mode."""
-    lines = [f"{'part':<12}{'total':>16}{'trained':>14}  {'dtype':<10}mode"]
-    for part, module in model.named_children():
-        tensors = list(module.parameters())
-        total = sum(p.numel() for p in tensors)
-        trained = sum(p.numel() for p in tensors if p.requires_grad)
-        dtype = str(tensors[0].dtype).removeprefix("torch.")
-        mode = "trained" if trained else "frozen"
-        lines.append(f"{part:<12}{total:>16,}{trained:>14,}  {dtype:<10}{mode}")
-    return "\n".join(lines)
-
-
 def fit_device(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a GPU has (bf16, TF32), each named where it is turned off."""
     fitted = dict(settings)
@@ -265,18 +261,6 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, worke
                 bar.update(len(batch["ids"]))
                 return_freed_memory()
     data.serve_encoded(Frames(path))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; one that a kill cut short is removed. The state comes last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-        except (OSError, ValueError):
-            print(f"{path}: was cut short, removed")
-            shutil.rmtree(path)
-    return None
 
 
 def read_data(
@@ -344,6 +328,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         if not rates[part_of(name)] or idle.get(name.split(".")[0]):
             parameter.requires_grad_(False)  # frozen in this stage, or of no use in it
     print(describe(model))
+    print(expected_cost(model, settings, [] if streamed else data.examples))
     clips = 0 if streamed else len(data)
     hours = 0.0 if streamed else sum(example.duration for example in data.examples) / 3600
     size = "a stream" if streamed else f"{clips} clips, {hours:.2f} h an epoch"
@@ -359,7 +344,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         with place.main_process_first():
             cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
         dropped.check(data.total, cfg.data.max_dropped_fraction)
-    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
+    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS | {"gflop"}}
     # transformers' newer name of it; the field's own is kept in the configs
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)

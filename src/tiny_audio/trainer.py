@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
 from .data import DataError, Dropped, LengthBatchSampler
+from .plan import GPUS, gpu_of
 from .scoring import score
 from .stream import SpeechStream
 
@@ -42,6 +44,8 @@ class ASRTrainer(Trainer):
         self.clips = 0  # checksum of the ids since then
         self.seen = 0
         self.position: Any = None  # of a stream
+        gpu = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self.peak = GPUS[gpu]["tflops"] if gpu else None  # TFLOP/s
         self.logged_at = time.monotonic()
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # `forward` takes num_items_in_batch
@@ -172,6 +176,9 @@ class ASRTrainer(Trainer):
             logs["padding"] = 1 - self.seconds / max(self.padded, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
             logs["clips"] = self.clips
+            if self.peak:
+                rate = logs["audio_seconds_per_second"] * self.settings["gflop"] / 1000
+                logs["mfu"] = rate / self.peak  # per process, as the audio is
             self.seconds, self.padded, self.clips, self.logged_at = 0.0, 0.0, 0, now
         super().log(logs, start_time)
 
@@ -282,6 +289,7 @@ class StepLine(TrainerCallback):
             f"{row['audio_seconds_per_second']:.0f} s audio/s",
             f"padding {100 * row['padding']:.1f} %",
             f"dropped {row['dropped']:.0f}",
+            *([f"MFU {100 * row['mfu']:.0f} %"] if "mfu" in row else []),
             f"ETA {clock(left)}",
         ]
         if self.price is not None:
@@ -366,6 +374,18 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
         print(f"wandb cannot be reached ({type(error).__name__}): {local}")
         return []
     return ["wandb"]
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one that a kill cut short is removed. The state comes last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            print(f"{path}: was cut short, removed")
+            shutil.rmtree(path)
+    return None
 
 
 def clock(seconds: float) -> str:

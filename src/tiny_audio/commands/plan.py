@@ -31,8 +31,8 @@ from transformers import AutoConfig
 from ..asr_config import ASRConfig, check_keys
 from ..asr_modeling import ASRModel
 from ..hub import one_line
-from ..plan import GPUS, PARTS, Cost, count, gpu_of, without_weights
-from ..train import CONFIGS, check_config, describe, lora_from, part_of, part_rates, run_stage
+from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, without_weights
+from ..train import CONFIGS, check_config, lora_from, part_of, part_rates, run_stage
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
 OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from ..train import CONFIGS, check_config, clock, refuse_shadowed
+from ..train import CONFIGS, check_config, refuse_shadowed
+from ..trainer import clock
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
