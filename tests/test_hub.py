@@ -36,7 +36,8 @@ def train(hub, home: Path, corpus: Path, output: Path, *overrides: str, **option
         hub, home, sys.executable, "src/train.py",
         "model.encoder_model_name=base/whisper", "model.decoder_model_name=base/decoder",
         "model.projector_hidden=32", "encoder_lora.r=2", "peft.r=2",
-        f"data.train=[{{path: {corpus}}}]", f"run.output_dir={output}", f"hydra.run.dir={home}",
+        f"data.train=[{{path: {corpus}}}]", f"data.eval=[{{path: {corpus}, sample: 2}}]",
+        f"run.output_dir={output}", f"hydra.run.dir={home}",
         "training.max_steps=4", "training.save_steps=2", "training.logging_steps=2",
         "training.batch_seconds=6", "training.dataloader_num_workers=0", "+training.use_cpu=true",
         *overrides, **options,
@@ -77,7 +78,8 @@ def test_the_presets_run(hub, tiny_bases, corpus, tmp_path, name):
     short = [f"++stages.{i}.training.max_steps=2" for i in range(stages)]
     done = run(
         hub, tmp_path, sys.executable, "src/train.py", f"+experiments={name}", *short,
-        f"data.train=[{{path: {corpus}}}]", f"run.output_dir={tmp_path / 'm'}",
+        f"data.train=[{{path: {corpus}}}]", f"data.eval=[{{path: {corpus}, sample: 2}}]",
+        "data.max_seconds=5", f"run.output_dir={tmp_path / 'm'}",
         f"hydra.run.dir={tmp_path}", "training.dataloader_num_workers=0",
         "training.logging_steps=1", "model.projector_hidden=32", "training.batch_seconds=6",
         "+training.use_cpu=true", token=None,

@@ -107,7 +107,8 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
 
 def measure(stage: Stage, steps: int = 12) -> float:
     """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand."""
-    cfg: Any = OmegaConf.merge(stage.cfg, {"training": {"max_steps": steps, "logging_steps": 1}})
+    short = {"max_steps": steps, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
+    cfg: Any = OmegaConf.merge(stage.cfg, {"training": short})
     with tempfile.TemporaryDirectory() as scratch:
         run_stage(cfg, Path(scratch) / "stage", None)
         rows = (Path(scratch) / "stage/log.jsonl").read_text().splitlines()[3:]
