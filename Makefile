@@ -21,7 +21,7 @@ test: install
 	$(BIN)/tiny-audio dev test
 
 test-all: install
-	$(BIN)/tiny-audio dev test -m ''
+	$(BIN)/tiny-audio dev test --numprocesses=0 -m ''
 
 format lint type-check check: install
 	$(BIN)/tiny-audio dev $@

@@ -257,6 +257,18 @@ def test_too_many_drops_are_an_error():
         dropped.check(6, 0.99)
 
 
+def test_a_folder_of_audio_is_read_by_its_table(corpus, tmp_path, processor):
+    for i in range(3):
+        (tmp_path / f"{i}.wav").write_bytes((corpus.parent / f"wav/{i}.wav").read_bytes())
+    with pytest.raises(DataError, match=r"no metadata\.csv or \.jsonl"):
+        SpeechDataset([{"path": str(tmp_path)}], processor, Dropped())
+    rows = [f"{i}.wav,{TEXTS[i]}" for i in range(3)]
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + "\n".join(rows) + "\n")
+    data = SpeechDataset([{"path": str(tmp_path)}], processor, Dropped())
+    assert [example.text for example in data.examples] == list(TEXTS[:3])
+    assert all("features" in data[i] for i in range(3))
+
+
 def test_nothing_usable_is_an_error(tmp_path, corpus, processor):
     audio = str(corpus.parent / "wav/3.wav")
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": audio, "text": ""}])
@@ -363,7 +375,7 @@ def test_every_epoch_of_a_training_run_draws_anew(augmented, workers):
 
 def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, processor):
     """Two corpora number their clips from 0: each clip must keep its own frames."""
-    from tiny_audio.train import cache_encoder_frames
+    from tiny_audio.frames import cache_encoder_frames
 
     sources = []
     for corpus, seconds in (("a", 0.8), ("b", 1.6)):

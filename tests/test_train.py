@@ -16,7 +16,8 @@ from tiny_audio import train as recipe
 from tiny_audio.asr_modeling import WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor
-from tiny_audio.data import DataError, Frames
+from tiny_audio.data import DataError
+from tiny_audio.frames import Frames
 
 
 class Killed(RuntimeError):

@@ -138,8 +138,6 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
         rows: Any = load_dataset(
             BUILDERS[path.suffix], data_files=str(path), **{**how, "split": "train"}
         )
-    elif path.is_dir():
-        rows = load_dataset("audiofolder", data_dir=str(path), **how)
     else:
         rows = load_dataset(str(source["path"]), source["name"], revision=source["revision"], **how)
     columns = rows.column_names or list(next(iter(rows), {}))
@@ -188,7 +186,16 @@ def read_source(source: Any, streaming: bool = False) -> Iterator[Example]:
 def complete(source: Any) -> dict[str, Any]:
     """A source with its defaults; unknown keys are refused."""
     check_keys(dict(source), SOURCE, "a data source")
-    return {**SOURCE, **dict(source)}
+    source = {**SOURCE, **dict(source)}
+    folder = Path(str(source["path"])).expanduser()
+    if folder.is_dir():  # of audio, with the table that `datasets` calls metadata
+        tables = [folder / f"metadata{suffix}" for suffix in (".csv", ".jsonl")]
+        table = next((table for table in tables if table.is_file()), None)
+        if table is None:
+            raise DataError(f"{folder}: no metadata.csv or .jsonl with file_name and text in it")
+        column = "file_name" if source["audio_column"] == "audio" else source["audio_column"]
+        source |= {"path": str(table), "audio_column": column}
+    return source
 
 
 def header_seconds(audio: Any) -> float:
@@ -209,44 +216,6 @@ def header_seconds(audio: Any) -> float:
         return len(load_audio(audio)) / SAMPLE_RATE
     except (av.FFmpegError, OSError, AudioError):
         return -1.0
-
-
-class FrameWriter:
-    """Writes encoder frames (t, d) of clips into one flat fp16 file, as they come.
-
-    `path` (.json) is the index, written last: while it is missing the file is not whole.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.index, self.width = path, dict[str, tuple[int, int]](), 0
-        self.at = 0
-
-    def __enter__(self) -> "FrameWriter":
-        self.file = self.path.with_suffix(".f16").open("wb")
-        return self
-
-    def add(self, clip: str, frames: np.ndarray) -> None:
-        """Append the frames of one clip."""
-        self.index[clip] = (self.at, len(frames))
-        self.at, self.width = self.at + len(frames), frames.shape[1]
-        self.file.write(frames.tobytes())
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.file.close()
-        if kind is None:
-            index = {"width": self.width, "clips": self.index}
-            self.path.with_suffix(".tmp").write_text(json.dumps(index))
-            self.path.with_suffix(".tmp").replace(self.path)
-
-
-class Frames(dict[str, torch.Tensor]):
-    """What a `FrameWriter` wrote: frames (t, d) in fp16 by clip, read from disk when used."""
-
-    def __init__(self, path: Path) -> None:
-        index = json.loads(path.read_text())
-        flat: Any = np.memmap(path.with_suffix(".f16"), np.float16, mode="c")
-        rows = torch.from_numpy(flat).view(-1, index["width"])
-        super().__init__({clip: rows[at : at + n] for clip, (at, n) in index["clips"].items()})
 
 
 class Clips:

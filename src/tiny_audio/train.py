@@ -5,7 +5,6 @@
 same command again continues where it stopped.
 """
 
-import ctypes
 import gc
 import hashlib
 import io
@@ -29,8 +28,6 @@ from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -46,15 +43,8 @@ from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
-from .data import (
-    DataError,
-    Dropped,
-    Example,
-    Frames,
-    FrameWriter,
-    LengthBatchSampler,
-    SpeechDataset,
-)  # fmt: skip
+from .data import DataError, Dropped, Example, SpeechDataset  # fmt: skip
+from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, PushError, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
 from .stream import SpeechStream
@@ -220,47 +210,6 @@ def fit_device(settings: dict[str, Any]) -> dict[str, Any]:
             fitted["attn_implementation"] = "flash_attention_2"
         print(f"no FlashAttention 2: {why}" if why else "attention: FlashAttention 2")
     return fitted
-
-
-def return_freed_memory() -> None:
-    """Have glibc give back what tensors of ever new sizes left in its heap: 1.5 GB otherwise."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # not in musl
-            libc.malloc_trim(0)
-
-
-def cache_encoder_frames(model: ASRModel, data: SpeechDataset, path: Path, workers: int) -> None:
-    """Run the frozen encoder once over `data`, into `path`, and have `data` serve its frames.
-
-    A frozen encoder gives the same frames in every epoch; for a small recipe that trains many
-    epochs they cost more than everything else. Kept in fp16, read from disk when asked for.
-    """
-    if model.encoder_is_trained:
-        raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
-    if not path.exists():
-        order = list({example.id: i for i, example in enumerate(data.examples)}.values())
-        seconds = [data.examples[i].duration for i in order]
-        # By length: a batch of long clips would need gigabytes for their attention scores.
-        budget = LengthBatchSampler(seconds, max(64.0, *seconds), shuffle=False)
-        batches = [[order[i] for i in batch] for batch in budget]
-        loader = DataLoader(
-            data, batch_sampler=batches, collate_fn=data.collate, num_workers=workers
-        )
-        writer, bar = FrameWriter(path), tqdm(total=len(order), desc="encoding", unit="clip")
-        with torch.inference_mode(), writer, bar:
-            for batch in loader:
-                for item in batch["dropped"]:
-                    data.dropped.add(item["id"], item["reason"], item["detail"])
-                audio = {
-                    k: batch[k].to(model.device) for k in ("input_features", "input_features_mask")
-                }
-                hidden, lengths = model.encode(**audio)
-                for clip, rows, n in zip(batch["ids"], hidden, lengths, strict=True):
-                    writer.add(clip, rows[:n].half().cpu().numpy())
-                bar.update(len(batch["ids"]))
-                return_freed_memory()
-    data.serve_encoded(Frames(path))
 
 
 def read_data(

@@ -10,7 +10,7 @@ TASKS: dict[str, list[list[str]]] = {
     "format": [["ruff", "format", *PATHS], ["ruff", "check", "--fix", *PATHS]],
     "lint": [["ruff", "check", *PATHS], ["ruff", "format", "--check", *PATHS]],
     "type-check": [["pyright"]],
-    "test": [["pytest"]],
+    "test": [["pytest", "--numprocesses=2", "--dist=loadfile"]],  # a file to each of two
 }
 TASKS["check"] = [*TASKS["lint"], *TASKS["type-check"], *TASKS["test"]]
 
