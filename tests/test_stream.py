@@ -204,6 +204,26 @@ def test_sigkill_at_any_moment_changes_nothing(run_in, uninterrupted, streaming,
     assert_same_run(folder, uninterrupted[streaming])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("streaming", [False, True], ids=["all there", "stream"])
+def test_fifty_kills_change_nothing(run_in, uninterrupted, streaming, tmp_path):
+    """At moments drawn by seed, two or three a run, until there were fifty."""
+    rng, kills, runs = np.random.default_rng(int(streaming)), 0, 0
+    while kills < 50:
+        folder, runs = tmp_path / f"run{runs}", runs + 1
+        for step in sorted(rng.choice(np.arange(1, 15), 3, replace=False)):
+            process = run_in(folder, streaming)
+            wait_for(process, folder, int(step))
+            time.sleep(rng.uniform(0, 0.15))  # a step and its checkpoint take about as long
+            process.kill()
+            process.communicate()
+            kills += process.returncode == -signal.SIGKILL
+        process = run_in(folder, streaming)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        assert_same_run(folder, uninterrupted[streaming])
+
+
 def test_sigterm_saves_and_says_so_with_its_own_code(run_in, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = run_in(folder, True, "training.save_steps=1000")

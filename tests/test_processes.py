@@ -1,0 +1,83 @@
+"""Two processes (gloo, on this CPU) train as one does on the same batches."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from safetensors.torch import load_file
+
+from tiny_audio import train as recipe
+from tiny_audio.asr_modeling import WEIGHTS
+from tiny_audio.data import LengthBatchSampler
+from tiny_audio.trainer import LOG, read_log
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("count", [12, 101])
+def test_each_example_once_an_epoch_over_all_processes(world, count):
+    seconds = np.random.default_rng(1).uniform(1, 9, count)
+    for epoch in range(3):
+        ids, batches = Counter(), []
+        for rank in range(world):
+            sampler = LengthBatchSampler(seconds, 20.0, seed=5, multiple=world)
+            sampler.set_epoch(epoch)
+            shard = list(BatchSamplerShard(sampler, world, rank, even_batches=False))
+            batches.append(len(shard))
+            ids.update(i for batch in shard for i in batch)
+        assert ids == dict.fromkeys(range(count), 1)
+        assert len(set(batches)) == 1, "one process would wait for another for ever"
+
+
+@pytest.fixture
+def losses(tiny_bases, corpus, tmp_path):
+    """`losses("name", processes, accumulation)`: per-step losses and final weights of a run."""
+
+    def run(name: str, processes: int, accumulation: int, streaming: bool = False):
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+            launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+        command = [
+            *launch, str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+            f"model.encoder_model_name={tiny_bases / 'whisper'}",
+            f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32",
+            "encoder_lora.r=0", "peft.r=2", f"data.train=[{{path: {corpus}}}]",
+            f"data.streaming={streaming}", "data.max_seconds=4", "data.block=5",
+            f"data.eval=[{{path: {corpus}, sample: 2}}]", f"run.output_dir={tmp_path / name}",
+            "training.max_steps=6", "training.eval_steps=3", "training.logging_steps=1",
+            "training.warmup_steps=0", "training.batch_seconds=5", "+training.use_cpu=true",
+            f"training.gradient_accumulation_steps={accumulation}",
+            "training.dataloader_num_workers=0", "training.report_to=none",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("== stage train") == 1  # one of them speaks
+        rows = read_log(tmp_path / name / "train" / LOG)
+        loss = [row["loss"] for row in rows if "loss" in row]
+        wer = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        return loss, wer, load_file(tmp_path / name / WEIGHTS)
+
+    return run
+
+
+def test_two_processes_are_one_with_twice_the_batches(losses):
+    # 5 s is a budget at which one process and two cut the same batches
+    one, two = losses("one", 1, 2), losses("two", 2, 1)
+    assert len(one[0]) == 6 and len(one[1]) == 2
+    assert two[0] == pytest.approx(one[0], abs=1e-5)
+    assert two[1] == pytest.approx(one[1], abs=1e-5)
+    for name, tensor in one[2].items():
+        assert torch.allclose(two[2][name], tensor, atol=1e-5), name
+
+
+def test_two_processes_share_a_stream(losses):
+    loss, _, _ = losses("stream", 2, 1, streaming=True)
+    assert len(loss) == 6
