@@ -15,14 +15,13 @@ from tiny_audio import data as data_module
 from tiny_audio.data import (
     DataError,
     Dropped,
-    Frames,
-    FrameWriter,
     LengthBatchSampler,
     SpeechDataset,
     header_seconds,
     prepare_text,
     read_source,
 )
+from tiny_audio.frames import Frames, FrameWriter
 
 
 @pytest.fixture(scope="module")

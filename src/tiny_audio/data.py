@@ -6,7 +6,6 @@ fit. The order of batches depends on (seed, epoch) alone, so that a resumed run 
 
 import io
 import json
-import logging
 import random
 import re
 import threading
@@ -29,7 +28,6 @@ from transformers import BatchFeature
 from .asr_config import check_keys
 from .asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
 
-logger = logging.getLogger(__name__)
 # Defaults of a source: where its rows come from and how they are named there.
 SOURCE: dict[str, Any] = {
     "path": None,  # .jsonl or .csv manifest, folder of audio, or Hub dataset id
@@ -423,7 +421,7 @@ class SpeechDataset(Clips, Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(self.examples[index])
 
-    def serve_encoded(self, encoded: dict[str, torch.Tensor]) -> None:
+    def serve_encoded(self, encoded: Any) -> None:
         """Serve cached encoder frames: `encoded` holds (t, d_encoder) by the examples' ids.
 
         Examples that are not in it could not be read when it was made; they are left out.

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,25 @@ class FrameWriter:
             self.path.with_suffix(".tmp").replace(self.path)
 
 
-class Frames(dict[str, torch.Tensor]):
-    """What a `FrameWriter` wrote: frames (t, d) in fp16 by clip, read from disk when used."""
+class Frames(Mapping[str, torch.Tensor]):
+    """What a `FrameWriter` wrote: frames (t, d) in fp16 by clip, read from disk when asked for."""
 
     def __init__(self, path: Path) -> None:
         index = json.loads(path.read_text())
-        flat: Any = np.memmap(path.with_suffix(".f16"), np.float16, mode="c")
-        rows = torch.from_numpy(flat).view(-1, index["width"])
-        super().__init__({clip: rows[at : at + n] for clip, (at, n) in index["clips"].items()})
+        self.file, self.width = path.with_suffix(".f16"), index["width"]
+        self.clips: dict[str, tuple[int, int]] = index["clips"]  # first frame, number of them
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.clips)
+
+    def __getitem__(self, clip: str) -> torch.Tensor:
+        at, n = self.clips[clip]  # not a memory map: its pages would count as this process's own
+        offset, count = 2 * at * self.width, n * self.width
+        flat = np.fromfile(self.file, np.float16, count, offset=offset)
+        return torch.from_numpy(flat).view(n, self.width)
 
 
 def return_freed_memory() -> None:

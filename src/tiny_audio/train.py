@@ -9,7 +9,6 @@ import gc
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -58,7 +57,6 @@ from .trainer import (
     start_trackers,
 )
 
-logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
 from .data import DataError, Dropped, LengthBatchSampler
+from .frames import return_freed_memory
 from .plan import GPUS, gpu_of
 from .scoring import score
 from .stream import SpeechStream
@@ -180,6 +181,7 @@ class ASRTrainer(Trainer):
                 rate = logs["audio_seconds_per_second"] * self.settings["gflop"] / 1000
                 logs["mfu"] = rate / self.peak  # per process, as the audio is
             self.seconds, self.padded, self.clips, self.logged_at = 0.0, 0.0, 0, now
+            return_freed_memory()  # batches of ever new sizes leave the heap in pieces
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
