@@ -9,13 +9,11 @@ from statistics import median
 import pytest
 import torch
 from conftest import babble
-from test_recipes import base_config, composed
+from test_recipes import composed, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_audio import plan
-from tiny_audio import train as recipe
-from tiny_audio.asr_config import ASRConfig
-from tiny_audio.commands.plan import OWN, main, measure, plan_stage, stage_configs
+from tiny_audio.commands.plan import OWN, main, measure, plan_stage, recipe_stages
 from tiny_audio.trainer import LOSS_KEYS
 
 ROOT = Path(__file__).parents[1]
@@ -37,22 +35,16 @@ SETTINGS = {
 def big(*overrides: str, **heads):
     """HuBERT-XLarge and SmolLM3-3B without weights, and the settings of the recipe."""
     cfg = composed("+experiments=stage1", *overrides)
-    config = ASRConfig(
-        audio_config=base_config("hubert-xlarge-ls960-ft.json"),
-        text_config=base_config("SmolLM3-3B.json"),
-        stack=cfg.model.stack,
-        projector_hidden=cfg.model.projector_hidden,
-        encoder_lora=recipe.lora_from(cfg.encoder_lora),
-        decoder_lora=recipe.lora_from(cfg.peft, cfg.peft.peft_method),
-        **heads,
-    )
-    return plan.without_weights(config, torch.bfloat16), cfg.training
+    return plan.without_weights(config_of(cfg, **heads), torch.bfloat16), cfg.training
 
 
 @pytest.mark.parametrize(
     ("overrides", "gflop"),  # of the decoder's path, counted independently: LoRA on both ends,
     [  # frozen encoder, cached frames; 8.4 s clips with 3 tokens a second
-        ([], 403),  # 1 % of it were gradients of frozen convolutions
+        # Then the feature extractor asked for gradients that nothing used: 4.9 for the inputs of
+        # its convolutions, 1.3 for the one of positions, 0.5 for layer 0's q, k, v and 0.1 for the
+        # projection before them.
+        ([], 403 - 6.8),
         (["encoder_lora.r=0"], 290),
         (["encoder_lora.r=0", "training.cache_encoder=true"], 184),
     ],
@@ -60,7 +52,7 @@ def big(*overrides: str, **heads):
 def test_the_big_recipe_costs_what_was_counted_before(overrides, gflop):
     model, settings = big(*overrides, "training.gradient_checkpointing=false")
     cost = plan.count(model, settings, seconds=8.4, tokens=25)
-    assert sum(cost.gflop.values()) == pytest.approx(gflop, rel=0.03)
+    assert sum(cost.gflop.values()) == pytest.approx(gflop, rel=0.02)
     assert cost.gflop["ctc heads"] == 0  # this model has none
     assert (cost.gflop["encoder"] == 0) == ("training.cache_encoder=true" in overrides)
 
@@ -73,6 +65,16 @@ def real_step(model, processor, settings, clips=3, seconds=2.0, text="the cat sa
     weights = {key: settings[key] for key in LOSS_KEYS}
     described = {"seconds": seconds, "tokens": tokens, "clips": clips, "prompt": prompt}
     return (lambda: model(**batch, **weights).loss), described
+
+
+def prepare(model, settings):
+    """Training mode, as the settings say, without what is left to chance."""
+    model.train()
+    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance
+        if hasattr(model.encoder.config, key):
+            setattr(model.encoder.config, key, off)
+    if settings["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable()
 
 
 @pytest.mark.parametrize(
@@ -92,12 +94,7 @@ def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
     settings = SETTINGS | changes
     for config in (model.encoder.config, model.decoder.config):  # fused attention has no formula
         config._attn_implementation = "eager"
-    model.train()
-    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance
-        if hasattr(model.encoder.config, key):
-            setattr(model.encoder.config, key, off)
-    if settings["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable()
+    prepare(model, settings)
     loss, described = real_step(model, processor, settings)
     with FlopCounterMode(display=False) as counter:
         loss().backward()
@@ -129,12 +126,7 @@ def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
     """Tensor bytes at the fullest moment of a real step with its optimizer, attention fused."""
     processor, model = build(encoder, lora=lora)
     settings = SETTINGS | changes
-    model.train()
-    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance
-        if hasattr(model.encoder.config, key):
-            setattr(model.encoder.config, key, off)
-    if settings["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable()
+    prepare(model, settings)
     for module in model.encoder.modules():  # a GPU's fused attention has dropout, a CPU's has none
         for key in {"dropout", "attention_dropout"} & set(vars(module)):
             setattr(module, key, 0.0)
@@ -255,7 +247,7 @@ def test_a_measured_rate_predicts_another_run(real_bases):
                 "data.max_seconds=15",
                 f"stages.1.training.batch_seconds={batch}",
             ]  # fmt: skip
-            rates.append(measure(plan_stage(stage_configs(overrides)[1], own), steps=8))
+            rates.append(measure(plan_stage(recipe_stages(overrides)[1], own), steps=8))
         ratios.append(rates[0] / rates[1])
     assert median(ratios) == pytest.approx(1, abs=0.25), ratios
 

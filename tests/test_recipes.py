@@ -27,9 +27,9 @@ def base_config(name: str) -> dict:
     return {k: v for k, v in json.loads((FIXTURES / name).read_text()).items() if k[0] != "_"}
 
 
-def on_meta(cfg) -> ASRModel:
-    """The model of a config at the real sizes of HuBERT-XLarge and SmolLM3-3B, without weights."""
-    config = ASRConfig(
+def config_of(cfg, **more) -> ASRConfig:
+    """The model's config at the real sizes of HuBERT-XLarge and SmolLM3-3B."""
+    return ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
         audio_config=base_config("hubert-xlarge-ls960-ft.json"),
@@ -38,11 +38,14 @@ def on_meta(cfg) -> ASRModel:
         projector_hidden=cfg.model.projector_hidden,
         encoder_lora=recipe.lora_from(cfg.encoder_lora),
         decoder_lora=recipe.lora_from(cfg.peft, cfg.peft.peft_method),
-        audio_token_id=1,
-        end_token_id=2,
+        **more,
     )
+
+
+def on_meta(cfg) -> ASRModel:
+    """The model of a config at those sizes, without weights."""
     with torch.device("meta"):
-        return ASRModel(config)
+        return ASRModel(config_of(cfg, audio_token_id=1, end_token_id=2))
 
 
 def count(model: ASRModel, part: str, lora: bool = False) -> int:

@@ -67,6 +67,12 @@ class Example:
     silence: bool = False
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL log, without a last line that a kill cut short; none where no file is."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 class Dropped:
     """Counts of the examples that were skipped, by reason, with the ids, also in a JSONL file."""
 
@@ -75,10 +81,10 @@ class Dropped:
         self.first: dict[str, str] = {}
         self.seen: set[str] = set()
         self.path = path
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        for line in lines:  # of a run that was stopped
-            if line.endswith("}"):
-                row = json.loads(line)
+        if path is not None and path.exists():  # of a run that was stopped, maybe within a line
+            rows = read_log(path)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for row in rows:
                 self._count(row["id"], row["reason"])
 
     def _count(self, example_id: str, reason: str) -> None:

@@ -297,18 +297,20 @@ def describe(model: ASRModel) -> str:
     return "\n".join(lines)
 
 
-def expected_cost(model: ASRModel, settings: dict[str, Any], examples: Sequence[Any]) -> str:
-    """Work of a second of audio and memory of a step, counted before anything runs."""
+def expected_cost(
+    model: ASRModel, settings: dict[str, Any], examples: Sequence[Any]
+) -> tuple[float, str]:
+    """GFLOP of a second of audio, and a line that says it and the memory of a step."""
     seconds, tokens = 8.4, 25  # of a stream: a guess
     if examples:
         seconds = sum(example.duration for example in examples) / len(examples)
         tokens = round(sum(len(example.target) for example in examples) / len(examples))
     clips = max(1, int(settings["batch_seconds"] / seconds))
     cost = count(model, settings, seconds, max(1, tokens), clips)
-    settings["gflop"] = sum(cost.gflop.values())
+    gflop = sum(cost.gflop.values())
     parts = ", ".join(f"{part} {n:.1f}" for part, n in cost.gflop.items() if n)
-    return (
-        f"{settings['gflop']:.1f} GFLOP a second of audio ({parts}); expected memory "
+    return gflop, (
+        f"{gflop:.1f} GFLOP a second of audio ({parts}); expected memory "
         f"{sum(cost.memory.values()) / 1e9:.1f} GB with {clips} clips of {seconds:.1f} s"
     )
 

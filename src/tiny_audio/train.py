@@ -42,20 +42,12 @@ from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
-from .data import DataError, Dropped, Example, SpeechDataset  # fmt: skip
+from .data import DataError, Dropped, Example, SpeechDataset
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, PushError, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
 from .stream import SpeechStream
-from .trainer import (
-    ASRTrainer,
-    Preemption,
-    StepLine,
-    last_checkpoint,
-    part_of,
-    part_rates,
-    start_trackers,
-)
+from .trainer import ASRTrainer, Preemption, StepLine, freeze_idle, last_checkpoint, start_trackers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"
@@ -95,6 +87,12 @@ def check_config(cfg: DictConfig) -> None:
         check_keys(stage, {"name", "training", "data"}, "a stage")
         check_keys(stage.get("training") or {}, training, f"stage {stage.name}: training")
         check_keys(stage.get("data") or {}, known.data, f"stage {stage.name}: data")
+
+
+def stage_configs(cfg: DictConfig) -> list[Any]:
+    """The config of each stage: the run's, with the stage's own `training` and `data` over it."""
+    own = [{k: stage[k] for k in ("training", "data") if stage.get(k)} for stage in cfg.stages]
+    return [OmegaConf.merge(cfg, part) for part in own]
 
 
 def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -267,15 +265,10 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         tokens, alphabet = previous.ctc_token_ids, previous.ctc_alphabet
     heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [], written)
     model = build_model(cfg, processor, heads, start)
-    rates = part_rates(settings, settings["learning_rate"])
-    decoded, posteriors = settings["decoder_loss_weight"], cfg.model.bridge == "posteriors"
-    idle = {"characters": not settings["character_loss_weight"], "residual": not decoded}
-    idle["ctc"] = not settings["ctc_loss_weight"] and not (posteriors and decoded)
-    for name, parameter in model.named_parameters():
-        if not rates[part_of(name)] or idle.get(name.split(".")[0]):
-            parameter.requires_grad_(False)  # frozen in this stage, or of no use in it
+    freeze_idle(model, settings)
     print(describe(model))
-    print(expected_cost(model, settings, [] if streamed else data.examples))
+    gflop, cost = expected_cost(model, settings, [] if streamed else data.examples)
+    print(cost)
     clips = 0 if streamed else len(data)
     hours = 0.0 if streamed else sum(example.duration for example in data.examples) / 3600
     size = "a stream" if streamed else f"{clips} clips, {hours:.2f} h an epoch"
@@ -291,7 +284,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         with place.main_process_first():
             cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
         dropped.check(data.total, cfg.data.max_dropped_fraction)
-    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS | {"gflop"}}
+    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
     # transformers' newer name of it; the field's own is kept in the configs
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -303,6 +296,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         data.start = json.loads((Path(resume) / f"stream-{place.process_index}.json").read_text())
     trainer = ASRTrainer(
         settings,
+        gflop,
         model=model,
         args=TrainingArguments(
             output_dir=str(folder),
@@ -367,10 +361,8 @@ def train(cfg: DictConfig) -> Path:
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
     start = cfg.model.pretrained_model_path
-    for stage in cfg.stages:
+    for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
         print(f"\n== stage {stage.name}")
-        own = {k: stage[k] for k in ("training", "data") if stage.get(k)}
-        merged: Any = OmegaConf.merge(cfg, own)
         start = str(run_stage(merged, output / stage.name, start, hub_id))
         gc.collect()  # the trainer and its callbacks hold one another, and the model with them
         return_freed_memory()

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
-from .data import DataError, Dropped, LengthBatchSampler
+from .data import DataError, Dropped, LengthBatchSampler, read_log
 from .frames import return_freed_memory
 from .plan import GPUS, gpu_of
 from .scoring import score
@@ -38,12 +38,11 @@ class ASRTrainer(Trainer):
     model: Any
     processing_class: Any
 
-    def __init__(self, settings: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self.settings = settings
+    def __init__(self, settings: dict[str, Any], gflop: float, *args: Any, **kwargs: Any) -> None:
+        self.settings, self.gflop = settings, gflop  # work of a second of audio
         self.dropped: Dropped = kwargs["train_dataset"].dropped
         self.seconds = self.padded = 0.0  # audio since the last log line
         self.clips = 0  # checksum of the ids since then
-        self.seen = 0
         self.position: Any = None  # of a stream
         gpu = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.peak = GPUS[gpu]["tflops"] if gpu else None  # TFLOP/s
@@ -117,7 +116,6 @@ class ASRTrainer(Trainer):
             mask = inputs["input_features_mask"]
             self.seconds += seconds
             self.padded += seconds * mask.numel() / int(mask.sum())
-            self.seen += len(ids) + len(unread)
             self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -178,7 +176,7 @@ class ASRTrainer(Trainer):
             logs["dropped"] = sum(self.dropped.counts.values())
             logs["clips"] = self.clips
             if self.peak:
-                rate = logs["audio_seconds_per_second"] * self.settings["gflop"] / 1000
+                rate = logs["audio_seconds_per_second"] * self.gflop / 1000
                 logs["mfu"] = rate / self.peak  # per process, as the audio is
             self.seconds, self.padded, self.clips, self.logged_at = 0.0, 0.0, 0, now
             return_freed_memory()  # batches of ever new sizes leave the heap in pieces
@@ -309,12 +307,6 @@ class StepLine(TrainerCallback):
         self.on_save(args, state, control)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `log.jsonl`, without a last line that a kill cut short; none where no file is."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def draw_curves(output: Path, stages: Sequence[str]) -> None:
     """Write `curves.png`: loss, WER and learning rate of the stages under `output`."""
     from matplotlib.figure import Figure  # not pyplot: no state, no window
@@ -406,3 +398,14 @@ def part_rates(settings: dict[str, Any], default: float) -> dict[str, float]:
     """Learning rate of each part; one that is not set follows `learning_rate`, 0 freezes."""
     own = {p: settings[f"{p}_learning_rate"] for p in ("encoder", "decoder")}
     return {"projector": default, **{p: default if r is None else r for p, r in own.items()}}
+
+
+def freeze_idle(model: Any, settings: dict[str, Any]) -> None:
+    """Freeze what a stage does not train: parts of rate 0, heads that none of its losses use."""
+    rates = part_rates(settings, settings["learning_rate"])
+    decoded, posteriors = settings["decoder_loss_weight"], model.config.bridge == "posteriors"
+    idle = {"characters": not settings["character_loss_weight"], "residual": not decoded}
+    idle["ctc"] = not settings["ctc_loss_weight"] and not (posteriors and decoded)
+    for name, parameter in model.named_parameters():
+        if not rates[part_of(name)] or idle.get(name.split(".")[0]):
+            parameter.requires_grad_(False)

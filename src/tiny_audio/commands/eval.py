@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 from huggingface_hub import dataset_info
 from tqdm import tqdm
 
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
-from ..data import SOURCE, DataError, Example, read_source
+from ..data import SOURCE, DataError, Example, cut_batches, read_source
 from ..hub import git_hash, one_line
 from ..scoring import count, normalizer, score
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
@@ -50,14 +51,12 @@ NO_REFERENCE = "ignore time segment in scoring"  # TED-LIUM's mark of what is no
 
 def batches(examples: list[Example], seconds: float) -> Iterator[list[Example]]:
     """Longest first, cut where padding to the longest exceeds `seconds`; at least one clip each."""
-    batch: list[Example] = []
-    for example in sorted(examples, key=lambda e: -e.duration):
-        if batch and max(1.0, batch[0].duration) * (len(batch) + 1) > seconds:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
+    if not examples:
+        return
+    lengths = np.array([example.duration for example in examples])
+    order = np.argsort(-lengths, kind="stable")
+    for batch in cut_batches(np.maximum(1.0, lengths), order, seconds, len(examples)):
+        yield [examples[i] for i in batch]
 
 
 def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:

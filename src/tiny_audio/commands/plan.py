@@ -14,7 +14,6 @@ A vocabulary of the data is not known here: the CTC head is counted with the dec
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,9 +29,11 @@ from transformers import AutoConfig
 
 from ..asr_config import ASRConfig, check_keys
 from ..asr_modeling import ASRModel
+from ..data import read_log
 from ..hub import one_line
 from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, without_weights
-from ..train import CONFIGS, check_config, lora_from, part_of, part_rates, run_stage
+from ..train import CONFIGS, check_config, lora_from, run_stage, stage_configs
+from ..trainer import LOG, freeze_idle
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
 OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
@@ -56,15 +57,14 @@ class Stage:
     audio: float
 
 
-def stage_configs(overrides: Sequence[str]) -> list[Any]:
-    """The config of each stage of a recipe, as `train.run_stage` takes it."""
+def recipe_stages(overrides: Sequence[str]) -> list[Any]:
+    """The config of each stage of a recipe, with no other stage in it."""
     with initialize_config_dir(str(CONFIGS), version_base=None):
         cfg = compose("config", list(overrides))
     check_config(cfg)
-    own = [{k: stage[k] for k in ("training", "data") if stage.get(k)} for stage in cfg.stages]
     return [
-        OmegaConf.merge(cfg, part, {"stages": [stage]})
-        for part, stage in zip(own, cfg.stages, strict=True)
+        OmegaConf.merge(merged, {"stages": [stage]})
+        for merged, stage in zip(stage_configs(cfg), cfg.stages, strict=True)
     ]
 
 
@@ -93,10 +93,7 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     )
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     twin = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))
-    rates = part_rates(settings, settings["learning_rate"])
-    for name, parameter in twin.named_parameters():
-        if not rates[part_of(name)]:
-            parameter.requires_grad_(False)
+    freeze_idle(twin, settings)
     seconds, clips = own["seconds"], int(settings["batch_seconds"] / own["seconds"])
     clips = max(1, min(clips, settings["per_device_train_batch_size"] or clips))
     cost = count(twin, settings, seconds, round(own["text_rate"] * seconds), clips)
@@ -111,8 +108,8 @@ def measure(stage: Stage, steps: int = 12) -> float:
     cfg: Any = OmegaConf.merge(stage.cfg, {"training": short})
     with tempfile.TemporaryDirectory() as scratch:
         run_stage(cfg, Path(scratch) / "stage", None)
-        rows = (Path(scratch) / "stage/log.jsonl").read_text().splitlines()[3:]
-    return stage.gflop * median(json.loads(row)["audio_seconds_per_second"] for row in rows)
+        rows = read_log(Path(scratch) / "stage" / LOG)[3:]
+    return stage.gflop * median(row["audio_seconds_per_second"] for row in rows)
 
 
 def report(
@@ -158,7 +155,7 @@ def report(
     others = [[f"+experiments={name}"] for name in RECIPES if recipes]
     for row in [[*overrides, change] for change in CHANGES] + others:
         try:
-            stage = plan_stage(stage_configs(row)[-1], own)
+            stage = plan_stage(recipe_stages(row)[-1], own)
         except OSError as error:
             print(f"{row[-1]}: {error}")
             continue
@@ -187,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_keys([own["gpu"]], GPUS, "the list of GPUs")
         if own["budget"] and not own["price"]:
             raise ValueError("budget= needs price=, dollars an hour")
-        stages = [plan_stage(cfg, own) for cfg in stage_configs(overrides)]
+        stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
         peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
         rate = peak * own["utilisation"]
         if args.measure:
