@@ -47,6 +47,7 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
     """Train for `seconds` of CPU time after one warm-up step; figures of the run."""
     import torch
     from hydra import compose, initialize_config_dir
+    from torch.nn import functional as F
 
     from tiny_audio.data import Dropped, LengthBatchSampler, SpeechDataset
     from tiny_audio.train import CONFIGS, build_model, build_processor, ctc_vocabulary
@@ -79,19 +80,22 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
     else:
         order = random.Random(0).sample(range(len(durations)), len(durations))
         batches = [order[i : i + 8] for i in range(0, len(order), 8)]
-    weights = (0.0, 1.0) if variant.get("ctc") else (1.0, 0.2)
     audio = padded = 0.0
     steps, started = -1, 0.0
     while steps < 1 or time.process_time() - started < seconds:
         batch = data.collate([data[i] for i in batches[(steps + 1) % len(batches)]])
         inputs = {k: v for k, v in batch.items() if k not in ("ids", "seconds", "dropped")}
-        loss = model(
-            **inputs,
-            decoder_loss_weight=weights[0],
-            ctc_loss_weight=weights[1],
-            character_loss_weight=1.0 if variant.get("ctc") else 0.0,
-            full_logits=not variant.get("label_logits") and not variant.get("ctc"),
-        ).loss
+        settings = {"ctc_loss_weight": 1.0 if variant.get("ctc") else 0.2}
+        if variant.get("ctc"):
+            settings |= {"decoder_loss_weight": 0.0, "character_loss_weight": 1.0}
+        if variant.get("label_logits") or variant.get("ctc"):
+            loss = model(**inputs, **settings).loss
+        else:  # logits at every position; the CTC loss, which they know nothing of, is left out
+            labels = inputs.pop("labels")
+            out = model(**inputs, **settings).logits
+            loss = F.cross_entropy(
+                out[:, :-1].flatten(0, 1), labels[:, -out.shape[1] + 1 :].flatten()
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

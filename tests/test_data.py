@@ -12,6 +12,7 @@ from conftest import TEXTS, babble, write_audio, write_manifest
 from torch.utils.data import DataLoader
 
 from tiny_audio import data as data_module
+from tiny_audio import frames
 from tiny_audio.data import (
     DataError,
     Dropped,
@@ -21,7 +22,7 @@ from tiny_audio.data import (
     prepare_text,
     read_source,
 )
-from tiny_audio.frames import Frames, FrameWriter
+from tiny_audio.frames import Frames, cache_encoder_frames
 
 
 @pytest.fixture(scope="module")
@@ -374,8 +375,6 @@ def test_every_epoch_of_a_training_run_draws_anew(augmented, workers):
 
 def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, processor):
     """Two corpora number their clips from 0: each clip must keep its own frames."""
-    from tiny_audio.frames import cache_encoder_frames
-
     sources = []
     for corpus, seconds in (("a", 0.8), ("b", 1.6)):
         write_audio(tmp_path / f"{corpus}.wav", babble(seconds, len(sources)), 16_000, "pcm_s16le")
@@ -385,26 +384,39 @@ def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, pr
     dropped = Dropped()
     data = SpeechDataset(sources, processor, dropped)
     try:
-        cache_encoder_frames(model, data, tmp_path / "frames.json", 0)
+        cache_encoder_frames(model, data, tmp_path / "frames", 0)
     except DataError:
         return  # refusing ids that occur twice is as good
     assert len(data) == 2
     assert [len(data[i]["features"]) for i in range(2)] == [40, 80]
 
 
-def test_frames_are_read_as_they_were_written(tmp_path):
-    rng = np.random.default_rng(0)
-    clips = {f"clip/{n}": rng.standard_normal((n, 6)).astype(np.float16) for n in (3, 1, 50)}
-    with FrameWriter(tmp_path / "frames.json") as writer:
-        for clip, frames in clips.items():
-            writer.add(clip, frames)
-    read = Frames(tmp_path / "frames.json")
-    assert list(read) == list(clips)
-    assert all(np.array_equal(read[clip].numpy(), clips[clip]) for clip in clips)
-    with pytest.raises(KeyboardInterrupt), FrameWriter(tmp_path / "half.json") as writer:
-        writer.add("clip", clips["clip/3"])
-        raise KeyboardInterrupt
-    assert not (tmp_path / "half.json").exists(), "half of it looks whole"
+def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monkeypatch):
+    """Stopped at half, then run again: every clip has the frames that the encoder gives."""
+    _, model = build("whisper", ctc=False)
+    data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
+    encode, calls = model.encode, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(model, "encode", stopped)
+    monkeypatch.setattr(frames, "LengthBatchSampler", lambda seconds, *_, **__: [
+        [i] for i in range(len(seconds))])  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        cache_encoder_frames(model, data, tmp_path / "frames", 0)
+    assert not (tmp_path / "frames").exists(), "half of it looks whole"
+    plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
+    cache_encoder_frames(model, data, tmp_path / "frames", 0)
+    for clip, features in plain.items():
+        inputs = processor.collate([features])
+        with torch.no_grad():
+            expected, _ = encode(inputs["input_features"], inputs["input_features_mask"])
+        assert torch.equal(Frames(tmp_path / "frames")[clip], expected[0].half())
+    assert "no such clip" not in Frames(tmp_path / "frames")
 
 
 def test_a_batch_size_limits_the_clips_of_a_batch():

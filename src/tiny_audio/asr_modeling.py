@@ -60,7 +60,7 @@ class AudioProjector(nn.Module):
     def forward(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(b, t, d_encoder), zero beyond `lengths` (b,) -> (b, f, d), lengths (b,) in frames."""
         b, t, _ = hidden.shape
-        hidden = F.pad(hidden, (0, 0, 0, -t % self.stack))
+        hidden = F.pad(hidden.to(self.gate_proj.weight.dtype), (0, 0, 0, -t % self.stack))
         x = self.input_norm(hidden.view(b, -1, self.input_norm.normalized_shape[0]))
         x = self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (b, f, hidden)
         return self.output_norm(self.down_proj(x)), (lengths + self.stack - 1) // self.stack
@@ -134,14 +134,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Audio -> projected frames (b, f, d) in fp32 or autocast dtype, and lengths (b,)."""
-        return self._project(*self.encode(input_features, input_features_mask, encoded))
+        return self.projector(*self.encode(input_features, input_features_mask, encoded))
 
-    def _project(self, hidden: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        return self.projector(hidden.to(self.projector.gate_proj.weight.dtype), steps)
-
-    def bridge(
-        self, frames: Tensor, lengths: Tensor, log_probs: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def bridge(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder is fed for each projected frame, and which of them it may see.
 
         "frames": the projected frames. "posteriors": the decoder's own token embeddings weighted
@@ -155,15 +150,17 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """
         b, f, d = frames.shape
         inside = torch.arange(f, device=frames.device) < lengths[:, None]  # (b, f)
-        if self.residual is None or log_probs is None:
+        if self.residual is None:
             return frames, inside
+        embedding = self.get_input_embeddings().weight.detach()
+        log_probs = self.ctc(frames, embedding)  # (b, f, c)
         best = log_probs.argmax(-1)
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
         run = (starts.cumsum(1) - 1).clamp(min=0)  # (b, f): the run that each frame belongs to
-        rows = self.decoder.get_input_embeddings().weight.detach()[self.ctc.token_ids]
+        rows = embedding[self.ctc.token_ids].to(frames.dtype)  # (c - 1, d)
         weights = log_probs[..., 1:].softmax(-1).to(frames.dtype)  # without the blank
-        mixed = weights @ rows.to(frames.dtype) + self.residual(frames)
+        mixed = weights @ rows + self.residual(frames)
         mixed = mixed * spoken[..., None]
         count = frames.new_zeros(b, f).scatter_add(1, run, spoken.to(frames.dtype))
         merged = torch.zeros_like(mixed).scatter_add(1, run[..., None].expand(-1, -1, d), mixed)
@@ -221,7 +218,6 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         ctc_loss_weight: float = 0.0,
         ctc_negatives: int = 0,
         character_loss_weight: float = 0.0,
-        full_logits: bool = False,
         encoded: bool = False,
     ) -> CausalLMOutput:
         """Loss, and logits at label positions only: those of the whole vocabulary elsewhere cost
@@ -239,36 +235,29 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             ctc_loss_weight: weight of the CTC loss per label.
             ctc_negatives: see `CTCHead.loss`.
             character_loss_weight: weight of the character head's loss per label.
-            full_logits: compute the logits at every position all the same (a baseline).
             encoded: see `encode`.
 
         Returns:
             `loss` (scalar) and `logits`: (label positions, vocab), or (b, s, vocab).
         """
-        encoder_frames, steps = self.encode(input_features, input_features_mask, encoded)
-        frames, lengths = self._project(encoder_frames, steps)
-        log_probs: Any = None
-        rows = self.decoder.get_input_embeddings().weight
-        if self.residual is not None and (decoder_loss_weight or labels is None):
-            log_probs = self.ctc(frames, rows)
-        loss: Any = None
+        hidden, steps = self.encode(input_features, input_features_mask, encoded)
+        frames, lengths = self.projector(hidden, steps)
+        embedding = self.get_input_embeddings().weight
+        losses: list[Tensor] = []
         logits: Any = None
-        total: Any = num_items_in_batch
-        if labels is not None and total is None:
-            total = (labels != IGNORE).sum().clamp(min=1)
         if labels is not None and ctc_loss_weight:
             if self.ctc is None:
                 raise ValueError("ctc_loss_weight is set but the model has no CTC head")
-            nll = self.ctc.loss(frames, lengths, labels, rows, ctc_negatives)
-            loss = ctc_loss_weight * nll / total
+            nll = self.ctc.loss(frames, lengths, labels, embedding, ctc_negatives)
+            losses.append(ctc_loss_weight * nll)
         if labels is not None and character_loss_weight:
             if self.characters is None:
                 raise ValueError("character_loss_weight is set but the model has no such head")
-            nll = self.characters.loss(encoder_frames, steps, labels)
-            loss = character_loss_weight * nll / total + (0.0 if loss is None else loss)
+            nll = self.characters.loss(hidden, steps, labels)
+            losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
-            audio, keep = self.bridge(frames, lengths, log_probs)
-            embeds, attention_mask, shifted = self.embed(
+            audio, keep = self.bridge(frames, lengths)
+            embeds, attention_mask, moved = self.embed(
                 input_ids, attention_mask, audio, lengths, keep, labels
             )
             hidden = self.decoder.base_model(
@@ -277,18 +266,20 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
             ).last_hidden_state
-            head = self.decoder.get_output_embeddings()
-            if labels is None or full_logits:
-                logits = head(hidden)  # (b, s', vocab)
+            targets = moved[:, 1:]
+            at = targets != IGNORE
             if labels is not None:
-                targets = shifted[:, 1:]
-                at = targets != IGNORE
-                if full_logits:
-                    scored = logits[:, :-1].float()[at]
-                else:
-                    scored = logits = head(hidden[:, :-1][at])  # (label positions, vocab)
-                nll = F.cross_entropy(scored.float(), targets[at], reduction="sum")
-                loss = decoder_loss_weight * nll / total + (0.0 if loss is None else loss)
+                hidden = hidden[:, :-1][at]  # (label positions, d)
+            logits = self.decoder.get_output_embeddings()(hidden)
+            if labels is not None:
+                nll = F.cross_entropy(logits.float(), targets[at], reduction="sum")
+                losses.append(decoder_loss_weight * nll)
+        if labels is None:
+            return CausalLMOutput(logits=logits)
+        total: Any = num_items_in_batch
+        if total is None:
+            total = (labels != IGNORE).sum().clamp(min=1)
+        loss: Any = sum(part / total for part in losses)
         return CausalLMOutput(loss=loss, logits=logits)
 
     # -- decoding ------------------------------------------------------------------------------
@@ -321,11 +312,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """
         weight = self.config.ctc_decode_weight if ctc_decode_weight is None else ctc_decode_weight
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
-        frames, lengths = self._project(hidden, steps)
-        log_probs: Any = None
-        if self.residual is not None:
-            log_probs = self.ctc(frames, self.decoder.get_input_embeddings().weight)
-        audio, keep = self.bridge(frames, lengths, log_probs)
+        frames, lengths = self.projector(hidden, steps)
+        audio, keep = self.bridge(frames, lengths)
         embeds, attention_mask, _ = self.embed(input_ids, attention_mask, audio, lengths, keep)
         end = self.config.end_token_id
         processors = LogitsProcessorList(logits_processor or [])
@@ -357,7 +345,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if self.ctc is None:
             raise ValueError("this model has no CTC head")
         frames, lengths = self.project(input_features, input_features_mask)
-        log_probs = self.ctc(frames, self.decoder.get_input_embeddings().weight)
+        log_probs = self.ctc(frames, self.get_input_embeddings().weight)
         return self.ctc.greedy(log_probs, lengths)
 
     # -- modes, parts --------------------------------------------------------------------------
@@ -379,7 +367,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 module.eval()
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's token embeddings."""
         return self.decoder.get_input_embeddings()
 

@@ -237,19 +237,16 @@ class _Step:
         frames = self.cut("projector", frames)
         recorder.part = "ctc heads"
         rows = model.decoder.get_input_embeddings().weight
-        decodes, log_probs = settings["decoder_loss_weight"], None
-        if model.residual is not None and decodes:
-            log_probs = model.ctc(frames, rows)
         if settings["ctc_loss_weight"] and model.ctc is not None:
             some = min(settings["ctc_negatives"], len(model.ctc.token_ids))
             classes = torch.arange(1, some + 1) if some else None
             self.cuts.append(("ctc heads", model.ctc(frames, rows, classes), None))
         if settings["character_loss_weight"] and model.characters is not None:
             self.cuts.append(("ctc heads", model.characters(hidden), None))
-        if not decodes:
+        if not settings["decoder_loss_weight"]:
             return
-        fed, _ = model.bridge(frames, lengths, log_probs)
-        if log_probs is not None:
+        fed, _ = model.bridge(frames, lengths)
+        if model.residual is not None:
             fed = fed[:, : self.tokens]
         fed = self.cut("ctc heads", fed)
         recorder.part = "decoder"

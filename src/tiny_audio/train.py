@@ -58,6 +58,8 @@ OWN_TRAINING_KEYS = set(
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
     "early_stopping_patience largest_first".split()
 )
+# Settings of the data group that choose what is read; every other one is an option of `Clips`.
+OWN_DATA_KEYS = set("train eval streaming block vocabulary_rows max_dropped_fraction".split())
 
 
 class Preempted(RuntimeError):
@@ -188,24 +190,24 @@ def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int], s
     return sorted(tokens), sorted(spoken | (written & set(b"'"))), written
 
 
-def fit_device(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without what only a GPU has (bf16, TF32), each named where it is turned off."""
-    fitted = dict(settings)
+def fit_device(training: DictConfig) -> None:
+    """Turn off what only a GPU has (bf16, TF32), and choose the attention; both are said."""
     if not torch.cuda.is_available():
         for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
-            if fitted.get(key):
-                print(f"training.{key}={fitted[key]} is off: there is no CUDA device")
-                fitted[key] = instead
-    if fitted["attn_implementation"] is None:
-        why = "there is no CUDA device" if not torch.cuda.is_available() else ""
-        if not is_flash_attn_2_available():
-            why = why or "flash-attn is not installed"
-        elif fitted["dtype"] not in ("bfloat16", "float16"):
-            why = why or "it needs training.dtype=bfloat16"
-        if not why:
-            fitted["attn_implementation"] = "flash_attention_2"
+            if training.get(key):
+                print(f"training.{key}={training[key]} is off: there is no CUDA device")
+                training[key] = instead
+    if training.attn_implementation is None:
+        why = ""
+        if not torch.cuda.is_available():
+            why = "there is no CUDA device"
+        elif not is_flash_attn_2_available():
+            why = "flash-attn is not installed"
+        elif training.dtype not in ("bfloat16", "float16"):
+            why = "it needs training.dtype=bfloat16"
+        else:
+            training.attn_implementation = "flash_attention_2"
         print(f"no FlashAttention 2: {why}" if why else "attention: FlashAttention 2")
-    return fitted
 
 
 def read_data(
@@ -213,10 +215,8 @@ def read_data(
 ) -> tuple[Any, SpeechDataset | None]:
     """What a stage trains on, a SpeechDataset or SpeechStream, and what it is evaluated on."""
     place = PartialState()
-    limits = {key: cfg.data[key] for key in ("min_seconds", "max_seconds", "lowercase")}
-    keys = "feature_noise channel_drop time_mask max_train_samples noise transform mask_time "
-    options = {key: cfg.data[key] for key in (keys + "mask_bands").split()}
-    options |= {"seed": cfg.run.seed, **limits}
+    options = {key: value for key, value in cfg.data.items() if key not in OWN_DATA_KEYS}
+    options["seed"] = cfg.run.seed
     data: Any
     if cfg.data.streaming:
         data = SpeechStream(
@@ -232,8 +232,9 @@ def read_data(
     if not cfg.data.eval:
         raise ValueError("data.eval names no clips: set it, or training.eval_strategy=no")
     unused = Dropped(dropped.path and dropped.path.with_name("dropped_eval.jsonl"))
-    streaming = cfg.data.streaming
-    return data, SpeechDataset(cfg.data.eval, processor, unused, streaming=streaming, **limits)
+    limits = {key: options[key] for key in ("min_seconds", "max_seconds", "lowercase")}
+    limits["streaming"] = cfg.data.streaming
+    return data, SpeechDataset(cfg.data.eval, processor, unused, **limits)
 
 
 def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | None = None) -> Path:
@@ -248,10 +249,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     folder.mkdir(parents=True, exist_ok=True)
     place = PartialState(cpu=not torch.cuda.is_available())
     set_seed(cfg.run.seed)
-    settings = fit_device(OmegaConf.to_container(cfg.training, resolve=True))  # type: ignore
-    cfg.training.dtype, cfg.training.attn_implementation = (
-        settings["dtype"], settings["attn_implementation"],
-    )  # fmt: skip
+    fit_device(cfg.training)
+    settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     rank = f"-{place.process_index}" if place.process_index else ""
     dropped = Dropped(folder / f"dropped{rank}.jsonl")
     previous = ASRConfig.from_pretrained(start) if start else None
@@ -280,7 +279,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         made_of += [processor.tail_seconds, processor.min_seconds]
         made_of += sorted({(e.id, str(e.audio)[:200], e.duration) for e in data.examples})
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-        path = folder.parent / f"encoder_frames-{digest}.json"
+        path = folder.parent / f"encoder_frames-{digest}"
         with place.main_process_first():
             cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
         dropped.check(data.total, cfg.data.max_dropped_fraction)
