@@ -381,7 +381,7 @@ def compose(compose_in, tmp_path):
 @pytest.fixture(scope="session")
 def real_bases() -> assets.Assets:
     """Whisper tiny.en, SmolLM2-135M and recorded speech in the cache, fetched where missing."""
-    return assets.prepare(synthetic_hours=0)
+    return assets.prepare(synthetic=False)
 
 
 @pytest.fixture(scope="session")
