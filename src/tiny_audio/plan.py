@@ -129,8 +129,16 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
         return ASRModel(config, encoder, decoder)
 
 
+def twin_of(model: ASRModel) -> ASRModel:
+    """The model without its weights; it trains the same parameters."""
+    twin = without_weights(model.config, next(model.encoder.parameters()).dtype)
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return twin
+
+
 def count(
-    model: ASRModel,
+    twin: ASRModel,
     settings: Mapping[str, Any],
     seconds: float,
     tokens: int,
@@ -140,7 +148,7 @@ def count(
     """The cost of a training step on `clips` clips without padding.
 
     Args:
-        model: any, with weights or without; which parameters it trains is taken from it.
+        twin: a model without weights; it is used up.
         settings: the training group of the config.
         seconds: length of a clip.
         tokens: transcript tokens of a clip, without the end token.
@@ -150,9 +158,6 @@ def count(
     With the bridge "posteriors" the decoder is taken to see one frame for each token. The optimizer
     is a fused AdamW: two states for each trained parameter, and nothing for its step.
     """
-    twin = without_weights(model.config, next(model.encoder.parameters()).dtype)
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        ours.requires_grad_(theirs.requires_grad)
     if settings["gradient_checkpointing"]:
         twin.gradient_checkpointing_enable({"use_reentrant": False})
     recorder = Recorder()
@@ -273,7 +278,7 @@ def expected_cost(
         seconds = sum(example.duration for example in examples) / len(examples)
         tokens = round(sum(len(example.target) for example in examples) / len(examples))
     clips = max(1, int(settings["batch_seconds"] / seconds))
-    cost = count(model, settings, seconds, max(1, tokens), clips)
+    cost = count(twin_of(model), settings, seconds, max(1, tokens), clips)
     gflop = sum(cost.gflop.values())
     parts = ", ".join(f"{part} {n:.1f}" for part, n in cost.gflop.items() if n)
     return gflop, (

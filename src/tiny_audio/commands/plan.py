@@ -155,7 +155,11 @@ def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
     """A table of the last stages of other recipes, given by their arguments, beside a stage."""
     rows = [["instead, the last stage of", "audio", "GB"]]
     for overrides in recipes:
-        other = plan_stage(recipe_stages(overrides)[-1], own)
+        try:
+            other = plan_stage(recipe_stages(overrides)[-1], own)
+        except OSError as error:
+            print(f"{overrides[-1]}: {error}", file=sys.stderr)
+            continue
         more = f"{stage.gflop / other.gflop - 1:+.0%}"
         rows.append([overrides[-1], more, f"{other.gb:.1f}"])
     return table(*rows)
