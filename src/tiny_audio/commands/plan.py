@@ -112,8 +112,11 @@ def measure(stage: Stage, steps: int = 12) -> float:
     return stage.gflop * median(row["audio_seconds_per_second"] for row in rows)
 
 
-def report(own: dict[str, Any], rate: float, stages: list[Stage]) -> None:
-    """Print what the stages need, and what they cost where training reaches `rate`, in GFLOP/s."""
+def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) -> None:
+    """Print what the stages need, and what they cost where training reaches `rate`, in GFLOP/s.
+
+    `listed` says that the rate is that of `own["gpu"]`, to which the other GPUs compare.
+    """
     gpu, price = GPUS[own["gpu"]], own["price"]
     hours = [stage.audio * stage.gflop / rate for stage in stages]
     longest = hours.index(max(hours))
@@ -142,6 +145,8 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage]) -> None:
         heard = bought * rate / main.gflop
         steps = heard / main.audio * main.cfg.training.max_steps
         print(f"{bought:g} hours {dollars(bought)} buy {heard:,.0f} of audio, {steps:,.0f} steps")
+    if not listed:
+        return
     rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
     for name, other in GPUS.items():
         faster = other["tflops"] / gpu["tflops"]
@@ -189,17 +194,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("budget= needs price=, dollars an hour")
         stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
         peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
-        rate = peak * own["utilisation"]
+        rate, listed = peak * own["utilisation"], True
         if args.measure:
             rate = measure(stages[-1])
             here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
             how = f"measured on {here}: {rate:,.0f} GFLOP/s"
-            if known := gpu_of(here):
+            known = gpu_of(here)
+            listed = known is not None
+            if known:
                 share = rate / GPUS[known]["tflops"] / 1e3
                 rate, how = peak * share, f"{how}, {share:.1%} of its peak"
         print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
         print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
-        report(own, rate, stages)
+        report(own, rate, stages, listed)
         others = [[*overrides, change] for change in CHANGES]
         others += [[f"+experiments={name}"] for name in RECIPES if args.recipes]
         print(f"\n{compare(stages[-1], others, own)}")
