@@ -183,7 +183,7 @@ def recipe(tiny_bases, corpus):
     return make
 
 
-def wait_for(sign, seconds: float = 60) -> None:
+def wait_for(sign, seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while not sign():
         assert time.monotonic() < until, "nothing came"

@@ -102,10 +102,15 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     return Stage(cfg, twin, cost, clips, gflop, gb, steps * clips * seconds / 3600)
 
 
-def measure(stage: Stage, steps: int = 12) -> float:
-    """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand."""
+def measure(stage: Stage, seconds: float, steps: int = 12) -> float:
+    """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand.
+
+    Clips of about `seconds` are taken, as they were counted: a second of a short clip is up to
+    twice the work of a long one's, for the prompt around it.
+    """
     short = {"max_steps": steps, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
-    cfg: Any = OmegaConf.merge(stage.cfg, {"training": short})
+    near = {"min_seconds": seconds / 1.5, "max_seconds": seconds * 1.5, "max_dropped_fraction": 1}
+    cfg: Any = OmegaConf.merge(stage.cfg, {"training": short, "data": near})
     with tempfile.TemporaryDirectory() as scratch:
         run_stage(cfg, Path(scratch) / "stage", None)
         rows = read_log(Path(scratch) / "stage" / LOG)[3:]
@@ -196,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
         rate, listed = peak * own["utilisation"], True
         if args.measure:
-            rate = measure(stages[-1])
+            rate = measure(stages[-1], own["seconds"])
             here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
             how = f"measured on {here}: {rate:,.0f} GFLOP/s"
             known = gpu_of(here)
