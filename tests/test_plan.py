@@ -98,7 +98,7 @@ def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
     loss, described = real_step(model, processor, settings)
     with FlopCounterMode(display=False) as counter:
         loss().backward()
-    cost = plan.count(model, settings, **described)
+    cost = plan.count(plan.twin_of(model), settings, **described)
     audio = described["seconds"] * described["clips"]
     ratio = sum(cost.gflop.values()) * audio * 1e9 / counter.get_total_flops()
     # With LoRA on q and k alone, the first layer's values need no gradient; a fused kernel, as a
@@ -106,19 +106,13 @@ def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
     assert ratio == pytest.approx(1, abs=0.02 if lora in ("both", "encoder") else 1e-9)
 
 
-# What frozen convolutions over samples need for a moment: 19 % of the whole in tiny models.
-SHORT_OF_CONVOLUTIONS = pytest.mark.xfail(strict=True, reason="their temporaries are not counted")
-
-
 @pytest.mark.parametrize(
     ("encoder", "lora", "changes"),
     [
         ("whisper", "both", {}),
         ("whisper", "neither", {"ctc_loss_weight": 0.0}),
-        pytest.param("hubert", "both", {}, marks=SHORT_OF_CONVOLUTIONS),
-        pytest.param(
-            "hubert", "both", {"gradient_checkpointing": True}, marks=SHORT_OF_CONVOLUTIONS
-        ),
+        ("hubert", "both", {}),
+        ("hubert", "both", {"gradient_checkpointing": True}),
         ("parakeet", "both", {}),
     ],
 )
@@ -141,7 +135,7 @@ def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
     with recorder:
         loss().backward()
         optimizer.step()
-    planned = sum(plan.count(model, settings, **described).memory.values())
+    planned = sum(plan.count(plan.twin_of(model), settings, **described).memory.values())
     assert planned == pytest.approx(recorder.most, rel=0.15)
     states = sum(p.nbytes for p in model.parameters())
     assert recorder.most > 1.5 * states  # what the step needs beside the weights is what is tested
@@ -175,11 +169,16 @@ def test_the_plan_of_the_readme_is_what_the_command_prints(planned):
     readme = (ROOT / "README.md").read_text()
     said = readme.split("<!-- plan:begin -->\n```\n")[1].split("\n```\n<!-- plan:end -->")[0]
     command = next(x for x in readme.splitlines() if x.startswith("tiny-audio plan +"))
-    started = os.times().children_user
     done = planned(*command.split()[2:])
     assert done.returncode == 0, done.stderr[-3000:]
     clean = [[line.rstrip() for line in text.strip().splitlines()] for text in (done.stdout, said)]
     assert clean[0] == clean[1]
+
+
+@pytest.mark.long
+def test_a_plan_takes_less_than_20_seconds(planned):
+    started = os.times().children_user
+    assert planned("+experiments=stage1").returncode == 0
     assert os.times().children_user - started < 20
 
 
@@ -188,8 +187,10 @@ def test_batches_of_five_on_forty_gigabytes(planned):
     """What the README says about a batch of 5 is what the command says."""
     batch = ["seconds=30", "training.per_device_train_batch_size=5", "training.batch_seconds=150"]
     done = planned("+experiments=stage1", "gpu=a100-40", *batch)
-    assert "= 15.0 GB" in done.stdout and "gaps: fits" in done.stdout
-    assert "gradient_checkpointing=false     +40% audio   39.3 GB" in done.stdout
+    assert "= 16.9 GB" in done.stdout and "gaps: fits" in done.stdout
+    assert "gradient_checkpointing=false   +39%  40.7" in done.stdout
+    readme = (ROOT / "README.md").read_text()
+    assert "16.9 GB with gradient checkpointing and 40.7 GB without" in readme
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,9 @@ def test_a_budget_is_hours_at_a_price(tiny, capsys):
 def test_measure_takes_real_steps(tiny, corpus, capsys):
     data = [f"data.train=[{{path: {corpus}}}]", "training.batch_seconds=4"]
     assert main([*tiny, *data, "--measure", "+training.use_cpu=true"]) == 0
-    assert "measured on this CPU: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured on this CPU: " in said
+    assert "rtx4090" not in said  # nothing is known of other devices
 
 
 @pytest.mark.long
@@ -243,20 +246,19 @@ def test_a_measured_rate_predicts_another_run(real_bases):
         for batch in (16, 32):
             overrides = [
                 "+experiments=quickstart", "training.cache_encoder=false",
-                f"data.train=[{{path: {real_bases.train}}}]", "data.max_train_samples=200",
-                "data.max_seconds=15",
+                f"data.train=[{{path: {real_bases.train}}}]",
                 f"stages.1.training.batch_seconds={batch}",
             ]  # fmt: skip
-            rates.append(measure(plan_stage(recipe_stages(overrides)[1], own), steps=8))
+            rates.append(measure(plan_stage(recipe_stages(overrides)[1], own), 2.7, steps=8))
         ratios.append(rates[0] / rates[1])
+        print(rates)
     assert median(ratios) == pytest.approx(1, abs=0.25), ratios
 
 
-@pytest.mark.parametrize(
-    "gpu", ["NVIDIA A40", "NVIDIA L4", "NVIDIA L40S", "NVIDIA H100 80GB HBM3", "Tesla T4"]
-)
-def test_a_device_is_found_by_the_name_that_torch_gives_it(gpu):
-    known = {"NVIDIA A40": "a40", "NVIDIA L4": "l4", "NVIDIA L40S": "l40s"}
-    known["NVIDIA H100 80GB HBM3"] = "h100"
-    assert plan.gpu_of(gpu) == known.get(gpu)
+def test_a_device_is_found_by_the_name_that_torch_gives_it():
+    known: dict[str, str | None] = {"NVIDIA A40": "a40", "NVIDIA L4": "l4", "NVIDIA L40S": "l40s"}
+    known |= {"NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA H100 80GB HBM3": "h100"}
+    for device in ("Tesla T4", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 PCIe"):
+        known[device] = None  # near by name, far by speed
+    assert {device: plan.gpu_of(device) for device in known} == known
     assert all(facts["source"] and facts["tflops"] > 50 for facts in plan.GPUS.values())

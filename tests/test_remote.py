@@ -173,7 +173,8 @@ def recipe(tiny_bases, corpus):
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}",
             "model.projector_hidden=32", "encoder_lora.r=2", "peft.r=2",
-            f"data.train=[{{path: {corpus}}}]", "training.batch_seconds=6",
+            f"data.train=[{{path: {corpus}}}]", f"data.eval=[{{path: {corpus}, sample: 2}}]",
+            "training.batch_seconds=6",
             "training.save_steps=5", "training.logging_steps=1", f"training.max_steps={steps}",
             "training.dataloader_num_workers=0", "+training.use_cpu=true",
             "training.push_to_hub=false", *more,
@@ -182,7 +183,7 @@ def recipe(tiny_bases, corpus):
     return make
 
 
-def wait_for(sign, seconds: float = 60) -> None:
+def wait_for(sign, seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while not sign():
         assert time.monotonic() < until, "nothing came"
@@ -281,13 +282,20 @@ def test_this_side_may_die(far, home, sshd, recipe):
 
 
 def test_the_quickstart_from_a_clean_clone(sshd, home, real_bases, real_rows, monkeypatch, capfd):
-    """deploy (installing for real), 20 steps, fetch, transcribe."""
+    """deploy (installing for real), 20 steps with this side killed, the run attached to, stopped
+    and continued, fetch, transcribe."""
     monkeypatch.delenv("TINY_AUDIO_CACHE")
     clone, far = home / "clone", home / "far"
     tool("git", "clone", "--quiet", ROOT, clone)
     program = [sys.executable, "-c", "import sys; from tiny_audio.commands.remote import main; "
                "sys.exit(main(sys.argv[1:]))"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(clone / "src")}
+
+    def start(*args: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*program, *args], env=env, cwd=clone, start_new_session=True,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     def run(*args: str) -> str:
         done = subprocess.run([*program, *args], env=env, cwd=clone, capture_output=True, text=True)
@@ -300,7 +308,17 @@ def test_the_quickstart_from_a_clean_clone(sshd, home, real_bases, real_rows, mo
     assert time.monotonic() - started < 20
     steps = ["stages.0.training.max_steps=14", "stages.1.training.max_steps=6"]
     short = ["data.max_train_samples=90", f"data.train=[{{path: {real_bases.train}}}]", *steps]
-    assert "ended with code 0" in run(*call("train", sshd, far, "--config", "quickstart", *short))
+    short += ["training.logging_steps=1"]
+    train = call("train", sshd, far, "--config", "quickstart", *short)
+    here, log = start(*train), far / "runs/quickstart/log"
+    wait_for(lambda: log.exists() and "step     2/14" in log.read_text(), 600)
+    os.killpg(here.pid, signal.SIGKILL)
+    attached = start(*call("attach", sshd, far))
+    run(*call("stop", sshd, far, "--wait", "300"))
+    said = attached.communicate()[0]
+    assert "step     1/14" in said and "ended with code 75" in said
+    said = run(*train)
+    assert "continuing from" in said and "ended with code 0" in said
     run(*call("fetch", sshd, far))
     model = clone / "outputs/quickstart"
     assert json.loads((model / "finished.json").read_text())["stages"][1]["steps"] == 6

@@ -2,14 +2,15 @@
 
 A twin of the model without weights takes one real step on torch's meta device, where tensors have
 shapes but no data. Every operation is seen: its FLOPs by torch's own formulas (a multiplication and
-an addition are two), its results as bytes that live until the last reference is gone.
+an addition are two), its results as bytes that live until the last reference is gone. There is no
+autocast there: each part runs in the dtype of its weights, so that trained heads over bf16 base
+weights are counted in fp32, with a little more memory than autocast takes.
 """
 
 import copy
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,14 @@ import torch
 import yaml
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from .asr_config import encoder_frames
-from .asr_encoder import build_encoder, run_encoder
+from .asr_encoder import build_encoder
 from .asr_modeling import ASRModel
 from .asr_processing import SAMPLE_RATE
 
@@ -41,11 +41,6 @@ FLOPS: dict[Any, Any] = {
     FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     FUSED_BACKWARD: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q.shape, k.shape, v.shape),
 }
-# What torch.autocast runs in bf16 and in fp32 on CUDA, as far as our models use it.
-HALF = {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.bmm, torch.einsum}
-HALF |= {Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention}
-FULL = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, Tensor.softmax, Tensor.log_softmax}
-FULL |= {torch.softmax, torch.log_softmax, Tensor.exp, Tensor.pow, F.cross_entropy, F.normalize}
 
 
 @dataclass
@@ -97,21 +92,6 @@ class Recorder(TorchDispatchMode):
         self.total -= size
 
 
-class MixedPrecision(TorchFunctionMode):
-    """bf16 autocast of CUDA, which torch does not offer for the meta device."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        dtype = torch.bfloat16 if func in HALF else torch.float32 if func in FULL else None
-
-        def cast(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-        kwargs = kwargs or {}
-        if dtype is not None:
-            args, kwargs = tree_map(cast, args), tree_map(cast, kwargs)
-        return func(*args, **kwargs)
-
-
 def counted_attention(
     _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -149,8 +129,16 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
         return ASRModel(config, encoder, decoder)
 
 
+def twin_of(model: ASRModel) -> ASRModel:
+    """The model without its weights; it trains the same parameters."""
+    twin = without_weights(model.config, next(model.encoder.parameters()).dtype)
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return twin
+
+
 def count(
-    model: ASRModel,
+    twin: ASRModel,
     settings: Mapping[str, Any],
     seconds: float,
     tokens: int,
@@ -160,30 +148,30 @@ def count(
     """The cost of a training step on `clips` clips without padding.
 
     Args:
-        model: any, with weights or without; which parameters it trains is taken from it.
+        twin: a model without weights; it is used up.
         settings: the training group of the config.
         seconds: length of a clip.
         tokens: transcript tokens of a clip, without the end token.
         clips: clips in a step: they set the memory.
         prompt: tokens of the chat format around the audio.
 
-    With the bridge "posteriors" the decoder is taken to see one frame for each token.
+    With the bridge "posteriors" the decoder is taken to see one frame for each token. The optimizer
+    is a fused AdamW: two states for each trained parameter, and nothing for its step.
     """
-    dtype = next(model.encoder.parameters()).dtype
-    twin = without_weights(model.config, dtype)
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        ours.requires_grad_(theirs.requires_grad)
-    recorder = Recorder()
-    mixed = MixedPrecision if settings["bf16"] else nullcontext
     if settings["gradient_checkpointing"]:
-        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), mixed())}
-        twin.gradient_checkpointing_enable(again)
+        twin.gradient_checkpointing_enable({"use_reentrant": False})
+    recorder = Recorder()
     with torch.device("meta"), recorder:
-        step = _Step(twin.train(), recorder, settings, clips, tokens)
-        with mixed():
-            step.forward(seconds, prompt)
+        recorder.part = "weights"
+        recorder.track([*twin.parameters(), *twin.buffers()])
+        recorder.part = "optimizer"
+        states = [
+            torch.empty_like(p) for p in twin.parameters() if p.requires_grad for _ in range(2)
+        ]
+        step = _Step(twin.train(), recorder)
+        step.forward(settings, clips, seconds, tokens, prompt)
         step.backward()
-        step.optimizer.step()
+    del states
     audio = 1e9 * clips * seconds
     return Cost({part: recorder.flops[part] / audio for part in PARTS}, dict(recorder.peak))
 
@@ -194,82 +182,56 @@ class _Step:
     The parts are called one by one: masks of real clips depend on data, which meta tensors lack.
     """
 
-    def __init__(
-        self, model: ASRModel, recorder: Recorder, settings: Any, clips: int, tokens: int
-    ) -> None:
-        self.model, self.recorder, self.settings = model, recorder, settings
-        self.clips, self.tokens = clips, tokens
+    def __init__(self, model: ASRModel, recorder: Recorder) -> None:
+        self.model, self.recorder = model, recorder
         self.cuts: list[tuple[str, Tensor, Tensor | None]] = []  # part, its output, the next input
-        recorder.part = "weights"
-        recorder.track([*model.parameters(), *model.buffers()])
-        trained = [p for p in model.parameters() if p.requires_grad]
-        recorder.part = "optimizer"
-        self.optimizer = torch.optim.AdamW(trained, foreach=False)
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()  # makes its states
-        self.optimizer.zero_grad()
-        recorder.most = 0  # its own temporaries come again at the end
 
-    def cut(self, part: str, output: Tensor) -> Tensor:
+    def cut(self, output: Tensor) -> Tensor:
         """The output of a part as a fresh input of the next; gradients are handed over by hand."""
         fresh = output.detach().requires_grad_(output.requires_grad)
-        self.cuts.append((part, output, fresh))
+        self.cuts.append((self.recorder.part, output, fresh))
         return fresh
 
-    def forward(self, seconds: float, prompt: int) -> None:
+    def forward(
+        self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int, prompt: int
+    ) -> None:
         """Run the parts; what they keep for the backward pass stays in `cuts`."""
-        model, clips, settings, recorder = self.model, self.clips, self.settings, self.recorder
+        model, recorder, cuts = self.model, self.recorder, self.cuts
         audio, text = model.config.audio_config, model.config.text_config
         recorder.part = "encoder"
-        dtype = next(model.projector.parameters()).dtype
-        steps = round(seconds * (MEL_RATE if "num_mel_bins" in vars(audio) else SAMPLE_RATE))
-        hidden = torch.empty(clips, encoder_frames(audio, steps), audio.hidden_size)
-        if not settings["cache_encoder"]:
-            with torch.set_grad_enabled(model.encoder_is_trained):
-                hidden = self.encode(steps)
-            hidden = hidden.masked_fill(
-                torch.empty(hidden.shape[:2], dtype=torch.bool)[..., None], 0.0
-            )
-        hidden = self.cut("encoder", hidden)
+        bins = [audio.num_mel_bins] if "num_mel_bins" in vars(audio) else []
+        steps = round(seconds * (MEL_RATE if bins else SAMPLE_RATE))
+        shape = [*bins, steps]
+        if settings["cache_encoder"]:
+            shape = [encoder_frames(audio, steps), audio.hidden_size]
+        features = torch.empty(clips, *shape, dtype=next(model.encoder.parameters()).dtype)
+        mask = torch.empty(clips, steps, dtype=torch.bool)
+        hidden, lengths = model.encode(features, mask, settings["cache_encoder"])
+        hidden = self.cut(hidden)
         recorder.part = "projector"
-        frames, lengths = model.projector(hidden.to(dtype), torch.empty(clips, dtype=torch.long))
-        frames = self.cut("projector", frames)
+        frames, lengths = model.projector(hidden, lengths)
+        frames = self.cut(frames)
         recorder.part = "ctc heads"
         rows = model.decoder.get_input_embeddings().weight
         if settings["ctc_loss_weight"] and model.ctc is not None:
             some = min(settings["ctc_negatives"], len(model.ctc.token_ids))
             classes = torch.arange(1, some + 1) if some else None
-            self.cuts.append(("ctc heads", model.ctc(frames, rows, classes), None))
+            cuts.append((recorder.part, model.ctc(frames, rows, classes), None))
         if settings["character_loss_weight"] and model.characters is not None:
-            self.cuts.append(("ctc heads", model.characters(hidden), None))
+            cuts.append((recorder.part, model.characters(hidden), None))
         if not settings["decoder_loss_weight"]:
             return
         fed, _ = model.bridge(frames, lengths)
-        if model.residual is not None:
-            fed = fed[:, : self.tokens]
-        fed = self.cut("ctc heads", fed)
+        fed = self.cut(fed if model.residual is None else fed[:, :tokens])
         recorder.part = "decoder"
-        words = torch.empty(clips, prompt + self.tokens + 1, text.hidden_size, dtype=rows.dtype)
+        words = torch.empty(clips, prompt + tokens + 1, text.hidden_size, dtype=rows.dtype)
         embeds = torch.cat([fed.to(rows.dtype), words], dim=1)
         out = model.decoder.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        out = self.cut("decoder", out)
+        out = self.cut(out)
         recorder.part = "logits"
-        labels = out[:, -self.tokens - 2 : -1].reshape(-1, text.hidden_size)
-        logits = model.decoder.get_output_embeddings()(labels)
-        targets = torch.empty(len(labels), dtype=torch.long)
-        self.cuts.append(("logits", F.cross_entropy(logits.float(), targets), None))
-
-    def encode(self, steps: int) -> Tensor:
-        """Encoder frames (clips, t, d) of clips of `steps` samples or mel frames."""
-        audio, encoder = self.model.config.audio_config, self.model.encoder
-        if audio.model_type == "whisper":
-            features = torch.empty(self.clips, audio.num_mel_bins, steps)
-            mask = torch.empty(self.clips, steps, dtype=torch.bool)
-            return run_encoder(encoder, audio, features, mask)
-        bins = [audio.num_mel_bins] if "num_mel_bins" in vars(audio) else []
-        features = torch.empty(self.clips, steps, *bins, dtype=next(encoder.parameters()).dtype)
-        return encoder(features).last_hidden_state
+        logits = model.decoder.get_output_embeddings()(out[:, -tokens - 2 : -1].flatten(0, 1))
+        targets = torch.empty(len(logits), dtype=torch.long)
+        cuts.append((recorder.part, F.cross_entropy(logits.float(), targets), None))
 
     def backward(self) -> None:
         """Backward through the parts, the last first; each frees what it kept."""
@@ -281,17 +243,26 @@ class _Step:
                 torch.autograd.backward(output, gradient)
 
 
+def table(*rows: Sequence[str]) -> str:
+    """Rows of equally many cells as lines: the first column starts, the others end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
 def describe(model: ASRModel) -> str:
     """A table of the parts: parameters in total and trained, dtype, mode."""
-    lines = [f"{'part':<12}{'total':>16}{'trained':>14}  {'dtype':<10}mode"]
+    rows = [("part", "total", "trained", "dtype", "mode")]
     for part, module in model.named_children():
         tensors = list(module.parameters())
         total = sum(p.numel() for p in tensors)
         trained = sum(p.numel() for p in tensors if p.requires_grad)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
-        mode = "trained" if trained else "frozen"
-        lines.append(f"{part:<12}{total:>16,}{trained:>14,}  {dtype:<10}{mode}")
-    return "\n".join(lines)
+        rows.append((part, f"{total:,}", f"{trained:,}", dtype, "trained" if trained else "frozen"))
+    return table(*rows)
 
 
 def expected_cost(
@@ -303,7 +274,7 @@ def expected_cost(
         seconds = sum(example.duration for example in examples) / len(examples)
         tokens = round(sum(len(example.target) for example in examples) / len(examples))
     clips = max(1, int(settings["batch_seconds"] / seconds))
-    cost = count(model, settings, seconds, max(1, tokens), clips)
+    cost = count(twin_of(model), settings, seconds, max(1, tokens), clips)
     gflop = sum(cost.gflop.values())
     parts = ", ".join(f"{part} {n:.1f}" for part, n in cost.gflop.items() if n)
     return gflop, (
@@ -317,5 +288,4 @@ GPUS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "gpus.
 
 def gpu_of(device_name: str) -> str | None:
     """The name in `gpus.yaml` of a device that torch calls `device_name`; None for others."""
-    known = [name for name, gpu in GPUS.items() if device_name.startswith(gpu["device"])]
-    return max(known, key=lambda name: len(GPUS[name]["device"]), default=None)
+    return next((name for name, gpu in GPUS.items() if device_name in gpu["devices"]), None)

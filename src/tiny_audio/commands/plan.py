@@ -31,7 +31,7 @@ from ..asr_config import ASRConfig, check_keys
 from ..asr_modeling import ASRModel
 from ..data import read_log
 from ..hub import one_line
-from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, without_weights
+from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
 from ..train import CONFIGS, check_config, lora_from, run_stage, stage_configs
 from ..trainer import LOG, freeze_idle
 
@@ -102,20 +102,26 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     return Stage(cfg, twin, cost, clips, gflop, gb, steps * clips * seconds / 3600)
 
 
-def measure(stage: Stage, steps: int = 12) -> float:
-    """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand."""
+def measure(stage: Stage, seconds: float, steps: int = 12) -> float:
+    """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand.
+
+    Clips of about `seconds` are taken, as they were counted: a second of a short clip is up to
+    twice the work of a long one's, for the prompt around it.
+    """
     short = {"max_steps": steps, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
-    cfg: Any = OmegaConf.merge(stage.cfg, {"training": short})
+    near = {"min_seconds": seconds / 1.5, "max_seconds": seconds * 1.5, "max_dropped_fraction": 1}
+    cfg: Any = OmegaConf.merge(stage.cfg, {"training": short, "data": near})
     with tempfile.TemporaryDirectory() as scratch:
         run_stage(cfg, Path(scratch) / "stage", None)
         rows = read_log(Path(scratch) / "stage" / LOG)[3:]
     return stage.gflop * median(row["audio_seconds_per_second"] for row in rows)
 
 
-def report(
-    overrides: list[str], own: dict[str, Any], rate: float, stages: list[Stage], recipes: bool
-) -> None:
-    """Print everything; `rate` is in GFLOP/s."""
+def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) -> None:
+    """Print what the stages need, and what they cost where training reaches `rate`, in GFLOP/s.
+
+    `listed` says that the rate is that of `own["gpu"]`, to which the other GPUs compare.
+    """
     gpu, price = GPUS[own["gpu"]], own["price"]
     hours = [stage.audio * stage.gflop / rate for stage in stages]
     longest = hours.index(max(hours))
@@ -124,42 +130,49 @@ def report(
     def dollars(hours: float) -> str:
         return "" if price is None else f"${hours * price:,.2f}"
 
-    def fits(gpu: dict[str, Any]) -> str:
-        return "fits" if full <= gpu["memory"] * (1 - MARGIN) else "too big"
+    def fits(memory: float) -> str:
+        return "fits" if full <= memory * (1 - MARGIN) else "too big"
 
     print(f"\n{describe(main.model)}\n\nGFLOP for a second of audio, forward and backward")
-    print(f"{'stage':<12}" + "".join(f"{part:>11}" for part in (*PARTS, "all")))
-    for stage in stages:
-        figures = [*(stage.cost.gflop[part] for part in PARTS), stage.gflop]
-        name = stage.cfg.stages[0].name
-        print(f"{name:<12}" + "".join(f"{figure:>11.1f}" for figure in figures))
-    print(f"\n{'stage':<12}{'steps':>8}{'audio h':>9}{'hours':>8}{'memory':>11}")
+    work, bill = [["stage", *PARTS, "all"]], [["stage", "steps", "audio h", "hours", "GB", ""]]
     for stage, takes in zip(stages, hours, strict=True):
-        row = f"{stage.cfg.stages[0].name:<12}{stage.cfg.training.max_steps:>8,}{stage.audio:>9.0f}"
-        print(f"{row}{takes:>8.1f}{stage.gb:>8.1f} GB  {dollars(takes)}")
-    print(f"{'all':<29}{sum(hours):>8.1f}{'':>13}{dollars(sum(hours))}\n")
+        name, steps = stage.cfg.stages[0].name, stage.cfg.training.max_steps
+        figures = [*(stage.cost.gflop[part] for part in PARTS), stage.gflop]
+        work.append([name, *(f"{figure:.1f}" for figure in figures)])
+        needs = [f"{steps:,}", f"{stage.audio:.0f}", f"{takes:.1f}", f"{stage.gb:.1f}"]
+        bill.append([name, *needs, dollars(takes)])
+    bill.append(["all", "", "", f"{sum(hours):.1f}", "", dollars(sum(hours))])
+    print(f"{table(*work)}\n\n{table(*bill)}\n")
     memory = " + ".join(f"{v / 1e9:.1f} {k}" for k, v in main.cost.memory.items() if v > 5e7)
     print(f"memory with {main.clips} clips of {own['seconds']:g} s: {memory} = {main.gb:.1f} GB,")
-    print(f"of {gpu['memory']} GB, {MARGIN:.0%} of them left to driver and gaps: {fits(gpu)}")
+    print(f"of {gpu['memory']} GB, {MARGIN:.0%} left to driver and gaps: {fits(gpu['memory'])}")
     if bought := own["hours"] or (own["budget"] and own["budget"] / price):
         heard = bought * rate / main.gflop
         steps = heard / main.audio * main.cfg.training.max_steps
         print(f"{bought:g} hours {dollars(bought)} buy {heard:,.0f} of audio, {steps:,.0f} steps")
-    print("\nGPUs         TFLOP/s   GB             hours  costs the same at")
+    if not listed:
+        return
+    rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
     for name, other in GPUS.items():
-        takes = sum(hours) * gpu["tflops"] / other["tflops"]
-        equal = "" if price is None else f"  ${price * sum(hours) / takes:.2f} an hour"
-        row = f"{name:<12}{other['tflops']:>8}{other['memory']:>5}  {fits(other):<8}"
-        print(f"{row}{takes:>8.1f}{equal}")
-    print("\ninstead, the last stage of")
-    others = [[f"+experiments={name}"] for name in RECIPES if recipes]
-    for row in [[*overrides, change] for change in CHANGES] + others:
+        faster = other["tflops"] / gpu["tflops"]
+        row = [name, f"{other['tflops']:g}", str(other["memory"]), fits(other["memory"])]
+        equal = f"{dollars(faster)} an hour" if price else ""
+        rows.append([*row, f"{sum(hours) / faster:.1f}", equal])
+    print(f"\n{table(*rows)}")
+
+
+def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
+    """A table of the last stages of other recipes, given by their arguments, beside a stage."""
+    rows = [["instead, the last stage of", "audio", "GB"]]
+    for overrides in recipes:
         try:
-            stage = plan_stage(recipe_stages(row)[-1], own)
+            other = plan_stage(recipe_stages(overrides)[-1], own)
         except OSError as error:
-            print(f"{row[-1]}: {error}")
+            print(f"{overrides[-1]}: {error}", file=sys.stderr)
             continue
-        print(f"{row[-1]:<40}{stages[-1].gflop / stage.gflop - 1:>+6.0%} audio{stage.gb:>7.1f} GB")
+        more = f"{stage.gflop / other.gflop - 1:+.0%}"
+        rows.append([overrides[-1], more, f"{other.gb:.1f}"])
+    return table(*rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,17 +199,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("budget= needs price=, dollars an hour")
         stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
         peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
-        rate = peak * own["utilisation"]
+        rate, listed = peak * own["utilisation"], True
         if args.measure:
-            rate = measure(stages[-1])
+            rate = measure(stages[-1], own["seconds"])
             here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
             how = f"measured on {here}: {rate:,.0f} GFLOP/s"
-            if known := gpu_of(here):
+            known = gpu_of(here)
+            listed = known is not None
+            if known:
                 share = rate / GPUS[known]["tflops"] / 1e3
                 rate, how = peak * share, f"{how}, {share:.1%} of its peak"
         print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
         print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
-        report(overrides, own, rate, stages, args.recipes)
+        report(own, rate, stages, listed)
+        others = [[*overrides, change] for change in CHANGES]
+        others += [[f"+experiments={name}"] for name in RECIPES if args.recipes]
+        print(f"\n{compare(stages[-1], others, own)}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -69,9 +69,8 @@ if [ "$(cat .venv/deployed 2>/dev/null)" = "$want" ]; then echo 'installed befor
   .venv/bin/pip install --quiet -e '.[quickstart,wandb]' -c constraints.txt
   echo "$want" > .venv/deployed
 fi
-"""
-SEES_GPU = """
-cd -- "$1" && .venv/bin/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null
+[ "$3" = cpu ] || .venv/bin/python -c 'import torch; assert torch.cuda.is_available()' || {
+  echo "torch cannot use the GPU with driver $3: rent a machine with a newer one" >&2; exit 5; }
 """
 START = """
 cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed there' >&2; exit 3; }
@@ -117,7 +116,7 @@ STOP = (
 flock -n lock true && { echo 'it is not running' >&2; exit 3; }
 kill -TERM "$(cat pid)"  # not its workers: without them it could not end in order
 for _ in $(seq "$3"); do flock -n lock true && exit 0; sleep 1; done
-exit 6
+echo "still running after $3 s; --wait gives it longer" >&2; exit 6
 """
 )
 
@@ -183,7 +182,7 @@ class Machine:
         if len(lines) > 1:
             print(said, file=sys.stderr)
         lost = done.returncode in (255, 10, 12, 30, 35)  # ssh's code, and rsync's for lost sockets
-        hint = "; the connection was lost: the same command goes on from here" if lost else ""
+        hint = "; the connection was lost: repeat it, or attach to the run" if lost else ""
         raise RemoteError(f"{self.name}: {lines[-1]}{hint}")
 
     def path(self, folder: str) -> str:
@@ -208,16 +207,8 @@ def deploy(machine: Machine, args: argparse.Namespace) -> None:
     excluded = [f"--exclude={name}" for name in KEPT_AT_HOME]
     machine.rsync("--delete", *excluded, f"{ROOT}/", machine.path("."))
     print("installing", flush=True)
-    machine.call(INSTALL, found["python"], show=True)
-    if not args.cpu:
-        try:
-            machine.call(SEES_GPU)
-        except RemoteError as error:
-            driver = found["gpu"].split(",")[-1].strip()
-            raise RemoteError(
-                f"{machine.name}: torch cannot use the GPU with driver {driver}: rent a machine "
-                "with a newer driver"
-            ) from error
+    driver = "cpu" if args.cpu else found["gpu"].split(",")[-1].strip()
+    machine.call(INSTALL, found["python"], driver, show=True)
     print("ready: remote-train starts a recipe")
 
 
@@ -245,14 +236,11 @@ def train(machine: Machine, args: argparse.Namespace) -> int:
 
 def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
     """Show the log from a byte on until the run ends; 0 when it ended well."""
-    again = f"`tiny-audio remote attach --host {args.host} --port {args.port}` follows it again"
     try:
         machine.call(FOLLOW, args.run, start, show=True)
     except KeyboardInterrupt:
-        print(f"\nthe run goes on; {again}")
+        print("\nthe run goes on; `tiny-audio remote attach` follows it again")
         return 0
-    except RemoteError as error:
-        raise RemoteError(f"{error}; {again}") from error
     state = machine.facts(STATUS, args.run)["state"]
     print(state if state != "killed" else "killed: the same command continues")
     return 0 if state == "ended with code 0" else 1
@@ -281,14 +269,7 @@ def fetch(machine: Machine, args: argparse.Namespace) -> None:
 def stop(machine: Machine, args: argparse.Namespace) -> None:
     """Ask the run to save and end, and wait for it."""
     started = time.monotonic()
-    try:
-        machine.call(STOP, args.run, args.wait)
-    except RemoteError as error:
-        if str(error).endswith("code 6"):
-            raise RemoteError(
-                f"still running after {args.wait} s; --wait gives it longer"
-            ) from error
-        raise
+    machine.call(STOP, args.run, args.wait)
     print(f"stopped after {time.monotonic() - started:.0f} s; remote-train continues it")
 
 
