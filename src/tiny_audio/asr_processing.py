@@ -140,11 +140,10 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
     if samples.ndim > 2 or samples.size == 0:
         raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
-    if np.issubdtype(samples.dtype, np.unsignedinteger):
-        middle = np.iinfo(samples.dtype).max // 2 + 1
-        samples = (samples.astype(np.float64) - middle) / middle
-    elif np.issubdtype(samples.dtype, np.integer):
-        samples = samples / np.iinfo(samples.dtype).max
+    if np.issubdtype(samples.dtype, np.integer):
+        limits = np.iinfo(samples.dtype)
+        middle = (limits.max + limits.min + 1) // 2  # 0, or 128 of unsigned bytes
+        samples = (samples.astype(np.float64) - middle) / (limits.max - middle)
     samples = _finite(samples.astype(np.float32), "array")
     if samples.ndim == 2:
         samples = samples.mean(0 if samples.shape[0] <= samples.shape[1] else 1)
@@ -202,14 +201,13 @@ class ASRProcessor(ProcessorMixin):
         tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]})
         super().__init__(feature_extractor, tokenizer)
         self.auto_map = {"AutoProcessor": "asr_processing.ASRProcessor"}
-        self.encoder = encoder or {"model_type": "whisper"}
-        self.stack = stack
+        self.encoder, self.stack = encoder or {"model_type": "whisper"}, stack
         self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix
         self.audio_token, self.end_token = audio_token, end_token
         self.min_seconds, self.tail_seconds = min_seconds, tail_seconds
         self.max_seconds = max_seconds
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
-        self.end_token_id = tokenizer.convert_tokens_to_ids(end_token)
+        names = [audio_token, end_token]
+        self.audio_token_id, self.end_token_id = tokenizer.convert_tokens_to_ids(names)
         if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
             raise ValueError(f"end_token {end_token!r} is no token of the decoder's tokenizer")
         self.prefix_ids = tokenizer.encode(prompt_prefix, add_special_tokens=False)

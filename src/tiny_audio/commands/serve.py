@@ -50,37 +50,37 @@ class Worker:
         self.requests += 1
         try:
             while some := await asyncio.to_thread(list, islice(cut, 1 + PIECES // self.requests)):
-                if await request.is_disconnected():
-                    raise HTTPException(499, "the client is gone")
-                for piece in await self.decode(some):
+                for piece in await self.decode(some, request):
                     yield piece
         except AudioError as error:
             raise HTTPException(400, str(error)) from error
         finally:
             self.requests -= 1
 
-    async def decode(self, pieces: list[Piece]) -> list[Piece]:
+    async def decode(self, pieces: list[Piece], request: Request) -> list[Piece]:
         """Have pieces decoded together with those of other requests; the final ones."""
         self.waiting.append((pieces, done := asyncio.get_running_loop().create_future()))
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self.run())
-        if error := await done:
+        while not (await asyncio.wait({done}, timeout=1.0))[0]:
+            if await request.is_disconnected():
+                raise HTTPException(499, "the client is gone")
+        if error := done.result():
             raise HTTPException(500, f"decoding failed: {type(error).__name__}")
         return [final for piece in pieces for final in piece.final()]
 
     async def run(self) -> None:
-        """Decode until nothing waits. The future of a request that went away is cancelled."""
+        """Decode until nothing waits."""
         while self.waiting:
             batch, self.waiting, error = self.waiting, [], None
-            todo = [piece for pieces, done in batch if not done.done() for piece in pieces]
             try:
+                todo = [piece for pieces, _ in batch for piece in pieces]
                 await asyncio.to_thread(self.pipe._forward, todo)
             except Exception as caught:  # whatever it is: these requests fail, the next go on
                 logging.getLogger(__name__).exception("a batch failed")
                 error = caught
             for _, done in batch:
-                if not done.done():
-                    done.set_result(error)
+                done.set_result(error)
 
 
 def timed(chunks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -110,8 +110,8 @@ def event(**data: Any) -> str:
 
 def create_app(
     pipe: Any, name: str, queue: int = 64, max_mb: int = 200, limit_seconds: float = 14_400
-) -> FastAPI:
-    """The endpoint of one model.
+) -> Any:
+    """The endpoint of one model, an ASGI application.
 
     Args:
         pipe: see `load_pipeline`.
@@ -123,18 +123,6 @@ def create_app(
     worker, key = Worker(pipe, limit_seconds, queue), os.environ.get("TINY_AUDIO_API_KEY", "")
 
     app = FastAPI(title="tiny-audio")
-
-    @app.middleware("http")
-    async def gate(request: Request, follow: Any) -> Response:
-        """Look at key and size before a byte of the body is read."""
-        given, size = (request.headers.get(k, "") for k in ("authorization", "content-length"))
-        post = request.method == "POST"
-        if post and key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            return failed(request, HTTPException(401, "wrong or no bearer key"))
-        if post and (not size.isdigit() or int(size) > max_mb * 1_000_000):
-            reason = f"the body's length must be stated, and at most {max_mb} MB"
-            return failed(request, HTTPException(413, reason))
-        return await follow(request)
 
     @app.exception_handler(HTTPException)
     def failed(request: Request, error: HTTPException) -> Response:
@@ -184,7 +172,20 @@ def create_app(
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    return app
+    async def gate(scope: Any, receive: Any, send: Any) -> None:
+        """Look at key and size before a byte of the body is read."""
+        reply: Any = app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            request = Request(scope)
+            given, size = (request.headers.get(k, "") for k in ("authorization", "content-length"))
+            if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+                reply = failed(request, HTTPException(401, "wrong or no bearer key"))
+            elif not size.isdigit() or int(size) > max_mb * 1_000_000:
+                reason = f"the body's length must be stated, and at most {max_mb} MB"
+                reply = failed(request, HTTPException(413, reason))
+        await reply(scope, receive, send)
+
+    return gate
 
 
 def main(argv: list[str] | None = None) -> int:
