@@ -104,7 +104,8 @@ def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> It
     except AudioError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise AudioError(f"{name}: not readable as audio ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(f"{name}: not readable as audio ({reason})") from error
     if not done:
         raise AudioError(f"{name}: {'; '.join(['holds no samples', *(missing or [])])}")
 
