@@ -15,9 +15,8 @@ import torch
 from conftest import babble, tone, write_audio
 from transformers import TextIteratorStreamer
 
-from tiny_audio.asr_ctc import align, fits
+from tiny_audio.asr_ctc import LAG, align, fits
 from tiny_audio.asr_pipeline import (
-    LAG,
     LOOP,
     REFUSAL,
     ASRPipeline,
@@ -296,9 +295,9 @@ def test_words_appear_as_they_are_decoded(pipe, clips):
 
 def test_rounds_do_not_change_the_text(pipe, monkeypatch, clips):
     expected = [r["text"] for r in pipe(clips)]
-    monkeypatch.setattr("tiny_audio.asr_pipeline.SECONDS_PER_ROUND", 1.0)
+    monkeypatch.setattr("tiny_audio.asr_pipeline.ROUND", 3)
     assert [r["text"] for r in pipe(clips)] == expected
-    monkeypatch.setattr("tiny_audio.asr_pipeline.FILES_PER_ROUND", 1)
+    monkeypatch.setattr("tiny_audio.asr_pipeline.ROUND", 1)
     mixed = pipe([clips[0], b"junk", clips[1]], skip_errors=True)
     assert [r["text"] for r in mixed] == [expected[0], "", expected[1]] and "error" in mixed[1]
 

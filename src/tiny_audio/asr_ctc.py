@@ -20,6 +20,7 @@ LOG_ZERO = -1e4  # log of "impossible", finite so that sums of it stay finite
 CONTEXT = 9  # encoder frames that the character head looks at together
 MAX_SPELLING = 16  # bytes of the longest token that can be spelled
 UNSPELLABLE = 255
+LAG = 0.06  # seconds that a word sounds behind the CTC peak of its last letter, by measurement
 
 
 class CTCHead(nn.Module):
@@ -93,6 +94,10 @@ class CTCHead(nn.Module):
         paths = [row[:n].unique_consecutive() for row, n in zip(best, lengths, strict=True)]
         return [self.token_ids[path[path > 0] - 1].tolist() for path in paths]
 
+    def spelled(self, ids: list[int]) -> list[int]:
+        """Token ids -> their classes; none for a token that is no class of ours."""
+        return [c for c in self.class_of[ids].tolist() if c > 0]
+
 
 class CharacterHead(nn.Module):
     """CTC over encoder frames (50 Hz) whose classes are the bytes of lower-cased text.
@@ -119,6 +124,10 @@ class CharacterHead(nn.Module):
         self.up_proj = nn.Linear(d, hidden, bias=False)
         self.output = nn.Linear(hidden, self.classes + 1)
         self.trie: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def spelled(self, ids: list[int]) -> list[int]:
+        """Token ids -> the classes of their bytes; none for what has no sound."""
+        return [c for c in self.spelling[ids].flatten().tolist() if 0 < c < UNSPELLABLE]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Encoder frames (b, t, d), zero beyond each clip -> log-probabilities (b, t, c)."""
@@ -404,3 +413,40 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
 def fits(frames: int, targets: np.ndarray) -> bool:
     """Whether `frames` have room for `targets`: one each, and a blank between equal ones."""
     return len(targets) > 0 and len(targets) + (targets[1:] == targets[:-1]).sum() <= frames
+
+
+def time_words(
+    log_probs: np.ndarray, spelled: list[list[int]], space: int, step: float, seconds: float
+) -> tuple[np.ndarray, list[float | None], float | None]:
+    """Word times by forced alignment.
+
+    Args:
+        log_probs: (t, c), as `align` takes them.
+        spelled: the classes of each of n words; a word without any (digits, punctuation alone)
+            shares the time between its neighbours, and has no confidence.
+        space: the class that belongs to no word.
+        step: seconds of a frame.
+        seconds: length of the clip.
+
+    Returns:
+        Start and end of each word (n, 2) in seconds, never falling; the confidence of each, the
+        geometric mean of its letters' probabilities; and that of all letters, 0.0 where more is
+        said than there is time for, None where there are none.
+    """
+    targets = np.array([c for word in spelled for c in word], int)
+    owner = np.repeat(np.arange(len(spelled)), [len(word) for word in spelled])
+    owner[targets == space] = -1
+    edges, sure = np.full((len(spelled), 2), np.nan), dict[int, float]()
+    confidence = 0.0 if (owner >= 0).any() else None
+    if confidence is not None and fits(len(log_probs), targets):
+        spans, scores = align(log_probs, targets)
+        confidence = float(np.exp(scores[owner >= 0].mean()))
+        for k in np.unique(owner[owner >= 0]):
+            own = owner == k
+            edges[k] = spans[own][0, 0] * step, spans[own][-1, 1] * step + LAG
+            sure[k] = round(float(np.exp(scores[own].mean())), 3)
+    edges, at = edges.clip(0, seconds).reshape(-1), np.arange(edges.size)
+    on = np.isfinite(edges)
+    known = np.minimum(edges[on], [*edges[on][1:], seconds])  # no word ends in the next
+    edges = np.interp(at, [-1, *at[on], edges.size], [0.0, *known, seconds])
+    return edges.reshape(-1, 2), [sure.get(k) for k in range(len(spelled))], confidence

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,13 @@ import torch
 from transformers import Pipeline
 
 from .asr_config import check_keys
-from .asr_ctc import UNSPELLABLE, align, fits
+from .asr_ctc import time_words
 from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, read_audio
 
 logger = logging.getLogger(__name__)
 HOP = SAMPLE_RATE // 100  # 10 ms: the grid on which pauses are looked for
 PAUSE_WINDOW = 20  # grid steps (0.2 s) that a cut should find quiet
-# What is read before a round of batches is decoded, in inputs and seconds of audio: bounds memory.
-FILES_PER_ROUND, SECONDS_PER_ROUND = 64, 300.0
+ROUND = 64  # pieces that are read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
 # Call arguments, by the step of the pipeline that they go to.
 ARGUMENTS = (
@@ -43,7 +42,6 @@ FLAGS = {
 RETRIED = {"truncated", "repetition"}  # what may be better in halves
 LOOP = re.compile(r"(?i)\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}")
 REFUSAL = re.compile(r"(?i)\b(as an ai|sorry,? but i|i can('?t|not) (transcribe|hear|help))\b")
-LAG = 0.06  # seconds that a word sounds behind the CTC peak of its last letter, by measurement
 # A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0
 
@@ -57,8 +55,8 @@ class Piece:
         seconds: length.
         samples: mono 16 kHz, shape (n,); given up once they are decoded.
         text: transcript, once decoded.
-        words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`,
-            where the model has a CTC head.
+        words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`;
+            the whole text as one, where the model has no CTC head.
         confidence: geometric mean of the CTC probabilities of what the text is spelled with.
         flags: what is wrong with it, keys of `FLAGS`.
         parts: the pieces that it was split into, to be tried again.
@@ -79,14 +77,9 @@ class Piece:
     def halve(self) -> list["Piece"]:
         """Split it near its middle, in the quietest place, unless it is short already."""
         if self.seconds >= 2 * LEAST_PIECE:
-            cuts = split_at_pauses(self.samples, 0.7 * self.seconds)
-            self.parts = [Piece(self.start + a / SAMPLE_RATE, self.samples[a:b]) for a, b in cuts]
+            cuts = split_blocks([self.samples], 0.7 * self.seconds)
+            self.parts = [Piece(self.start + at / SAMPLE_RATE, part) for at, part in cuts]
         return self.parts
-
-    def whole(self) -> list[dict[str, Any]]:
-        """Its text as one word, for a model that knows no times of words."""
-        times = (self.start, self.start + self.seconds)
-        return [{"text": self.text, "timestamp": times, "confidence": None}] if self.text else []
 
     def final(self) -> list["Piece"]:
         """The pieces that make up its text: itself, unless it was split."""
@@ -172,7 +165,7 @@ class ASRPipeline(Pipeline):
             ending the call.
         ctc_decode_weight: overrides the model's own; 0 is the decoder alone.
         ctc_only: the greedy transcript of the CTC head instead.
-        progress: called with the seconds of audio of each round.
+        progress: called with the seconds of audio of each batch.
         generate_kwargs: further arguments of `generate`.
     """
 
@@ -186,20 +179,20 @@ class ASRPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         self.model.eval()
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, ...]:
         check_keys(kwargs, [name for names in ARGUMENTS for name in names], "the pipeline's call")
-        given = {k: v for k, v in kwargs.items() if v is not None}
-        if given.get("return_timestamps") not in (None, False, True, "word"):
+        times = kwargs.get("return_timestamps")
+        if times not in (None, False, True, "word"):
             raise ValueError("return_timestamps is False, True or 'word'")
-        pre, forward, post = ({k: given[k] for k in names & given.keys()} for names in ARGUMENTS)
-        return pre, forward, post
+        if times == "word" and self.model.ctc is None:
+            raise ValueError("word times need a CTC head, which this model lacks; use True")
+        return tuple({k: kwargs[k] for k in names & kwargs.keys()} for names in ARGUMENTS)
 
-    def settings(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def settings(self, **kwargs: Any) -> tuple[dict, ...]:
         """Arguments of `preprocess`, `_forward` and `postprocess` for these call arguments."""
         own = (self._preprocess_params, self._forward_params, self._postprocess_params)
         given = self._sanitize_parameters(**kwargs)
-        pre, forward, post = ({**a, **b} for a, b in zip(own, given, strict=True))
-        return pre, forward, post
+        return tuple({**a, **b} for a, b in zip(own, given, strict=True))
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Transcribe one input (a dict comes back) or a list, tuple or generator (a list)."""
@@ -210,20 +203,10 @@ class ASRPipeline(Pipeline):
     def stream(self, inputs: Iterable[AudioInput], **kwargs: Any) -> Iterator[dict[str, Any]]:
         """Results in the order of `inputs`, decoded some minutes at a time (constant memory)."""
         pre, forward, post = self.settings(**kwargs)
-        todo: list[Piece] = []
-        done: list[Recording] = []
-        for recording, piece in self._read(inputs, **pre):
-            if piece:
-                todo.append(piece)
-            else:
-                done.append(recording)
-            seconds = sum(piece.seconds for piece in todo)
-            if len(done) == FILES_PER_ROUND or seconds >= SECONDS_PER_ROUND:
-                self._forward(todo, **forward)
-                yield from (self.postprocess(recording, **post) for recording in done)
-                todo, done = [], []
-        self._forward(todo, **forward)
-        yield from (self.postprocess(recording, **post) for recording in done)
+        read = self._read(inputs, **pre)
+        while some := list(islice(read, ROUND)):
+            self._forward([piece for _, piece in some if piece], **forward)
+            yield from (self.postprocess(recording, **post) for recording, p in some if not p)
 
     def _read(
         self, inputs: Iterable[AudioInput], skip_errors: bool = False, **pre: Any
@@ -246,18 +229,12 @@ class ASRPipeline(Pipeline):
         """
         pre, forward, _ = self.settings(**kwargs)
         recording = source if isinstance(source, Recording) else Recording(source)
-        todo: list[Piece] = []
-        for piece in chain(self.preprocess(recording, **pre), [None]):
-            todo += [piece] if piece else []
-            if not piece or sum(p.seconds for p in todo) + piece.seconds > BATCH_SECONDS:
-                yield from self._forward(todo, **forward)
-                todo = []
+        cut = self.preprocess(recording, **pre)
+        while some := list(islice(cut, max(1, int(BATCH_SECONDS / self.processor.max_seconds)))):
+            yield from self._forward(some, **forward)
 
     def preprocess(  # type: ignore[override]
-        self,
-        recording: Recording,
-        sampling_rate: int = SAMPLE_RATE,
-        limit_seconds: float = float("inf"),
+        self, recording: Recording, sampling_rate: int = SAMPLE_RATE, limit_seconds: float = 1e9
     ) -> Iterator[Piece]:
         """One input -> pieces that the model can take, which are also kept in `recording`.
 
@@ -286,30 +263,25 @@ class ASRPipeline(Pipeline):
             The final pieces in the order of `pieces`.
         """
         loud = [p for p in pieces if np.abs(p.samples).max(initial=0.0) >= SILENCE]
-        self._decode_all(loud, batch_seconds, **options)
-        final = [leaf for piece in pieces for leaf in piece.final()]
-        for piece in [*pieces, *final]:
-            piece.samples = piece.samples[:0].copy()
-        progress(sum(piece.seconds for piece in pieces))
-        return final
-
-    def _decode_all(
-        self, pieces: list[Piece], batch_seconds: float, first: bool = True, **options: Any
-    ) -> None:
-        halves: list[Piece] = []
-        for batch in length_batches(pieces, batch_seconds):
+        progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
+        again: list[Piece] = []
+        for batch in length_batches(loud, batch_seconds):
             try:
                 self._decode(batch, **options)
-                bad = [piece for piece in batch if first and RETRIED & {*piece.flags}]
-                halves += [half for piece in bad for half in piece.halve()]
+                again += [half for p in batch if RETRIED & {*p.flags} for half in p.halve()]
             except RuntimeError as error:
-                if not first or "memory" not in str(error):
+                if "memory" not in str(error):
                     raise
                 logger.warning("out of memory: pieces of %.0f s are halved", batch[0].seconds)
-                halves += [half for piece in batch for half in piece.halve() or [piece]]
+                again += [half for p in batch for half in p.halve() or [p]]
                 batch_seconds /= 2
-        if halves:
-            self._decode_all(halves, batch_seconds, first=False, **options)
+            progress(sum(p.seconds for p in batch))
+        for batch in length_batches(again, batch_seconds):
+            self._decode(batch, **options)
+        final = [leaf for piece in pieces for leaf in piece.final()]
+        for piece in [*pieces, *final]:
+            piece.samples = np.zeros(0, np.float32)
+        return final
 
     @torch.no_grad()
     def _decode(
@@ -332,12 +304,15 @@ class ASRPipeline(Pipeline):
             audio_and_prompt = {**inputs, **audio, "ctc_decode_weight": ctc_decode_weight}
             ids = self.model.generate(**audio_and_prompt, **(generate_kwargs or {})).tolist()
         limits = self.model.token_limits((steps + self.processor.stack - 1) // self.processor.stack)
-        emissions, lengths, step = self._emissions(**audio)
+        emissions, step = self._emissions(audio)
         for i, (piece, row) in enumerate(zip(batch, ids, strict=True)):
             spoken = [t for t in row if t != self.processor.end_token_id]
-            piece.text = self.processor.decode(spoken)
-            if emissions is not None:
-                self._time(piece, spoken, emissions[i, : lengths[i]], step)
+            piece.text = self._text(spoken)
+            if emissions:
+                self._time(piece, spoken, emissions[i], step)
+            elif piece.text:
+                whole = (piece.start, piece.start + piece.seconds)
+                piece.words = [{"text": piece.text, "timestamp": whole, "confidence": None}]
             piece.flags = ["truncated"] if len(spoken) >= int(limits[i]) else []
             doubtful = piece.confidence is None or piece.confidence < UNSUPPORTED
             for flag, pattern in (("repetition", LOOP), ("refusal", REFUSAL)):
@@ -345,68 +320,43 @@ class ASRPipeline(Pipeline):
             if piece.text and piece.confidence is not None and doubtful:
                 piece.flags.append("no_speech")
 
-    def _emissions(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor, encoded: bool
-    ) -> tuple[np.ndarray | None, list[int], float]:
+    def _text(self, ids: list[int]) -> str:
+        return self.processor.decode(ids, skip_special_tokens=True).strip()
+
+    def _emissions(self, audio: dict[str, Any]) -> tuple[list[np.ndarray], float]:
         """What words are aligned with, of the character head or else of the one over tokens.
 
         Returns:
-            Log-probabilities (b, t, c), frames of each clip, and seconds of a frame; None without
-            a CTC head.
+            Log-probabilities (t, c) of each clip, none without a head, and seconds of a frame.
         """
-        lengths, seconds = input_features_mask.sum(1), self.processor.frame_seconds
+        if self.model.ctc is None:
+            return [], 0.0
+        lengths, seconds = audio["input_features_mask"].sum(1), self.processor.frame_seconds
         if self.model.characters is not None:
-            log_probs = self.model.characters(input_features)
-        elif self.model.ctc is not None:
-            frames, lengths = self.model.project(input_features, input_features_mask, encoded)
+            log_probs = self.model.characters(audio["input_features"])
+        else:
+            frames, lengths = self.model.project(**audio)
             log_probs = self.model.ctc(frames, self.model.get_input_embeddings().weight)
             seconds *= self.processor.stack
-        else:
-            return None, [0] * len(lengths), seconds
-        return log_probs.cpu().numpy(), lengths.tolist(), seconds
-
-    def _classes(self, token: int) -> list[int]:
-        """Classes of the alignment's head that spell a token; none for what has no sound."""
-        if self.model.characters is None:
-            return [c] if (c := int(self.model.ctc.class_of[token])) else []
-        spelling = self.model.characters.spelling[token].tolist()
-        return [c for c in spelling if 0 < c < UNSPELLABLE]
+        return [row[:n].cpu().numpy() for row, n in zip(log_probs, lengths, strict=True)], seconds
 
     def _time(self, piece: Piece, ids: list[int], log_probs: np.ndarray, step: float) -> None:
-        """Fill in `words` and `confidence` of a piece from its token ids, by forced alignment.
-
-        Words that the head cannot spell (digits, punctuation alone) share the time between their
-        neighbours, and have no confidence.
-        """
-        texts, owner, classes, word = [], list[int](), list[int](), list[int]()
-        names = [*self.processor.tokenizer.convert_ids_to_tokens(ids), "Ġ"]
-        for token, name in zip([*ids, None], names, strict=True):
-            if name.startswith(("Ġ", "▁")) and (text := self.processor.decode(word)):
-                spelled = [c for t in word for c in self._classes(t)]
-                owner, classes = owner + [len(texts)] * len(spelled), classes + spelled
-                texts, word = [*texts, text], []
-            word += [] if token is None else [token]
-        targets, owners, n = np.array(classes, int), np.array(owner, int), len(texts)
-        alphabet = self.model.config.ctc_alphabet if self.model.characters is not None else []
-        letters = targets != (alphabet.index(32) + 1 if 32 in alphabet else 0)
-        edges, confidences = np.full((n, 2), np.nan), dict[int, float]()
-        if fits(len(log_probs), targets):
-            spans, scores = align(log_probs, targets)
-            for k in np.unique(owners[letters]):
-                own = letters & (owners == k)
-                edges[k] = spans[own][0, 0] * step, spans[own][-1, 1] * step + LAG
-                confidences[k] = round(float(np.exp(scores[own].mean())), 3)
-            piece.confidence = float(np.exp(scores[letters].mean())) if letters.any() else None
-        elif letters.any():
-            piece.confidence = 0.0  # more is said than there is time for
-        edges, at = edges.clip(0, piece.seconds).reshape(-1), np.arange(2 * n)
-        on = np.isfinite(edges)
-        known = np.minimum(edges[on], [*edges[on][1:], piece.seconds])  # no word ends in the next
-        edges = np.interp(at, [-1, *at[on], 2 * n], [0.0, *known, piece.seconds])
-        times = (piece.start + edges.reshape(-1, 2)).round(3).tolist()
+        """Fill in `words` and `confidence` of a piece from its token ids, by forced alignment."""
+        words: list[list[int]] = []
+        names = self.processor.tokenizer.convert_ids_to_tokens(ids)
+        for token, name in zip(ids, names, strict=True):
+            if not words or name.startswith(("Ġ", "▁")):
+                words.append([])
+            words[-1].append(token)
+        words = [word for word in words if self._text(word)]
+        head, letters = self.model.characters or self.model.ctc, self.model.config.ctc_alphabet
+        spelled = [head.spelled(word) for word in words]
+        space = letters.index(32) + 1 if 32 in letters else 0
+        edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, piece.seconds)
+        spans = (piece.start + edges).round(3).tolist()
         piece.words = [
-            {"text": text, "timestamp": tuple(span), "confidence": confidences.get(k)}
-            for k, (text, span) in enumerate(zip(texts, times, strict=True))
+            {"text": self._text(word), "timestamp": tuple(span), "confidence": confidence}
+            for word, span, confidence in zip(words, spans, sure, strict=True)
         ]
 
     def postprocess(  # type: ignore[override]
@@ -420,54 +370,44 @@ class ASRPipeline(Pipeline):
         if return_timestamps:
             result["duration"] = round(pieces[-1].start + pieces[-1].seconds, 3)
             result["chunks"] = chunks(pieces, return_timestamps == "word")
-        flags = [flag for flag in FLAGS if any(flag in piece.flags for piece in pieces)]
-        if flags:
-            result.update(dict.fromkeys(flags, True))
-            found = [(p.start, p.start + p.seconds, FLAGS[f]) for p in pieces for f in p.flags]
-            result["warnings"] = [f"{a:.1f}-{b:.1f} s: {what}" for a, b, what in found]
+        for piece in pieces:
+            for flag in piece.flags:
+                where = f"{piece.start:.1f}-{piece.start + piece.seconds:.1f} s"
+                result[flag] = True
+                result.setdefault("warnings", []).append(f"{where}: {FLAGS[flag]}")
         if recording.missing:
             result["missing"] = recording.missing
         return result
 
 
 def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
-    """Words of decoded pieces with their times, or words grouped to the length of a subtitle.
-
-    Raises:
-        ValueError: when words are asked of a model without a CTC head.
-    """
-    if by_word and any(piece.text and not piece.words for piece in pieces):
-        raise ValueError("word times need a CTC head, which this model lacks; use True")
-    groups: list[list[dict[str, Any]]] = []
-    for word in (word for piece in pieces for word in piece.words or piece.whole()):
+    """Words of decoded pieces with their times, or words grouped to the length of a subtitle."""
+    words = [word for piece in pieces for word in piece.words]
+    if by_word:
+        return words
+    segments: list[dict[str, Any]] = []
+    for word in words:
         start, end = word["timestamp"]
-        group = groups[-1] if groups else []
+        last = segments[-1] if segments else None
         if (
-            by_word
-            or not group
-            or start - group[-1]["timestamp"][1] > PAUSE
-            or group[-1]["text"].endswith((".", "?", "!"))
-            or end - group[0]["timestamp"][0] > LONGEST_SEGMENT
+            last is None
+            or start - last["timestamp"][1] > PAUSE
+            or last["text"].endswith((".", "?", "!"))
+            or end - last["timestamp"][0] > LONGEST_SEGMENT
         ):
-            groups.append([])
-        groups[-1].append(word)
-    return [
-        {
-            "text": " ".join(word["text"] for word in group),
-            "timestamp": (group[0]["timestamp"][0], group[-1]["timestamp"][1]),
-            "confidence": min((w["confidence"] for w in group if w["confidence"]), default=None),
-        }
-        for group in groups
-    ]
+            segments.append({**word})
+        else:
+            last["text"] += " " + word["text"]
+            last["timestamp"] = last["timestamp"][0], end
+            sure = [c for c in (last["confidence"], word["confidence"]) if c is not None]
+            last["confidence"] = min(sure, default=None)
+    return segments
 
 
 def length_batches(pieces: list[Piece], batch_seconds: float) -> Iterator[list[Piece]]:
     """Pieces sorted longest first, cut where padding to the longest exceeds `batch_seconds`."""
-    batch: list[Piece] = []
-    for piece in sorted(pieces, key=lambda piece: piece.seconds, reverse=True):
-        if batch and batch[0].seconds * (len(batch) + 1) > batch_seconds:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
+    left = sorted(pieces, key=lambda piece: piece.seconds, reverse=True)
+    while left:
+        many = max(1, int(batch_seconds / left[0].seconds))
+        yield left[:many]
+        left = left[many:]

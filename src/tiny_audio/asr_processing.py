@@ -56,12 +56,12 @@ def read_audio(
         AudioError: for anything that holds no decodable, finite audio.
     """
     if isinstance(source, dict):
-        for key in ("array", "raw", "bytes", "path"):
-            if source.get(key) is not None:
-                rate = source.get("sampling_rate") or sampling_rate
-                yield from read_audio(source[key], rate, missing)
-                return
-        raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
+        keys = ("array", "raw", "bytes", "path")
+        found = [source[key] for key in keys if source.get(key) is not None]
+        if not found:
+            raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
+        yield from read_audio(found[0], source.get("sampling_rate") or sampling_rate, missing)
+        return
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
@@ -72,8 +72,8 @@ def read_audio(
         source = _fetch(source)
     elif isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if not path.is_file():
-            raise AudioError(f"{name}: no such file" if not path.exists() else f"{name}: no file")
+        if path.is_dir() or not path.exists():
+            raise AudioError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
         source = str(path)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
@@ -82,12 +82,9 @@ def read_audio(
 
 def _fetch(url: str) -> bytes:
     try:
-        response = httpx.get(url, follow_redirects=True, timeout=60)
+        return httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
     except httpx.HTTPError as error:
         raise AudioError(f"{url}: {str(error) or type(error).__name__}") from error
-    if response.status_code != 200:
-        raise AudioError(f"{url}: the server answered {response.status_code}")
-    return response.content
 
 
 def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
@@ -107,7 +104,8 @@ def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> It
     except AudioError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise AudioError(f"{name}: not readable as audio ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(f"{name}: not readable as audio ({reason})") from error
     if not done:
         raise AudioError(f"{name}: {'; '.join(['holds no samples', *(missing or [])])}")
 
@@ -143,11 +141,10 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
     if samples.ndim > 2 or samples.size == 0:
         raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
-    if np.issubdtype(samples.dtype, np.unsignedinteger):
-        middle = np.iinfo(samples.dtype).max // 2 + 1
-        samples = (samples.astype(np.float64) - middle) / middle
-    elif np.issubdtype(samples.dtype, np.integer):
-        samples = samples / np.iinfo(samples.dtype).max
+    if np.issubdtype(samples.dtype, np.integer):
+        limits = np.iinfo(samples.dtype)
+        middle = (limits.max + limits.min + 1) // 2  # 0, or 128 of unsigned bytes
+        samples = (samples.astype(np.float64) - middle) / (limits.max - middle)
     samples = _finite(samples.astype(np.float32), "array")
     if samples.ndim == 2:
         samples = samples.mean(0 if samples.shape[0] <= samples.shape[1] else 1)
@@ -205,14 +202,13 @@ class ASRProcessor(ProcessorMixin):
         tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]})
         super().__init__(feature_extractor, tokenizer)
         self.auto_map = {"AutoProcessor": "asr_processing.ASRProcessor"}
-        self.encoder = encoder or {"model_type": "whisper"}
-        self.stack = stack
+        self.encoder, self.stack = encoder or {"model_type": "whisper"}, stack
         self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix
         self.audio_token, self.end_token = audio_token, end_token
         self.min_seconds, self.tail_seconds = min_seconds, tail_seconds
         self.max_seconds = max_seconds
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
-        self.end_token_id = tokenizer.convert_tokens_to_ids(end_token)
+        names = [audio_token, end_token]
+        self.audio_token_id, self.end_token_id = tokenizer.convert_tokens_to_ids(names)
         if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
             raise ValueError(f"end_token {end_token!r} is no token of the decoder's tokenizer")
         self.prefix_ids = tokenizer.encode(prompt_prefix, add_special_tokens=False)
@@ -265,7 +261,6 @@ class ASRProcessor(ProcessorMixin):
         audio: AudioInput | Sequence[AudioInput],
         text: str | Sequence[str] | None = None,
         sampling_rate: int = SAMPLE_RATE,
-        **kwargs: Any,
     ) -> BatchFeature:
         """A left-padded batch from clips and, for training, their transcripts.
 
@@ -281,12 +276,7 @@ class ASRProcessor(ProcessorMixin):
 
         Raises:
             AudioError: for a clip that cannot be read.
-            TypeError: for an unknown argument.
         """
-        if kwargs:
-            raise TypeError(
-                f"unknown arguments {sorted(kwargs)}; known: audio, text, sampling_rate"
-            )
         clips: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
         features = [self.features(load_audio(clip, sampling_rate)) for clip in clips]
         texts = [text] if isinstance(text, str) else text
@@ -324,15 +314,6 @@ class ASRProcessor(ProcessorMixin):
         if targets is not None:
             batch["labels"] = _left_pad(labels, IGNORE)
         return BatchFeature(batch)
-
-    def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Token ids of one clip -> text, without special tokens and outer space."""
-        ids = [int(i) for i in token_ids if int(i) != self.audio_token_id]
-        return self.tokenizer.decode(ids, skip_special_tokens=True, **kwargs).strip()
-
-    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """`decode` for each row."""
-        return [self.decode(row, **kwargs) for row in sequences]
 
 
 def _left_pad(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -50,15 +50,16 @@ def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "")
     return f'<div class="result">{status}{more}<p class="words">{" ".join(spans)}</p></div>'
 
 
-def downloads(result: dict[str, Any], source: Path) -> str:
-    """The player, and links that carry their files: none is made on the server."""
+def details(result: dict[str, Any], source: Path) -> str:
+    """The player, links that carry their files (none is made on the server), and warnings."""
     out = f'<audio controls src="gradio_api/file={html.escape(str(source))}"></audio>'
     for kind in ("txt", "srt"):
         data = base64.b64encode(render(result, kind).encode()).decode()
         name = html.escape(f"{source.stem}.{kind}")
         href = f"data:text/plain;charset=utf-8;base64,{data}"
         out += f'<a download="{name}" href="{href}">Download .{kind}</a>'
-    return out
+    notes = result.get("warnings", []) + result.get("missing", [])
+    return out + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
 def transcribe(source: str | None, model: str) -> Iterator[str]:
@@ -71,19 +72,17 @@ def transcribe(source: str | None, model: str) -> Iterator[str]:
     recording, done = Recording(source), []
     try:
         for piece in pipe.pieces(recording, limit_seconds=MAX_SECONDS):
-            done += piece.words or piece.whole()
+            done += piece.words
             yield page(f"{piece.start + piece.seconds:.0f} s read ...", done)
     except AudioError as error:
         yield page(f"Error: {str(error).replace(source, Path(source).name)}")
         return
     spent = time.perf_counter() - began
     result = pipe.postprocess(recording, return_timestamps=True)
-    seconds, notes = result["duration"], result.get("warnings", []) + result.get("missing", [])
+    seconds = result["duration"]
     status = f"{seconds:.1f} s of audio in {spent:.1f} s: {seconds / spent:.1f} times real time. "
     status += "" if result["text"] else "No speech was found."
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    more = downloads(result, Path(source)) + (f"<ul>{notes}</ul>" if notes else "")
-    yield page(status, done, more)
+    yield page(status, done, details(result, Path(source)))
 
 
 @functools.lru_cache(1)

@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,90 +24,68 @@ from ..asr_processing import AudioError
 from .formats import render
 from .transcribe import load_pipeline
 
-logger = logging.getLogger(__name__)
-# What happens to a request: its next piece is decoded, all are (None), or it fails.
-Event = Piece | HTTPException | None
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
-PIECES = 4  # decoded together when fewer requests wait
-
-
-class Job:
-    """A request on its way: its events are decoded pieces, then None, or the error that ends it."""
-
-    def __init__(self, recording: Recording, pieces: Iterator[Piece]) -> None:
-        self.recording, self.pieces, self.events = recording, pieces, asyncio.Queue()
+PIECES = 3  # that a round takes, shared by the requests, beside one of each
 
 
 class Worker:
-    """Decodes the pieces of all jobs in common batches, in one thread."""
+    """Decodes the pieces of all requests in common batches, one batch at a time."""
 
     def __init__(self, pipe: Any, limit_seconds: float, queue: int) -> None:
         self.pipe, self.limit_seconds, self.queue = pipe, limit_seconds, queue
-        self.jobs: dict[Job, None] = {}  # in order
+        self.requests = 0  # taken in and not answered yet
+        self.waiting: list[tuple[list[Piece], asyncio.Future]] = []
         self.task: asyncio.Task | None = None
 
-    def add(self, source: Any) -> Job:
-        """Take a request in, or refuse it with 429."""
-        if len(self.jobs) >= self.queue:
-            raise HTTPException(429, "the queue is full", {"Retry-After": "1"})
-        pieces = self.pipe.preprocess(recording := Recording(source), 16_000, self.limit_seconds)
-        self.jobs[job := Job(recording, pieces)] = None
-        if self.task is None or self.task.done():
-            self.task = asyncio.create_task(self.run())
-        return job
-
-    async def follow(self, job: Job, request: Request) -> AsyncIterator[Piece]:
-        """The pieces of a job as they are decoded; it is forgotten at the end, whatever that is.
+    async def pieces(self, recording: Recording, request: Request) -> AsyncIterator[Piece]:
+        """The pieces of a request as they are decoded, as long as its client is there.
 
         Raises:
-            HTTPException: for audio that cannot be read, a failure, or a client that is gone.
+            HTTPException: for a full queue, audio that cannot be read, a failure, no client.
         """
+        if self.requests >= self.queue:
+            raise HTTPException(429, "the queue is full", {"Retry-After": "1"})
+        cut = self.pipe.preprocess(recording, limit_seconds=self.limit_seconds)
+        self.requests += 1
         try:
-            while not await request.is_disconnected():
-                try:
-                    event = await asyncio.wait_for(job.events.get(), 1.0)
-                except TimeoutError:
-                    continue
-                if isinstance(event, HTTPException):
-                    raise event
-                if event is None:
-                    return
-                yield event
-            raise HTTPException(499, "the client is gone")
+            while some := await asyncio.to_thread(list, islice(cut, 1 + PIECES // self.requests)):
+                for piece in await self.decode(some, request):
+                    yield piece
+        except AudioError as error:
+            raise HTTPException(400, str(error)) from error
         finally:
-            self.jobs.pop(job, None)
+            self.requests -= 1
+
+    async def decode(self, pieces: list[Piece], request: Request) -> list[Piece]:
+        """Have pieces decoded together with those of other requests; the final ones."""
+        self.waiting.append((pieces, done := asyncio.get_running_loop().create_future()))
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self.run())
+        while not (await asyncio.wait({done}, timeout=1.0))[0]:
+            if await request.is_disconnected():
+                raise HTTPException(499, "the client is gone")
+        if error := done.result():
+            raise HTTPException(500, f"decoding failed: {type(error).__name__}")
+        return [final for piece in pieces for final in piece.final()]
 
     async def run(self) -> None:
-        """Decode until there are no jobs."""
-        while self.jobs:
-            for job, event in await asyncio.to_thread(self.round, list(self.jobs)):
-                job.events.put_nowait(event)
-                if not isinstance(event, Piece):
-                    self.jobs.pop(job, None)
-
-    def round(self, jobs: list[Job]) -> list[tuple[Job, Event]]:
-        """Read and decode one batch with pieces of every job; the events in order."""
-        events: list[tuple[Job, Event]] = []
-        try:
-            for job in jobs:
-                try:
-                    pieces = list(islice(job.pieces, max(1, PIECES // len(jobs))))
-                    events += [(job, piece) for piece in pieces or [None]]
-                except AudioError as error:
-                    events.append((job, HTTPException(400, str(error))))
-            self.pipe._forward([piece for _, piece in events if isinstance(piece, Piece)])
-        except Exception as error:  # whatever it is: these requests fail, the next go on
-            logger.exception("a batch failed")
-            failure = HTTPException(500, f"decoding failed: {type(error).__name__}")
-            return [(job, failure) for job in jobs]
-        finals = [(job, e.final() if isinstance(e, Piece) else [e]) for job, e in events]
-        return [(job, event) for job, final in finals for event in final]
+        """Decode until nothing waits."""
+        while self.waiting:
+            batch, self.waiting, error = self.waiting, [], None
+            try:
+                todo = [piece for pieces, _ in batch for piece in pieces]
+                await asyncio.to_thread(self.pipe._forward, todo)
+            except Exception as caught:  # whatever it is: these requests fail, the next go on
+                logging.getLogger(__name__).exception("a batch failed")
+                error = caught
+            for _, done in batch:
+                done.set_result(error)
 
 
-def timed(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The chunks of a result in OpenAI's form, with the confidence of the CTC head."""
-    rows = [(c["text"], *c["timestamp"], c["confidence"]) for c in result["chunks"]]
+def timed(chunks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Chunks in OpenAI's form, with the confidence of the CTC head."""
+    rows = [(c["text"], *c["timestamp"], c["confidence"]) for c in chunks]
     names = (name, "start", "end", "confidence")
     return [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows)]
 
@@ -118,10 +96,10 @@ def answer(pipe: Any, recording: Recording, kind: str, by: list[Unit], language:
     if kind in ("text", "srt", "vtt"):
         return PlainTextResponse(render(result, "txt" if kind == "text" else kind))
     if kind == "verbose_json":
-        result |= {"task": "transcribe", "language": language, "segments": timed(result, "text")}
-        del result["chunks"]
+        segments = timed(result.pop("chunks"), "text")
+        result |= {"task": "transcribe", "language": language, "segments": segments}
         if "word" in by:
-            result["words"] = timed(pipe.postprocess(recording, return_timestamps="word"), "word")
+            result["words"] = timed(pipe.postprocess(recording, "word")["chunks"], "word")
     return JSONResponse(result)
 
 
@@ -132,8 +110,8 @@ def event(**data: Any) -> str:
 
 def create_app(
     pipe: Any, name: str, queue: int = 64, max_mb: int = 200, limit_seconds: float = 14_400
-) -> FastAPI:
-    """The endpoint of one model.
+) -> Any:
+    """The endpoint of one model, an ASGI application.
 
     Args:
         pipe: see `load_pipeline`.
@@ -146,26 +124,13 @@ def create_app(
 
     app = FastAPI(title="tiny-audio")
 
-    @app.middleware("http")
-    async def gate(request: Request, follow: Any) -> Response:
-        """Look at key and size before a byte of the body is read."""
-        given, size = (request.headers.get(k, "") for k in ("authorization", "content-length"))
-        refused = None
-        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            refused = 401, "wrong or no bearer key"
-        elif not size.isdigit() or int(size) > max_mb * 1_000_000:
-            refused = 413, f"the body's length must be stated, and at most {max_mb} MB"
-        if refused and request.method == "POST":
-            return JSONResponse({"error": {"message": refused[1]}}, refused[0])
-        return await follow(request)
-
     @app.exception_handler(HTTPException)
     def failed(request: Request, error: HTTPException) -> Response:
         return JSONResponse({"error": {"message": error.detail}}, error.status_code, error.headers)
 
     @app.get("/health")
     def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": len(worker.jobs)}
+        return {"status": "ok", "waiting": worker.requests}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -188,12 +153,12 @@ def create_app(
             raise HTTPException(404, f"no model {model!r} here; this one is {name!r}")
         if prompt or temperature or (stream and response_format != "json"):
             raise HTTPException(400, "prompt, temperature, streams other than json: not supported")
-        pieces = worker.follow(job := worker.add(file.file), request)
+        pieces = worker.pieces(recording := Recording(file.file), request)
+        first = await anext(pieces)  # what cannot be read is a 400, not a stream
         if not stream:
             async for _ in pieces:
                 pass
-            return answer(pipe, job.recording, response_format, by, language)
-        first = await anext(pieces)  # what cannot be read is a 400, not a stream
+            return answer(pipe, recording, response_format, by, language)
 
         async def events() -> AsyncIterator[str]:
             yield event(type="transcript.text.delta", delta=first.text)
@@ -201,15 +166,26 @@ def create_app(
                 async for piece in pieces:
                     if piece.text:
                         yield event(type="transcript.text.delta", delta=" " + piece.text)
-                yield event(type="transcript.text.done", **pipe.postprocess(job.recording))
+                yield event(type="transcript.text.done", **pipe.postprocess(recording))
             except HTTPException as error:
                 yield event(error={"message": error.detail, "code": error.status_code})
-            finally:
-                worker.jobs.pop(job, None)
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    return app
+    async def gate(scope: Any, receive: Any, send: Any) -> None:
+        """Look at key and size before a byte of the body is read."""
+        reply: Any = app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            request = Request(scope)
+            given, size = (request.headers.get(k, "") for k in ("authorization", "content-length"))
+            if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+                reply = failed(request, HTTPException(401, "wrong or no bearer key"))
+            elif not size.isdigit() or int(size) > max_mb * 1_000_000:
+                reason = f"the body's length must be stated, and at most {max_mb} MB"
+                reply = failed(request, HTTPException(413, reason))
+        await reply(scope, receive, send)
+
+    return gate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -223,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-mb", type=int, default=200, help="of an upload")
     parser.add_argument("--max-minutes", type=float, default=240, help="of a recording")
     args = parser.parse_args(argv)
-    pipe, name = load_pipeline(args.model, args.device), Path(args.model).name
+    pipe, name = load_pipeline(args.model, args.device), Path(args.model).resolve().name
     app = create_app(pipe, name, args.queue, args.max_mb, 60 * args.max_minutes)
     print(f"http://{args.host}:{args.port}/docs", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")

@@ -23,8 +23,11 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         SystemExit: with one line, when `model` is no model of ours or does not exist.
     """
     logging.set_verbosity_error()
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
-        sys.exit(f"error: {model} holds no config.json: it is no finished model folder")
+    folder = Path(model).exists() or model.startswith((".", "/", "outputs/"))  # or a Hub id
+    if folder and not (Path(model) / "config.json").is_file():
+        sys.exit(
+            f"error: {model} has no config.json: no finished model (make quickstart trains one)"
+        )
     try:
         kind = AutoConfig.from_pretrained(model).model_type
         ours = ASRPipeline if kind == ASRConfig.model_type else None  # not the folder's copy of it
@@ -37,7 +40,8 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        sys.exit(f"error: {model} cannot be loaded as a model: {reason}")
+        where = "cannot be loaded" if folder else "is no folder here, and not loaded from the Hub"
+        sys.exit(f"error: {model} {where}: {reason}")
 
 
 def spool() -> IO[bytes]:
@@ -49,8 +53,10 @@ def spool() -> IO[bytes]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write each file's transcript; broken files are named, the rest goes on, and 1 is returned."""
-    parser = argparse.ArgumentParser(prog="tiny-audio transcribe", description=__doc__)
+    """Write the text of recordings, or subtitles. What cannot be read is named, the rest goes on,
+    and the exit code is 1. After an interruption the same command with --output-dir continues.
+    """
+    parser = argparse.ArgumentParser(prog="tiny-audio transcribe", description=main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
@@ -59,10 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output-dir", type=Path, help="a file for each input; what is there is not done again"
     )
-    parser.add_argument("--decoder-only", action="store_true", help="leave out the CTC score")
     args = parser.parse_args(argv)
     folder, kind = args.output_dir, args.format
     targets = {f: folder and folder / f"{Path(f).stem}.{kind}" for f in args.files}
+    if args.words and kind == "txt":
+        parser.error("--words gives times: choose srt, vtt or json as --format")
     if folder and len({*targets.values()}) < len(targets):
         parser.error("two of the files would be written to one: their names differ in suffix only")
     if len(targets) > 1 and kind != "txt" and not folder:
@@ -70,21 +77,19 @@ def main(argv: list[str] | None = None) -> int:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     todo = {name: target for name, target in targets.items() if not (target and target.exists())}
-    if len(todo) < len(targets):
-        print(f"{len(targets) - len(todo)} of {len(targets)} done before", file=sys.stderr)
+    if done := len(targets) - len(todo):
+        print(f"{done} of {len(targets)} done before", file=sys.stderr)
     if not todo:
         return 0
     pipe = load_pipeline(args.model, args.device)
-    options: dict[str, Any] = {"ctc_decode_weight": 0.0} if args.decoder_only else {}
-    if kind != "txt":
-        options["return_timestamps"] = "word" if args.words else True
-    failed = 0
+    options = {"return_timestamps": kind != "txt" and ("word" if args.words else True)}
+    failed = False
     sources = (spool() if name == "-" else name for name in todo)
     with tqdm(unit="s", unit_scale=True, desc="audio", disable=None) as bar:
         results = pipe.stream(sources, skip_errors=True, progress=bar.update, **options)
         for (name, target), result in zip(todo.items(), results, strict=True):
             if "error" in result:
-                failed += 1
+                failed = True
                 tqdm.write(f"error: {result['error']}", sys.stderr)
                 continue
             for line in [*result.get("warnings", []), *result.get("missing", [])]:
@@ -95,4 +100,4 @@ def main(argv: list[str] | None = None) -> int:
                 target.with_name(target.name + ".tmp").replace(target)
             else:
                 print(f"{name}: {text}" if len(targets) > 1 else text, end="", flush=True)
-    return 1 if failed else 0
+    return int(failed)
