@@ -120,6 +120,35 @@ def test_what_is_wrong_with_a_stream_is_said_at_once(two_sources, processor):
         SpeechStream(two_sources, processor, Dropped(), 6.0)
 
 
+@pytest.mark.parametrize("count", [3, 300])
+def test_a_stream_of_which_nothing_can_be_read_ends(tmp_path, processor, count):
+    rows = [{"id": f"{i}", "audio": "gone.wav", "text": "a b", "duration": 1} for i in range(count)]
+    path = write_manifest(tmp_path / "m.jsonl", rows)
+    with pytest.raises(DataError, match="no usable example"):
+        next(iter(stream_of([{"path": str(path)}], processor)))
+
+
+def test_too_many_drops_end_a_streaming_run(compose, corpus, tmp_path):
+    """Not the first one: when enough was read, or the first epoch is over."""
+    good = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for row in good:
+        row["audio"] = str(corpus.parent / row["audio"])
+    bad = [{**good[0], "id": f"bad{i}", "audio": "gone.wav"} for i in range(2)]
+    path = write_manifest(tmp_path / "m.jsonl", [*bad, *good])
+
+    def run(allowed):
+        cfg = compose("data.streaming=true", "data.max_seconds=6", "data.block=4",
+                      "training.cache_encoder=false", f"data.max_dropped_fraction={allowed}",
+                      "run.fresh=true", steps=(8, 1), manifest=path)  # fmt: skip
+        return recipe.train(cfg)
+
+    with pytest.raises(DataError, match=r"2 of 14 examples .*=0\.1: 2 unreadable audio .*bad0"):
+        run(0.1)
+    losses = [row for row in read_log(tmp_path / "run/align" / LOG) if "loss" in row]
+    assert 1 < len(losses) < 8
+    run(0.15)
+
+
 # -- runs, killed ----------------------------------------------------------------------------------
 
 
