@@ -14,6 +14,8 @@ SERVER.set_forkserver_preload(
         "transformers.models.whisper.modeling_whisper",
         "transformers.models.whisper.feature_extraction_whisper",
         "transformers.models.smollm3.modeling_smollm3",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
     ]
 )
 

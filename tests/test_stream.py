@@ -172,7 +172,7 @@ def run_in(tiny_bases, corpus, tmp_path_factory):
             f"data.train=[{{path: {corpus}}}]", f"data.streaming={streaming}", "data.block=7",
             "data.max_seconds=5", f"data.noise={{path: {noise}, share: 0.5, snr: [5, 20]}}",
             "data.mask_time=0.1", f"run.output_dir={folder}", f"training.max_steps={STEPS}",
-            "training.eval_strategy=no", "training.logging_steps=1", "training.save_steps=2",
+            "training.eval_strategy=no", "training.logging_steps=1", "training.save_steps=4",
             "training.warmup_steps=2", "training.batch_seconds=5", "training.report_to=none",
             "training.gradient_accumulation_steps=2", "training.dataloader_num_workers=1",
         ]  # fmt: skip
@@ -265,7 +265,7 @@ def test_fifty_kills_change_nothing(run_in, uninterrupted, streaming, tmp_path):
         for i, step in enumerate(sorted(rng.choice(np.arange(1, 15), 3, replace=False))):
             process = run_in(folder, streaming)
             if i == runs % 3:
-                torn += kill_in_checkpoint(process, folder, int(step) // 2 * 2 + 2)
+                torn += kill_in_checkpoint(process, folder, int(step) // 4 * 4 + 4)
             else:
                 wait_for(process, folder, int(step))
                 time.sleep(rng.uniform(0, 0.15))  # a step and its checkpoint take about as long
