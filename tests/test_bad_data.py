@@ -12,9 +12,12 @@ import soundfile
 from conftest import babble, tone, write_audio, write_manifest
 
 from tiny_audio import train as recipe
+from tiny_audio.commands.data import main as check_data
 from tiny_audio.data import Dropped, SpeechDataset, read_source
 
 READ = "unreadable audio"
+BASES = [(f"model.{part}_model_name", "model", f"{part}_model_name") for part in
+         ("encoder", "decoder")]  # fmt: skip
 
 
 def half(path: Path, share: float = 0.5) -> Path:
@@ -118,7 +121,7 @@ def broken(tmp_path_factory):
 
 
 def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
-    broken, compose, corpus, tmp_path
+    broken, compose, corpus, tmp_path, capsys
 ):
     """A training run over all of it ends well; its report names each with its reason."""
     manifest, reasons, good = broken
@@ -130,6 +133,17 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
     named = {row["id"]: row["reason"] for row in map(json.loads, lines)}
     assert named == reasons
     assert len(lines) == len(reasons)
+    limits = ["data.max_seconds=6", f"data.train=[{{path: {corpus}}},{{path: {manifest}}}]"]
+    limits += [f"{key}={cfg[group][name]}" for key, group, name in BASES]
+    limits += [f"run.output_dir={tmp_path / 'check'}", "data.lowercase=true", "data.eval=null"]
+    limits += ["training.eval_strategy=no"]
+    for allowed, code in ((0.9, 0), (0.05, 1)):  # before training: the same names, and its end
+        assert check_data(["check", *limits, f"data.max_dropped_fraction={allowed}"]) == code
+        rows = (tmp_path / "check" / "data_check.jsonl").read_text().splitlines()
+        assert {row["id"]: row["reason"] for row in map(json.loads, rows)} == reasons
+    said = capsys.readouterr()
+    assert (tmp_path / "check" / "data_check.png").stat().st_size > 5000
+    assert f"{len(good):>9,}" in said.out and "more than data.max_dropped_fraction" in said.err
     processor = recipe.build_processor(cfg)
     data = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=6.0)
     readable = {item["id"] for item in map(data.read, data.examples) if "features" in item}

@@ -174,6 +174,11 @@ def test_source_errors_name_the_cause(corpus, source, error, message):
         (" \t ", "", ""),
         ("...", "...", ""),
         ("a < b", "a < b", "a b"),
+        ("AS THEY LEFT <COMMA> HE SAID <PERIOD>", "as they left, he said.", "as they left he said"),
+        ("REALLY <QUESTIONMARK>", "really?", "really"),
+        ("no <exclamationpoint> <noise> so", "no! so", "no so"),
+        ("ignore_time_segment_in_scoring", "", ""),
+        ("and <unk> then", "and then", "and then"),
     ],
 )
 def test_training_text(text, plain, lowered):
@@ -247,14 +252,35 @@ def test_every_drop_has_a_reason_and_a_name(mixed, tmp_path, processor):
 
 
 def test_too_many_drops_are_an_error():
-    dropped = Dropped()
+    dropped = Dropped(allowed=0.05)
     for i in range(6):
         dropped.add(f"id{i}", "unreadable audio")
-    dropped.check(120, 0.05)
+    dropped.check(120)
     with pytest.raises(DataError, match=r"6 of 119 .*max_dropped_fraction=0\.05.*id0"):
-        dropped.check(119, 0.05)
+        dropped.check(119)
+    dropped.allowed = 0.99
     with pytest.raises(DataError):
-        dropped.check(6, 0.99)
+        dropped.check(6)
+
+
+def test_a_batch_of_one_corrupt_file_does_not_end_a_run(mixed, processor):
+    """The first readable example stands in for it, and it is named."""
+    data = SpeechDataset([{"path": str(mixed)}], processor, Dropped())
+    ids = [example.id for example in data.examples]
+    batch = data.collate([data[ids.index("broken")]])
+    assert batch["ids"] == ["clip0"] and [item["id"] for item in batch["dropped"]] == ["broken"]
+    data.examples = [example for example in data.examples if not example.id.startswith("clip")]
+    with pytest.raises(DataError, match="no example can be read"):
+        data.collate([data[0]])
+
+
+def test_changed_transcripts_are_counted(corpus, tmp_path, processor):
+    audio = str(corpus.parent / "wav/3.wav")
+    texts = ["the cat", "the <unk> cat", "THE CAT", "the cat <COMMA> sat"]
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": audio, "text": t} for t in texts])
+    data = SpeechDataset([{"path": str(path)}], processor, Dropped())
+    assert (data.rewritten, len(data)) == (3, 4)
+    assert data.examples[3].text == "the cat, sat"
 
 
 def test_a_folder_of_audio_is_read_by_its_table(corpus, tmp_path, processor):

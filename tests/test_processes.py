@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +82,51 @@ def test_two_processes_are_one_with_twice_the_batches(losses):
 def test_two_processes_share_a_stream(losses):
     loss, _, _ = losses("stream", 2, 1, streaming=True)
     assert len(loss) == 6
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import torch
+from conftest import TEXTS, babble, build_asr
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+mesh = init_device_mesh("cpu", (2,))
+bases = Path(sys.argv[1])
+processor, model = build_asr(bases / "whisper", bases / "decoder", lora="both")
+batch = processor.collate([processor.features(babble(1.5, 3))], [processor.tokenize(TEXTS[0])])
+
+def step():
+    loss = model(**batch, decoder_loss_weight=1.0, ctc_loss_weight=0.2).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+loss, gradients = step()
+model.zero_grad()
+fully_shard(model, mesh=mesh)
+assert isinstance(model, FSDPModule)
+assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+sharded, parts = step()
+assert abs(loss - sharded) < 1e-5, (loss, sharded)
+assert set(parts) == set(gradients)
+for name, gradient in gradients.items():
+    assert torch.allclose(parts[name].full_tensor(), gradient, atol=1e-5), name
+print("sharded", len(gradients))
+"""
+
+
+def test_the_model_can_be_sharded(tiny_bases):
+    """FSDP2 on two processes: the same loss and gradients. (accelerate shards on GPUs alone.)"""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    path = tiny_bases.with_name("sharded.py")
+    path.write_text(SHARDED)
+    places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, str(path), str(tiny_bases)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sharded") == 2

@@ -2,14 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -120,7 +121,39 @@ def test_what_is_wrong_with_a_stream_is_said_at_once(two_sources, processor):
         SpeechStream(two_sources, processor, Dropped(), 6.0)
 
 
+@pytest.mark.parametrize("count", [3, 300])
+def test_a_stream_of_which_nothing_can_be_read_ends(tmp_path, processor, count):
+    rows = [{"id": f"{i}", "audio": "gone.wav", "text": "a b", "duration": 1} for i in range(count)]
+    path = write_manifest(tmp_path / "m.jsonl", rows)
+    with pytest.raises(DataError, match="no usable example"):
+        next(iter(stream_of([{"path": str(path)}], processor)))
+
+
+def test_too_many_drops_end_a_streaming_run(compose, corpus, tmp_path):
+    """Not the first one: when enough was read, or the first epoch is over."""
+    good = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for row in good:
+        row["audio"] = str(corpus.parent / row["audio"])
+    bad = [{**good[0], "id": f"bad{i}", "audio": "gone.wav"} for i in range(2)]
+    path = write_manifest(tmp_path / "m.jsonl", [*bad, *good])
+
+    def run(allowed):
+        cfg = compose("data.streaming=true", "data.max_seconds=6", "data.block=4",
+                      "training.cache_encoder=false", f"data.max_dropped_fraction={allowed}",
+                      "run.fresh=true", steps=(8, 1), manifest=path)  # fmt: skip
+        return recipe.train(cfg)
+
+    with pytest.raises(DataError, match=r"2 of 14 examples .*=0\.1: 2 unreadable audio .*bad0"):
+        run(0.1)
+    losses = [row for row in read_log(tmp_path / "run/align" / LOG) if "loss" in row]
+    assert 1 < len(losses) < 8
+    run(0.15)
+
+
 # -- runs, killed ----------------------------------------------------------------------------------
+
+
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +162,8 @@ def run_in(tiny_bases, corpus, tmp_path_factory):
     noise = tmp_path_factory.mktemp("noise")
     write_audio(noise / "n.wav", np.roll(babble(2, 77), 9), 16_000, "pcm_s16le")
 
-    def start(folder: Path, streaming: bool, *overrides: str) -> subprocess.Popen:
-        command = [
-            sys.executable, str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+    def start(folder: Path, streaming: bool, *overrides: str) -> BaseProcess:
+        settings = [
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}",
             "model.projector_hidden=32", "model.projector_dropout=0.1",
@@ -139,18 +171,27 @@ def run_in(tiny_bases, corpus, tmp_path_factory):
             "peft.lora_dropout=0.1",
             f"data.train=[{{path: {corpus}}}]", f"data.streaming={streaming}", "data.block=7",
             "data.max_seconds=5", f"data.noise={{path: {noise}, share: 0.5, snr: [5, 20]}}",
-            "data.mask_time=0.1", f"run.output_dir={folder}", "training.max_steps=16",
-            "training.eval_strategy=no", "training.logging_steps=1", "training.save_steps=2",
-            "training.warmup_steps=2", "training.batch_seconds=5",
+            "data.mask_time=0.1", f"run.output_dir={folder}", f"training.max_steps={STEPS}",
+            "training.eval_strategy=no", "training.logging_steps=1", "training.save_steps=4",
+            "training.warmup_steps=2", "training.batch_seconds=5", "training.report_to=none",
             "training.gradient_accumulation_steps=2", "training.dataloader_num_workers=1",
-            *overrides,
         ]  # fmt: skip
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-        )  # fmt: skip
+        return forked.start([*settings, *overrides], said_in(folder))
 
     return start
+
+
+def said_in(folder: Path) -> Path:
+    """Where the output of the last run in a folder is."""
+    return folder.with_name(folder.name + ".txt")
+
+
+def finish(process: BaseProcess, folder: Path, code: int = 0) -> str:
+    """Wait for a run; what it said."""
+    process.join(300)
+    said = said_in(folder).read_text()
+    assert process.exitcode == code, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +200,7 @@ def uninterrupted(run_in, tmp_path_factory):
     folders = {}
     for streaming in (False, True):
         folders[streaming] = tmp_path_factory.mktemp("whole") / "run"
-        process = run_in(folders[streaming], streaming)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+        finish(run_in(folders[streaming], streaming), folders[streaming])
     return folders
 
 
@@ -173,67 +212,79 @@ def steps_of(folder: Path) -> list[tuple]:
 def assert_same_run(folder: Path, whole: Path) -> None:
     """Weights, losses and clips of every step."""
     assert steps_of(folder) == steps_of(whole)
-    assert [step for step, *_ in steps_of(folder)] == list(range(1, 17))
+    assert [step for step, *_ in steps_of(folder)] == list(range(1, STEPS + 1))
     a, b = load_file(folder / WEIGHTS), load_file(whole / WEIGHTS)
     assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def wait_for(process: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_for(process: BaseProcess, folder: Path, step: int) -> None:
     """Until the log has that step, or the process has ended."""
-    while process.poll() is None and not any(row[0] >= step for row in steps_of(folder)):
+    while process.is_alive() and not any(row[0] >= step for row in steps_of(folder)):
         time.sleep(0.005)
+
+
+def kill_in_checkpoint(process: BaseProcess, folder: Path, step: int) -> bool:
+    """Kill while the checkpoint of that step is being written; whether it was in time."""
+    path = folder / f"train/checkpoint-{step}"
+    while process.is_alive() and not path.exists():
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return path.exists() and not (path / "trainer_state.json").exists()
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["all there", "stream"])
 def test_sigkill_at_any_moment_changes_nothing(run_in, uninterrupted, streaming, tmp_path):
-    """Two kills a run, one of them while a checkpoint is being written."""
-    folder = tmp_path / "run"
-    for step in (3, 9):
+    """Five kills, two of them while a checkpoint is being written."""
+    folder, torn = tmp_path / "run", 0
+    for step in (1, 4, 6, 9, 12):
         process = run_in(folder, streaming)
-        wait_for(process, folder, step)
-        if step == 9:  # in the middle of checkpoint-10
-            while process.poll() is None and not (folder / "train/checkpoint-10").exists():
-                time.sleep(0.0005)
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    process = run_in(folder, streaming)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    assert "continuing from" in out
+        if step in (4, 12):
+            torn += kill_in_checkpoint(process, folder, step)
+        else:
+            wait_for(process, folder, step)
+            process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, said_in(folder).read_text()[-3000:]
+    assert torn == 2
+    said = finish(run_in(folder, streaming), folder)
+    assert "checkpoint-12: was cut short, removed" in said and "continuing from" in said
     assert_same_run(folder, uninterrupted[streaming])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True], ids=["all there", "stream"])
 def test_fifty_kills_change_nothing(run_in, uninterrupted, streaming, tmp_path):
-    """At moments drawn by seed, two or three a run, until there were fifty."""
-    rng, kills, runs = np.random.default_rng(int(streaming)), 0, 0
-    while kills < 50:
+    """At moments drawn by seed, three a run; every third one in a checkpoint.
+
+    KILLS=500 in the environment makes it five hundred.
+    """
+    rng, kills, torn, runs = np.random.default_rng(int(streaming)), 0, 0, 0
+    while kills < int(os.environ.get("KILLS", "50")):
         folder, runs = tmp_path / f"run{runs}", runs + 1
-        for step in sorted(rng.choice(np.arange(1, 15), 3, replace=False)):
+        for i, step in enumerate(sorted(rng.choice(np.arange(1, 15), 3, replace=False))):
             process = run_in(folder, streaming)
-            wait_for(process, folder, int(step))
-            time.sleep(rng.uniform(0, 0.15))  # a step and its checkpoint take about as long
-            process.kill()
-            process.communicate()
-            kills += process.returncode == -signal.SIGKILL
-        process = run_in(folder, streaming)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+            if i == runs % 3:
+                torn += kill_in_checkpoint(process, folder, int(step) // 4 * 4 + 4)
+            else:
+                wait_for(process, folder, int(step))
+                time.sleep(rng.uniform(0, 0.15))  # a step and its checkpoint take about as long
+                process.kill()
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+        finish(run_in(folder, streaming), folder)
         assert_same_run(folder, uninterrupted[streaming])
+        shutil.rmtree(folder)
+    print(f"\nstreaming={streaming}: {runs} runs, {kills} kills, {torn} of them in a checkpoint")
 
 
 def test_sigterm_saves_and_says_so_with_its_own_code(run_in, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = run_in(folder, True, "training.save_steps=1000")
     wait_for(process, folder, 5)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75 and "SIGTERM: saved" in errors, errors[-2000:]
+    process.terminate()
+    assert "SIGTERM: saved" in finish(process, folder, 75)
     (checkpoint,) = (folder / "train").glob("checkpoint-*")
     assert int(checkpoint.name.split("-")[1]) >= 5
-    process = run_in(folder, True, "training.save_steps=1000")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
+    finish(run_in(folder, True, "training.save_steps=1000"), folder)
     assert_same_run(folder, uninterrupted[True])

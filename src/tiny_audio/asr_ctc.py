@@ -42,7 +42,7 @@ class CTCHead(nn.Module):
         class_of[ids] = torch.arange(1, len(ids) + 1)
         self.register_buffer("token_ids", ids, persistent=False)
         self.register_buffer("class_of", class_of, persistent=False)  # 0: not a class of ours
-        self.log_scale = nn.Parameter(torch.tensor(3.0))
+        self.log_scale = nn.Parameter(torch.tensor([3.0]))  # FSDP2 shards no scalar
         self.blank = nn.Linear(d, 1)
         nn.init.zeros_(self.blank.weight)
         nn.init.zeros_(self.blank.bias)

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import hydra
 import numpy as np
 import torch
 from datasets import Audio, load_dataset
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset, Sampler
 from transformers import BatchFeature
 
@@ -38,6 +39,7 @@ SOURCE: dict[str, Any] = {
     "audio_column": "audio",
     "text_column": "text",
     "duration_column": "duration",
+    "speaker_column": "speaker_id",  # counted by `tiny-audio data check`, if there is one
     "repeat": 1,  # times that each example is seen in an epoch
     "sample": None,  # so many rows of it, drawn once and for all (of a stream: the first)
     "silence": False,  # its clips hold no speech: an empty transcript is meant
@@ -48,7 +50,16 @@ BUILDERS |= {".arrow": "arrow", ".tar": "webdataset"}
 # Slower than anybody reads, faster than anybody speaks.
 CHARACTERS_PER_SECOND = (0.3, 40.0)
 GLOBAL_DRAWS = threading.Lock()
-ANNOTATION = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)")
+# Marks in transcripts, and what they mean in training text; the first that fits counts.
+MARKS = {
+    r"\s*<comma>": ",",  # GigaSpeech
+    r"\s*<period>": ".",
+    r"\s*<questionmark>": "?",
+    r"\s*<exclamationpoint>": "!",
+    r"ignore_time_segment_in_scoring": "",  # TED-LIUM: what is said there was not written down
+    r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)": " ",  # <unk>, <sil>, [noise], (laughter)
+}
+ENOUGH = 200  # examples of a stream, before a share of dropped ones says anything
 
 
 class DataError(RuntimeError):
@@ -65,6 +76,8 @@ class Example:
     duration: float
     target: list[int] = field(default_factory=list)
     silence: bool = False
+    speaker: str | None = None
+    repeat: int = 1
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -74,55 +87,58 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Dropped:
-    """Counts of the examples that were skipped, by reason, with the ids, also in a JSONL file."""
+    """Counts of the examples that were skipped, by reason, with the ids, also in a JSONL file.
 
-    def __init__(self, path: Path | None = None) -> None:
+    Args:
+        path: of the file; one that is there is gone on with.
+        allowed: share of examples that may be dropped.
+    """
+
+    def __init__(self, path: Path | None = None, allowed: float = 1.0) -> None:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.seen: set[str] = set()
-        self.path = path
+        self.path, self.allowed = path, allowed
         if path is not None and path.exists():  # of a run that was stopped, maybe within a line
             rows = read_log(path)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.unlink()
             for row in rows:
-                self._count(row["id"], row["reason"])
+                self.add(**row)
 
-    def _count(self, example_id: str, reason: str) -> None:
-        self.seen.add(example_id)
-        self.counts[reason] += 1
-        self.first.setdefault(reason, example_id)
-
-    def add(self, example_id: str, reason: str, detail: str = "") -> None:
+    def add(self, id: str, reason: str, detail: str = "") -> None:
         """Note a skipped example; one that was noted before is not counted again."""
-        if example_id in self.seen:
+        if id in self.seen:
             return
-        self._count(example_id, reason)
+        self.seen.add(id)
+        self.counts[reason] += 1
+        self.first.setdefault(reason, id)
         if self.path is not None:
             with self.path.open("a") as file:
-                row = {"id": example_id, "reason": reason, "detail": detail}
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"id": id, "reason": reason, "detail": detail}) + "\n")
 
     def __str__(self) -> str:
         parts = [f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.counts.items()]
         return ", ".join(parts) or "none"
 
-    def check(self, total: int, allowed: float) -> None:
-        """Raise DataError when more than the share `allowed` of `total` examples was dropped."""
-        count = sum(self.counts.values())
-        if count > allowed * total:
+    def check(self, total: int) -> None:
+        """Raise DataError when more than the allowed share of `total` examples was dropped."""
+        count = self.counts.total()
+        if count > self.allowed * total:
             raise DataError(
                 f"{count} of {total} examples were dropped, more than data.max_dropped_fraction="
-                f"{allowed}: {self}. Mend the data, or raise the limit"
+                f"{self.allowed}: {self}. Mend the data, or raise the limit"
             )
 
 
 def prepare_text(text: str, lowercase: bool = False) -> str:
-    """Training text: annotation marks removed, white space folded, ALL-CAPS text lowered.
+    """Training text: annotation marks read (see `MARKS`), white space folded, ALL CAPS lowered.
 
     Case, digits and punctuation are kept, so that a model can learn them; `lowercase` drops case
     and all punctuation but the apostrophe, for small recipes.
     """
-    text = " ".join(ANNOTATION.sub(" ", text).split())
+    for mark, meaning in MARKS.items():
+        text = re.sub(mark, meaning, text, flags=re.IGNORECASE)
+    text = " ".join(text.split())
     if lowercase:
         text = " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
     return text.lower() if text.isupper() and len(text) > 3 else text
@@ -134,16 +150,15 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
     Raises:
         DataError: when the source, its split or one of its columns does not exist.
     """
-    path = Path(str(source["path"])).expanduser()
-    how: dict[str, Any] = {"split": source["split"], "streaming": streaming}
+    path = Path(source["path"]).expanduser()
     if path.suffix in BUILDERS:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        rows: Any = load_dataset(
-            BUILDERS[path.suffix], data_files=str(path), **{**how, "split": "train"}
-        )
+        what: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": str(path)}
+        rows: Any = load_dataset(**what, split="train", streaming=streaming)
     else:
-        rows = load_dataset(str(source["path"]), source["name"], revision=source["revision"], **how)
+        what = {key: source[key] for key in ("path", "name", "revision", "split")}
+        rows = load_dataset(**what, streaming=streaming)
     columns = rows.column_names or list(next(iter(rows), {}))
     for key in ("audio_column", "text_column"):
         if source[key] not in columns:
@@ -159,39 +174,69 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
     return rows, path.parent
 
 
-def to_example(source: dict[str, Any], row: dict[str, Any], index: int, folder: Path) -> Example:
-    """A row of a source as it is, unchecked; a duration of -1 where no header says it."""
-    audio = row[source["audio_column"]]
-    if isinstance(audio, str):
-        audio = str(folder / audio)
-    duration = row.get(source["duration_column"])
-    stem = Path(str(source["path"])).stem
-    return Example(
-        id=str(row.get(source["id_column"]) or f"{stem}-{index}"),
-        audio=audio,
-        text=row[source["text_column"]] or "",
-        duration=header_seconds(audio) if duration is None else float(duration),
-        silence=source["silence"],
-    )
+class Reader:
+    """One source, read in file order, from a `state` on: examples as they are, unchecked.
 
-
-def read_source(source: Any, streaming: bool = False) -> Iterator[Example]:
-    """Examples of one source as they are, unchecked, in file order. See `SOURCE` for its keys.
+    Args:
+        source: see `SOURCE`.
+        streaming: read as it comes, by `world` processes that share it, of which this is `rank`.
 
     Raises:
         DataError: see `open_rows`.
     """
-    source = complete(source)
-    rows, folder = open_rows(source, streaming)
-    for i, row in enumerate(rows):
-        yield to_example(source, row, i, folder)
+
+    def __init__(
+        self, source: Any, streaming: bool = False, state: Any = None, rank: int = 0, world: int = 1
+    ) -> None:
+        self.source = complete(source)
+        self.rows, self.folder = open_rows(self.source, streaming)
+        if world > 1:
+            self.rows = split_dataset_by_node(self.rows, rank, world)
+        self.count, self.over = 0, False
+        if state:
+            self.count, self.over = state["count"], state["over"]
+            self.rows.load_state_dict(state["rows"])
+        self.iterator = iter(self.rows)
+
+    def state(self) -> dict[str, Any]:
+        """What to go on from, in JSON's types; of a stream."""
+        return {"rows": self.rows.state_dict(), "count": self.count, "over": self.over}
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.read, None)
+
+    def read(self) -> Example | None:
+        """The next example, None at the end; its duration is -1 where no header says it."""
+        row, source = next(self.iterator, None), self.source
+        if row is None:
+            self.over = True
+            return None
+        audio = row[source["audio_column"]]
+        if isinstance(audio, str):
+            audio = str(self.folder / audio)
+        duration, speaker = row.get(source["duration_column"]), row.get(source["speaker_column"])
+        self.count += 1
+        return Example(
+            id=str(row.get(source["id_column"]) or f"{Path(source['path']).stem}-{self.count - 1}"),
+            audio=audio,
+            text=row[source["text_column"]] or "",
+            duration=header_seconds(audio) if duration is None else float(duration),
+            silence=source["silence"],
+            speaker=None if speaker is None else str(speaker),
+            repeat=int(source["repeat"]),
+        )
+
+
+def read_source(source: Any) -> Iterator[Example]:
+    """Examples of one source as they are, unchecked, in file order. See `SOURCE` for its keys."""
+    return iter(Reader(source))
 
 
 def complete(source: Any) -> dict[str, Any]:
     """A source with its defaults; unknown keys are refused."""
     check_keys(dict(source), SOURCE, "a data source")
-    source = {**SOURCE, **dict(source)}
-    folder = Path(str(source["path"])).expanduser()
+    source = {**SOURCE, **dict(source), "path": str(dict(source).get("path"))}
+    folder = Path(source["path"]).expanduser()
     if folder.is_dir():  # of audio, with the table that `datasets` calls metadata
         tables = [folder / f"metadata{suffix}" for suffix in (".csv", ".jsonl")]
         table = next((table for table in tables if table.is_file()), None)
@@ -209,11 +254,10 @@ def header_seconds(audio: Any) -> float:
     """
     source = audio
     if isinstance(audio, dict):
-        data = audio.get("bytes")
-        source = audio.get("path") if data is None else io.BytesIO(data)
+        source = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
+    container: Any
     try:
-        container: Any
-        if isinstance(source, str | Path | io.BytesIO):
+        if isinstance(source, str | io.BytesIO):
             with av.open(source) as container:
                 if container.duration:
                     return container.duration / av.time_base
@@ -222,6 +266,7 @@ def header_seconds(audio: Any) -> float:
         return -1.0
 
 
+@dataclass(eq=False)
 class Clips:
     """Checks examples, reads them into features, and makes batches of them.
 
@@ -242,42 +287,50 @@ class Clips:
         seed: of the augmentation, with the epoch and the example's id.
     """
 
-    def __init__(
-        self,
-        processor: ASRProcessor,
-        dropped: Dropped,
-        min_seconds: float = 0.1,
-        max_seconds: float = 30.0,
-        lowercase: bool = False,
-        max_train_samples: int | None = None,
-        feature_noise: float = 0.0,
-        channel_drop: float = 0.0,
-        time_mask: int = 0,
-        noise: Any = None,
-        transform: Any = None,
-        mask_time: float = 0.0,
-        mask_bands: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self.noise, self.transform = noise, transform and hydra.utils.instantiate(transform)
-        self.mask_time, self.mask_bands = mask_time, mask_bands
+    processor: ASRProcessor
+    dropped: Dropped
+    min_seconds: float = 0.1
+    max_seconds: float = 30.0
+    lowercase: bool = False
+    max_train_samples: int | None = None
+    feature_noise: float = 0.0
+    channel_drop: float = 0.0
+    time_mask: int = 0
+    noise: Any = None
+    transform: Any = None
+    mask_time: float = 0.0
+    mask_bands: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = self.rewritten = self.epoch = 0  # examples; texts that `prepare_text` changed
+        self.known: set[str] = set()  # ids: reports and cached frames go by them
+        self.encoded: Any = None  # encoder frames by id, once there is a cache of them
+        self.transform = self.transform and hydra.utils.instantiate(self.transform)
         self.noises: list[Path] = []
-        if noise:
-            check_keys(noise, {"path", "share", "snr"}, "data.noise")
-            folder = Path(str(noise["path"])).expanduser()
+        if self.noise:
+            check_keys(self.noise, {"path", "share", "snr"}, "data.noise")
+            folder = Path(str(self.noise["path"])).expanduser()
             self.noises = sorted(path for path in folder.rglob("*") if path.is_file())
             if not self.noises:
-                raise DataError(f"data.noise.path={noise['path']}: no files there")
-        self.processor, self.dropped, self.lowercase = processor, dropped, lowercase
-        self.min_seconds, self.max_seconds = min_seconds, max_seconds
-        self.max_train_samples = max_train_samples
-        self.feature_noise, self.channel_drop = feature_noise, channel_drop
-        self.time_mask, self.seed, self.epoch = time_mask, seed, 0
-        self.encoded: Any = None  # encoder frames by id, once there is a cache of them
+                raise DataError(f"data.noise.path={folder}: no files there")
+
+    def admitted(self, source: Any, streaming: bool = False) -> Iterator[Example]:
+        """Examples of a source that pass `admit`, each with an id of its own; others are noted."""
+        for example in Reader(source, streaming):
+            self.total += 1
+            if example.id in self.known:
+                example.id = f"{example.id}@{self.total}"
+            self.known.add(example.id)
+            if reason := self.admit(example):
+                self.dropped.add(example.id, reason, f"{example.duration:.2f} s")
+            else:
+                yield example
 
     def admit(self, example: Example) -> str | None:
         """Prepare the text and tokens of an example; the reason where it cannot be used."""
-        example.text = prepare_text(example.text, self.lowercase)
+        written, example.text = example.text, prepare_text(example.text, self.lowercase)
+        self.rewritten += example.text != written
         example.target = self.processor.tokenize(example.text)
         if not example.text and not example.silence:
             return "empty text"
@@ -345,14 +398,11 @@ class Clips:
         """SpecAugment on features (n,) or (t, mels): stretches are set to the clip's mean."""
         rng, mean = self.rng(example_id + "/mask"), features.mean()
         longest = int(self.mask_time * len(features))
-        for _ in range(2 if longest else 0):
-            width = int(rng.integers(longest + 1))
-            start = int(rng.integers(len(features) - width + 1))
-            features[start : start + width] = mean
-        for _ in range(2 if self.mask_bands and features.ndim == 2 else 0):
-            width = int(rng.integers(self.mask_bands + 1))
-            start = int(rng.integers(features.shape[1] - width + 1))
-            features[:, start : start + width] = mean
+        for axis, most in list(enumerate((longest, self.mask_bands)))[: features.ndim]:
+            for _ in range(2 if most else 0):
+                width = int(rng.integers(most + 1))
+                start = int(rng.integers(features.shape[axis] - width + 1))
+                features.narrow(axis, start, width).fill_(mean)
         return features
 
     def set_epoch(self, epoch: int) -> None:
@@ -380,18 +430,14 @@ class Clips:
         return x
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
-        """A batch for `ASRModel`, with `ids`, `seconds` of audio and `dropped` beside it."""
-        good = [item for item in items if "features" in item]
-        if not good:
-            raise DataError(f"every example of a batch is unusable: {items[0]}")
+        """A batch for `ASRModel` of items with features, with `ids` and `seconds` of audio."""
         batch = self.processor.collate(
-            [item["features"] for item in good],
-            [item["target"] for item in good],
+            [item["features"] for item in items],
+            [item["target"] for item in items],
             encoded=self.encoded is not None,
         )
-        batch["ids"] = [item["id"] for item in good]
-        batch["seconds"] = sum(item["seconds"] for item in good)
-        batch["dropped"] = [item for item in items if "features" not in item]
+        batch["ids"] = [item["id"] for item in items]
+        batch["seconds"] = sum(item["seconds"] for item in items)
         return batch
 
 
@@ -399,27 +445,39 @@ class SpeechDataset(Clips, Dataset):
     """All examples of the sources, checked, read when asked for: see `Clips.read`."""
 
     def __init__(
-        self, sources: Sequence[Any], processor: ASRProcessor, dropped: Dropped, **options: Any
+        self,
+        sources: Sequence[Any],
+        processor: ASRProcessor,
+        dropped: Dropped,
+        streaming: bool = False,
+        **options: Any,
     ) -> None:
-        streaming = options.pop("streaming", False)
         super().__init__(processor, dropped, **options)
         self.examples: list[Example] = []
-        self.total = 0
-        known: set[str] = set()  # ids: reports and cached frames go by them
         for source in sources:
-            for example in read_source(source, streaming):
-                self.total += 1
-                if example.id in known:
-                    example.id = f"{example.id}@{self.total}"
-                known.add(example.id)
-                if reason := self.admit(example):
-                    dropped.add(example.id, reason, f"{example.duration:.2f} s")
-                else:
-                    self.examples += [example] * int(dict(source).get("repeat", 1))
+            for example in self.admitted(source, streaming):
+                self.examples += [example] * example.repeat
         self.examples = self.examples[: self.max_train_samples]
         if not self.examples:
             paths = [dict(source).get("path") for source in sources]
             raise DataError(f"no usable example in {paths}: {dropped}")
+        dropped.check(self.total)
+
+    def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
+        """As `Clips.collate`, also of items that could not be read; they are in `dropped`.
+
+        Where none of a batch could be, the first readable example takes their place: a corrupt
+        file that is long enough to be a batch of its own does not end a run.
+        """
+        good = [item for item in items if "features" in item]
+        if not good:
+            readable = (item for item in map(self.read, self.examples) if "features" in item)
+            good = list(islice(readable, 1))
+        if not good:
+            raise DataError(f"no example can be read: {items[0]}")
+        batch = super().collate(good)
+        batch["dropped"] = [item for item in items if "features" not in item]
+        return batch
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -483,14 +541,12 @@ class LengthBatchSampler(Sampler[list[int]]):
             )
         self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
         self.epoch = self.count = 0
-        most = max(len(self._make(epoch)) for epoch in range(8)) if shuffle else 0
-        wanted = most + most // 50 + (most > 0)
-        wanted += -wanted % multiple
-        if shuffle and wanted > len(self.seconds):
-            wanted = len(self.seconds) // multiple * multiple
-        self.count = wanted
-        self.batches = self._make(0)
-        self.count = len(self.batches)
+        if shuffle:
+            most_batches = max(len(self._make(epoch)) for epoch in range(8))
+            wanted = most_batches + most_batches // 50 + 1
+            wanted += -wanted % multiple
+            self.count = min(wanted, len(self.seconds) // multiple * multiple)
+        self.count = len(self._make(0))
         self.batch_size = None  # accelerate asks; batches have no fixed size
 
     def set_epoch(self, epoch: int) -> None:

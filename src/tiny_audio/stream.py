@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 from transformers import BatchFeature
 
 from .asr_processing import ASRProcessor
-from .data import Clips, DataError, Dropped, Example, complete, cut_batches, open_rows, to_example
+from .data import Clips, DataError, Dropped, Example, Reader, cut_batches
 
-START: dict[str, Any] = {"epoch": 0, "block": 0, "emitted": 0, "sources": None}
+# `seen` counts the examples that were read, until it is all there are.
+START: dict[str, Any] = {"epoch": 0, "block": 0, "emitted": 0, "sources": None, "seen": 0}
 
 
 class SpeechStream(Clips, IterableDataset):
@@ -55,51 +55,87 @@ class SpeechStream(Clips, IterableDataset):
                 f"training.batch_seconds={batch_seconds} is below data.max_seconds="
                 f"{self.max_seconds}"
             )
-        self.sources = [complete(source) for source in sources]
+        self.sources, self.start = sources, START
         self.batch_seconds, self.block, self.most = batch_seconds, block, most or block
         self.rank, self.world, self.threads = rank, world, threads
-        self.start = START
-        for source in self.sources:  # a wrong column is said now, not in a worker
-            open_rows(source, streaming=True)
+        self.open(START)  # a wrong column is said now, not in a worker
 
     def texts(self, count: int) -> Iterator[Example]:
         """The first `count` examples without their audio: what the vocabulary is made of."""
-        for source in self.sources:
-            rows, folder = open_rows(source, streaming=True)
-            column, keep = source["text_column"], count // len(self.sources)
-            for i, row in enumerate(rows.select_columns([column]).take(keep)):
-                example = to_example(
-                    {**source, "duration_column": "duration"},
-                    {column: row[column], source["audio_column"]: None, "duration": 1.0},
-                    i,
-                    folder,
-                )
+        for reader in self.open(START):
+            column, keep = reader.source["text_column"], count // len(self.sources)
+            for row in reader.rows.select_columns([column]).take(keep):
+                example = Example("", None, row[column] or "", duration=1.0)
                 self.admit(example)
                 if example.text:
                     yield example
 
     def __iter__(self) -> Iterator[BatchFeature]:
-        position, dropped = {**self.start}, []  # this may be a worker: the trainer counts them
-        feed = Feed(self, position)
+        position = {**START, **self.start}
+        dropped: list[dict[str, Any]] = []  # this may be a worker: the trainer counts them
+        readers = self.open(position)
+        useful = position["block"] or position["emitted"]  # whether this epoch had a batch
         with ThreadPoolExecutor(self.threads) as pool:
             while True:
                 self.set_epoch(position["epoch"])
-                examples = feed.read(position, dropped)
-                following = feed.position(position)
+                examples = self.read_block(readers, position, dropped)
+                following = self.following(readers, position)
                 batches = self.batches(examples, position)
                 for i in range(position["emitted"], len(batches)):
                     items = list(pool.map(self.read, [examples[j] for j in batches[i]]))
                     position["emitted"] = i + 1
                     dropped += [item for item in items if "features" not in item]
                     if good := [item for item in items if "features" in item]:
-                        batch = self.collate(good)
+                        batch, useful = self.collate(good), True
                         batch["dropped"], dropped = dropped, []
                         last = i + 1 == len(batches)
                         batch["position"] = following if last else {**position}
                         yield batch
                 if following["epoch"] > position["epoch"]:
-                    feed = Feed(self, following)
+                    if not useful:
+                        paths = [reader.source["path"] for reader in readers]
+                        raise DataError(f"no usable example in {paths}: {dropped[:3]}")
+                    readers, useful = self.open(following), False
                 position = {**following}
+
+    def open(self, position: dict[str, Any]) -> list[Reader]:
+        """The sources, from a position on."""
+        states = position["sources"] or [None] * len(self.sources)
+        return [
+            Reader(source, True, state, self.rank, self.world)
+            for source, state in zip(self.sources, states, strict=True)
+        ]
+
+    def read_block(
+        self, readers: list[Reader], position: dict[str, Any], dropped: list[dict[str, Any]]
+    ) -> list[Example]:
+        """The good examples of the block at `position`; the others are added to `dropped`."""
+        examples: list[Example] = []
+        rng = np.random.default_rng([self.seed, position["epoch"], position["block"], 1])
+        count = sum(reader.count for reader in readers)
+        end = min(count + self.block, self.max_train_samples or float("inf"))
+        while count < end and not all(reader.over for reader in readers):
+            weights = np.array([r.source["weight"] * (not r.over) for r in readers], float)
+            example = readers[int(rng.choice(len(readers), p=weights / weights.sum()))].read()
+            if example is None:
+                continue
+            count += 1
+            if reason := self.admit(example):
+                detail = f"{example.duration:.2f} s"
+                dropped.append({"id": example.id, "reason": reason, "detail": detail})
+            else:
+                examples += [example] * example.repeat
+        if not position["epoch"]:
+            position["seen"] = count
+        return examples
+
+    def following(self, readers: list[Reader], before: dict[str, Any]) -> dict[str, Any]:
+        """The position of the block after the one at `before`, which was read."""
+        count = sum(reader.count for reader in readers)
+        if all(reader.over for reader in readers) or count == self.max_train_samples:
+            return {**START, "epoch": before["epoch"] + 1, "seen": before["seen"]}
+        states = [reader.state() for reader in readers]
+        return {**before, "block": before["block"] + 1, "emitted": 0, "sources": states}
 
     def batches(self, examples: list[Example], position: dict[str, Any]) -> list[list[int]]:
         """The batches of a block, in an order that (seed, epoch, block) fixes."""
@@ -110,60 +146,3 @@ class SpeechStream(Clips, IterableDataset):
         batches = cut_batches(seconds, order, self.batch_seconds, self.most)
         np.random.default_rng([self.seed, position["epoch"], position["block"]]).shuffle(batches)
         return batches
-
-
-class Feed:
-    """The sources of a stream, open, from a position on."""
-
-    def __init__(self, stream: SpeechStream, position: dict[str, Any]) -> None:
-        self.stream = stream
-        states = position["sources"] or [{"count": 0, "over": False}] * len(stream.sources)
-        self.counts = [state["count"] for state in states]  # rows read of each source
-        self.over = [state["over"] for state in states]
-        self.rows, self.folders = [], []
-        for source, state in zip(stream.sources, states, strict=True):
-            rows, folder = open_rows(source, streaming=True)
-            rows = split_dataset_by_node(rows, stream.rank, stream.world)
-            if "rows" in state:
-                rows.load_state_dict(state["rows"])
-            self.rows.append(rows)
-            self.folders.append(folder)
-        self.iterators = [iter(rows) for rows in self.rows]
-
-    def read(self, position: dict[str, Any], dropped: list[dict[str, Any]]) -> list[Example]:
-        """The good examples of the block at `position`; the others are added to `dropped`."""
-        stream, examples = self.stream, []
-        rng = np.random.default_rng([stream.seed, position["epoch"], position["block"], 1])
-        limit = stream.max_train_samples or float("inf")
-        end = min(sum(self.counts) + stream.block, limit)
-        while not all(self.over) and sum(self.counts) < end:
-            weights = [
-                0.0 if over else source["weight"]
-                for source, over in zip(stream.sources, self.over, strict=True)
-            ]
-            which = int(rng.choice(len(weights), p=np.array(weights) / sum(weights)))
-            row = next(self.iterators[which], None)
-            if row is None:
-                self.over[which] = True
-                continue
-            source = stream.sources[which]
-            example = to_example(source, row, self.counts[which], self.folders[which])
-            self.counts[which] += 1
-            if reason := stream.admit(example):
-                detail = f"{example.duration:.2f} s"
-                dropped.append({"id": example.id, "reason": reason, "detail": detail})
-            else:
-                examples += [example] * int(source["repeat"])
-        if not sum(self.counts):
-            raise DataError(f"no example in {[source['path'] for source in stream.sources]}")
-        return examples
-
-    def position(self, before: dict[str, Any]) -> dict[str, Any]:
-        """The position of the block after the one at `before`."""
-        if all(self.over) or sum(self.counts) == self.stream.max_train_samples:
-            return {**START, "epoch": before["epoch"] + 1}
-        states = [
-            {"rows": rows.state_dict(), "count": count, "over": over}
-            for rows, count, over in zip(self.rows, self.counts, self.over, strict=True)
-        ]
-        return {**before, "block": before["block"] + 1, "emitted": 0, "sources": states}

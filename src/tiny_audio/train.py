@@ -226,7 +226,6 @@ def read_data(
         )  # fmt: skip
     else:
         data = SpeechDataset(cfg.data.train, processor, dropped, **options)
-        dropped.check(data.total, cfg.data.max_dropped_fraction)
     if settings["eval_strategy"] == "no":
         return data, None
     if not cfg.data.eval:
@@ -252,7 +251,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     fit_device(cfg.training)
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     rank = f"-{place.process_index}" if place.process_index else ""
-    dropped = Dropped(folder / f"dropped{rank}.jsonl")
+    dropped = Dropped(folder / f"dropped{rank}.jsonl", cfg.data.max_dropped_fraction)
     previous = ASRConfig.from_pretrained(start) if start else None
     processor = build_processor(cfg)
     with place.main_process_first():  # it fills the cache of `datasets`
@@ -271,7 +270,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     clips = 0 if streamed else len(data)
     hours = 0.0 if streamed else sum(example.duration for example in data.examples) / 3600
     size = "a stream" if streamed else f"{clips} clips, {hours:.2f} h an epoch"
-    print(f"{size}; dropped: {dropped}")
+    print(f"{size}; {data.rewritten} transcripts changed by the text rules; dropped: {dropped}")
     if settings["cache_encoder"]:
         if streamed:
             raise ValueError("training.cache_encoder needs data.streaming=false")
@@ -282,7 +281,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         path = folder.parent / f"encoder_frames-{digest}"
         with place.main_process_first():
             cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
-        dropped.check(data.total, cfg.data.max_dropped_fraction)
+        dropped.check(data.total)
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
     # transformers' newer name of it; the field's own is kept in the configs
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
@@ -328,7 +327,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if preemption.signal and trainer.state.global_step < trainer.state.max_steps:
         raise Preempted(preemption.signal)
     if not streamed:
-        dropped.check(data.total, cfg.data.max_dropped_fraction)
+        dropped.check(data.total)
     trainer.save_model(str(final))
     parameters = list(model.parameters())
     summary = {

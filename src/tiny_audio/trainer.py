@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
-from .data import DataError, Dropped, LengthBatchSampler, read_log
+from .data import ENOUGH, DataError, Dropped, LengthBatchSampler, read_log
 from .frames import return_freed_memory
 from .plan import GPUS, gpu_of
 from .scoring import score
@@ -118,6 +118,8 @@ class ASRTrainer(Trainer):
             self.padded += seconds * mask.numel() / int(mask.sum())
             self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
+            if position and (position["epoch"] or position["seen"] >= ENOUGH):
+                self.dropped.check(position["seen"])
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 outputs.loss = outputs.loss * self.args.world_size  # DDP takes the mean
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -144,6 +146,8 @@ class ASRTrainer(Trainer):
             batch: Any = self._prepare_inputs(data.collate(items))
             for item in batch["dropped"]:
                 data.dropped.add(item["id"], item["reason"], item["detail"])
+            if len(batch["dropped"]) == len(items):
+                continue
             batch["dropped"] = []
             n = int((batch["labels"] != IGNORE).sum())
             features = [item["features"] for item in items if "features" in item]

@@ -11,6 +11,7 @@ VERBS = {
     "transcribe": "audio files in, text or subtitles out",
     "serve": "an HTTP endpoint with OpenAI's routes for transcription",
     "demo": "a web page: upload or record, read along, download",
+    "data": "check what a recipe trains on, before paying for a GPU",
     "plan": "what a recipe costs in time, memory and money, before it runs",
     "remote": "train on a rented machine: deploy, train, attach, status, logs, stop, fetch",
     "push": "put a trained model on the Hugging Face Hub",

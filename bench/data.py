@@ -1,0 +1,180 @@
+"""Data: padding of length-budget batches, speed of loading, and time to continue a run.
+
+    OMP_NUM_THREADS=1 python bench/data.py
+
+Padding is counted on the quickstart's clips, against random batches of as many clips each. Loading
+is CPU time of one core, of decoding and of decoding with the features. Continuing is the time from
+the checkpoint's name to the next step's line, of a model of toy size on an epoch of 12,000 rows.
+Its checkpoint of step 50 is real; the one of step 5,000 is the same with another step in it, and
+for a stream with the position that reading 5,000 batches leads to.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import soundfile
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    WhisperModel,
+)
+
+from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.commands import assets
+from tiny_audio.commands.plan import recipe_stages
+from tiny_audio.data import Clips, Dropped, LengthBatchSampler, read_source
+from tiny_audio.stream import START, SpeechStream
+from tiny_audio.train import CONFIGS, build_processor
+
+FORMATS = {"WAV": ("wav", "PCM_16"), "FLAC": ("flac", "PCM_16"),
+           "MP3": ("mp3", "MPEG_LAYER_III"), "Opus": ("ogg", "OPUS")}  # fmt: skip
+SECONDS, BLOCK, MOST = 8.0, 500, 2  # of the run that is continued
+
+
+def padding(cached: assets.Assets, folder: Path) -> list[str]:
+    """Padded share of an epoch's seconds at three budgets."""
+    manifests = (cached.train, cached.train.with_name("synthetic.jsonl"))
+    clips = [example for path in manifests for example in read_source({"path": str(path)})]
+    seconds = np.array([example.duration for example in clips if example.duration < 30])
+    order = np.random.default_rng(0).permutation(len(seconds))
+    lines = [f"{len(seconds):,} clips, {seconds.min():.1f} to {seconds.max():.1f} s, mean "
+             f"{seconds.mean():.1f} s\n", "| budget | batches | padding | in random batches |",
+             "|---|---|---|---|"]  # fmt: skip
+    for budget in (32, 64, 120):
+        batches = list(LengthBatchSampler(seconds, budget))
+        cuts = np.cumsum([len(batch) for batch in batches])[:-1]
+        shares = [
+            1 - seconds.sum() / sum(len(batch) * seconds[batch].max() for batch in way)
+            for way in (batches, np.split(order, cuts))
+        ]
+        lines.append(f"| {budget} s | {len(batches)} | {shares[0]:.1%} | {shares[1]:.1%} |")
+    return lines
+
+
+def loading(cached: assets.Assets, folder: Path) -> list[str]:
+    """Clips a second of one core, for each format."""
+    clips = [clip for clip in read_source({"path": str(cached.dev)}) if clip.duration < 29]
+    reader = Clips(build_processor(recipe_stages(["+experiments=quickstart"])[0]), Dropped())
+    lines = [f"{len(clips)} clips, mean {np.mean([c.duration for c in clips]):.1f} s, 16 kHz\n",
+             "| format | decoded, clips/s | with features, clips/s |", "|---|---|---|"]  # fmt: skip
+    samples = [load_audio(clip.audio) for clip in clips]
+    for name, (suffix, kind) in FORMATS.items():
+        for i, clip in enumerate(clips):
+            clip.audio = str(folder / f"{i}.{suffix}")
+            soundfile.write(clip.audio, samples[i], SAMPLE_RATE, subtype=kind)
+        rates = []
+        for read in (lambda clip: load_audio(clip.audio), reader.read):
+            times = []
+            for _ in range(3):  # the best of them
+                started = time.process_time()
+                for clip in clips:
+                    assert not isinstance(out := read(clip), dict) or "features" in out, out
+                times.append(time.process_time() - started)
+            rates.append(len(clips) / min(times))
+        lines.append(f"| {name} | {rates[0]:.0f} | {rates[1]:.0f} |")
+    return lines
+
+
+def toy_run(cached: assets.Assets, folder: Path) -> list[str]:
+    """Command of a run of toy size whose epoch has over 5,000 batches; its parts in `folder`."""
+    config = AutoConfig.from_pretrained(cached.decoder)
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    config.update({**sizes, "num_hidden_layers": 2, "intermediate_size": 96})
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / "decoder")
+    AutoTokenizer.from_pretrained(cached.decoder).save_pretrained(folder / "decoder")
+    config = AutoConfig.from_pretrained(cached.encoder)
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_ffn_dim": 64, "decoder_layers": 1}
+    config.update({**sizes, "encoder_attention_heads": 2, "decoder_attention_heads": 2})
+    WhisperModel(config).save_pretrained(folder / "encoder")
+    AutoFeatureExtractor.from_pretrained(cached.encoder).save_pretrained(folder / "encoder")
+    clips = [clip for clip in read_source({"path": str(cached.dev)}) if 1 < clip.duration < 3]
+    rows = [
+        {"id": str(i), "audio": clip.audio, "text": clip.text, "duration": clip.duration}
+        for i, clip in enumerate(islice(cycle(clips), 12_000))
+    ]
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *(f"model.{part}_model_name={folder / part}" for part in ("encoder", "decoder")),
+        f"data.train=[{{path: {folder / 'm.jsonl'}}}]", "model.projector_hidden=32",
+        f"training.batch_seconds={SECONDS}", f"data.max_seconds={SECONDS}", f"data.block={BLOCK}",
+        f"training.per_device_train_batch_size={MOST}", "training.dataloader_num_workers=0",
+        "training.max_steps=6000", "training.logging_steps=1", "training.save_steps=50",
+        "training.eval_strategy=no", "training.report_to=none", f"run.output_dir={folder}/run",
+    ]  # fmt: skip
+
+
+def until(command: list[str], word: str) -> float:
+    """Run until a line has that word, then kill; seconds since `continuing from` was said."""
+    command = [sys.executable, "-u", str(CONFIGS.parents[1] / "src/train.py"), *command]
+    started = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout or ():
+            if "continuing from" in line:
+                started = time.monotonic()
+            if word in line:
+                run.kill()
+                return time.monotonic() - started
+    raise RuntimeError(f"the run ended before {word!r}: {run.returncode}")
+
+
+def pretend(folder: Path, command: list[str], streaming: bool) -> None:
+    """Make the checkpoint of step 50 one of step 5,000."""
+    path = folder.rename(folder.with_name("checkpoint-5000"))
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "global_step": 5000}))
+    if not streaming:
+        return
+    cfg = recipe_stages([*command, "data.streaming=true"])[0]
+    processor = build_processor(cfg)
+    limits = {"min_seconds": cfg.data.min_seconds, "max_seconds": SECONDS, "seed": cfg.run.seed}
+    stream = SpeechStream(cfg.data.train, processor, Dropped(), SECONDS, BLOCK, MOST, **limits)
+    position, left = dict(START), 5000
+    readers = stream.open(position)
+    while left > (n := len(stream.batches(stream.read_block(readers, position, []), position))):
+        position, left = stream.following(readers, position), left - n
+    position["emitted"] = left
+    (path / "stream-0.json").write_text(json.dumps(position))
+
+
+def resuming(cached: assets.Assets, folder: Path) -> list[str]:
+    """Seconds to the first step after a checkpoint of step 50, and of step 5,000."""
+    lines = ["| data | step 50 | step 5,000 |", "|---|---|---|"]
+    command = toy_run(cached, folder)
+    for streaming in (False, True):
+        own, row = [*command, f"data.streaming={streaming}"], []
+        until([*own, "run.fresh=true"], "step    51/")
+        for step in (50, 5000):
+            times = [until(own, f"step {step + 1:>5}/") for _ in range(3)]
+            row.append(f"{median(times):.1f} s ({min(times):.1f} to {max(times):.1f})")
+            if step == 50:
+                pretend(folder / "run/train/checkpoint-50", own, streaming)
+        lines.append(f"| {'a stream' if streaming else 'all there'} | {' | '.join(row)} |")
+    return lines
+
+
+def main() -> None:
+    """Measure all three; a Markdown table, also in bench/results."""
+    torch.set_num_threads(1)
+    cached = assets.prepare()
+    path = Path(__file__).parent / f"results/data_{date.today()}.md"
+    with tempfile.TemporaryDirectory() as scratch, path.open("w") as file:
+        file.write(f"Data, {date.today()}, CPU; `OMP_NUM_THREADS=1 python bench/data.py`\n\n")
+        for measure in (padding, loading, resuming):
+            lines = measure(cached, Path(scratch))
+            file.write("\n".join(lines) + "\n\n")
+            print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()

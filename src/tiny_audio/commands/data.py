@@ -1,0 +1,105 @@
+"""`tiny-audio data check +experiments=quickstart`: what a recipe trains on, before it is paid for.
+
+Reads and decodes every clip of the recipe's sources through the checks of training and prints a
+table. Arguments are those of src/train.py; `data.max_train_samples=1000` checks the first so many
+of each source, of a stream too. Beside the run goes `data_check.jsonl`, every clip that would be
+dropped with its reason, and `data_check.png`, how long the clips are. The exit code is 1 when the
+recipe would not train.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from ..data import Clips, DataError, Dropped, LengthBatchSampler
+from ..hub import one_line
+from ..train import build_processor, read_data
+from .plan import recipe_stages
+
+
+def check_source(clips: Clips, source: Any, streaming: bool) -> list[float]:
+    """Print the row of one source; returns the seconds of each clip that can be trained on."""
+    before, rewritten, started = clips.dropped.counts.copy(), clips.rewritten, time.monotonic()
+    total, seconds = clips.total, list[float]()
+    speakers, characters = set[str | None](), set[str]()
+    for example in islice(clips.admitted(source, streaming), clips.max_train_samples):
+        item = clips.read(example)
+        if "features" not in item:
+            clips.dropped.add(**item)
+            continue
+        seconds.append(example.duration)
+        speakers.add(example.speaker)
+        characters |= set(example.text)
+    reasons, read = clips.dropped.counts - before, clips.total - total
+    rate = read / (time.monotonic() - started)
+    named = len(speakers - {None}) or "-"
+    print(
+        f"{len(seconds):>9,}{sum(seconds) / 3600:>9.2f}{reasons.total():>9,}"
+        f"{clips.rewritten - rewritten:>11,}{named:>10}{rate:>9.0f}  {source['path']}"
+    )
+    print(f"{'':<9}characters: {''.join(sorted(characters))}")
+    for reason, count in reasons.items():
+        print(f"{'':<9}{count:,} {reason}, first {clips.dropped.first[reason]}")
+    return seconds
+
+
+def check(cfgs: Sequence[Any]) -> None:
+    """Check the data of all stages.
+
+    Raises:
+        DataError: when training would end with one.
+    """
+    cfg = cfgs[0]
+    folder = Path(cfg.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "data_check.jsonl"
+    report.unlink(missing_ok=True)
+    processor, dropped = build_processor(cfg), Dropped(report, cfg.data.max_dropped_fraction)
+    limits = ("min_seconds", "max_seconds", "lowercase", "max_train_samples")
+    clips = Clips(processor, dropped, **{key: cfg.data[key] for key in limits})
+    print(f"{'clips':>9}{'hours':>9}{'dropped':>9}{'rewritten':>11}{'speakers':>10}{'clips/s':>9}")
+    lengths = [check_source(clips, source, cfg.data.streaming) for source in cfg.data.train]
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=60, stacked=True, label=[source.path for source in cfg.data.train])
+    axes.set(xlabel="seconds", ylabel="clips", title=f"{sum(map(len, lengths)):,} clips")
+    axes.legend(fontsize=7)
+    figure.savefig(folder / "data_check.png", dpi=110)
+    print(f"{report.with_suffix('.png')} shows the lengths; dropped clips are named in {report}")
+    dropped.check(clips.total)
+    for stage in cfgs:  # as training begins
+        settings: Any = OmegaConf.to_container(stage.training, resolve=True)
+        data, _ = read_data(stage, settings, processor, Dropped(None, dropped.allowed))
+        if not stage.data.streaming:
+            seconds = [example.duration for example in data.examples]
+            batches = LengthBatchSampler(seconds, settings["batch_seconds"])
+            padded = sum(len(batch) * max(seconds[i] for i in batch) for batch in batches)
+            print(
+                f"stage {stage.stages[0].name}: {len(batches):,} batches an epoch, "
+                f"{1 - sum(seconds) / padded:.1%} of them padding"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check; what is wrong is one line."""
+    parser = argparse.ArgumentParser(
+        prog="tiny-audio data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    try:
+        check(recipe_stages(args.overrides))
+    except (DataError, ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
