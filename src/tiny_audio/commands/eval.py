@@ -29,7 +29,7 @@ from huggingface_hub import dataset_info
 from tqdm import tqdm
 
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
-from ..data import SOURCE, DataError, Example, cut_batches, read_source
+from ..data import SOURCE, DataError, Example, cut_batches, read_log, read_source
 from ..hub import git_hash, one_line
 from ..scoring import count, normalizer, score
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
@@ -47,16 +47,6 @@ for short in SHORT.split():
 LOQUACIOUS = "speechbrain/LoquaciousSet"
 SETS[LOQUACIOUS] = {"name": "small", "audio_column": "wav", "id_column": "ID"}
 NO_REFERENCE = "ignore time segment in scoring"  # TED-LIUM's mark of what is not to be scored
-
-
-def batches(examples: list[Example], seconds: float) -> Iterator[list[Example]]:
-    """Longest first, cut where padding to the longest exceeds `seconds`; at least one clip each."""
-    if not examples:
-        return
-    lengths = np.array([example.duration for example in examples])
-    order = np.argsort(-lengths, kind="stable")
-    for batch in cut_batches(np.maximum(1.0, lengths), order, seconds, len(examples)):
-        yield [examples[i] for i in batch]
 
 
 def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
@@ -86,13 +76,11 @@ def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
         yield row
 
 
-def earlier_rows(path: Path) -> dict[str, Row]:
-    """Rows by id that a stopped evaluation has left in `path`, without those that failed."""
-    text = path.read_text() if path.exists() else ""
-    text = text[: text.rfind("\n") + 1]  # a killed run leaves half a line
-    path.write_text(text)
-    rows = map(json.loads, text.splitlines())
-    return {row["id"]: row for row in rows if "error" not in row}
+def peak_memory() -> float:
+    """The most memory so far in GB: of the GPU where there is one, else of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (torch.cuda.max_memory_allocated() or resident) / 1e9
 
 
 def evaluate(
@@ -108,7 +96,7 @@ def evaluate(
     Returns:
         The summary: see `scoring.score`, with `errors` (clips that could not be read or decoded),
         `seconds` of audio, `rtfx` (audio seconds per second of reading and decoding), the peak
-        memory (of the GPU where there is one, else of the process), and all that it ran with.
+        memory, and all that it ran with.
 
     Raises:
         ValueError: when no clip could be scored.
@@ -133,31 +121,31 @@ def evaluate(
         clip.id += f"#{seen[clip.id]}" if seen[clip.id] > 1 else ""
     mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     work = out / f"results-{mark}.jsonl"  # of these settings: what others left is not mixed in
-    done = earlier_rows(work)
+    text = work.read_text() if work.exists() else ""
+    work.write_text(text[: text.rfind("\n") + 1])  # a killed run leaves half a line
+    done = {row["id"]: row for row in read_log(work) if "error" not in row}
     rows = {clip.id: done[clip.id] for clip in clips if clip.id in done}
     left = [clip for clip in clips if clip.id not in rows]
-    scored = [*rows.values()]
-    errors, words = (sum(row[key] for row in scored) for key in ("word_errors", "words"))
-    seconds = sum(clip.duration for clip in left) + 1e-3
-    bar = tqdm(total=seconds, unit="s", unit_scale=True, desc="audio")
+    lengths = np.array([max(1.0, clip.duration) for clip in left])
+    order = np.argsort(-lengths, kind="stable")
+    cuts = cut_batches(lengths, order, options["batch_seconds"], len(left)) if left else []
+    bar = tqdm(total=lengths.sum() + 1e-3, unit="s", unit_scale=True, desc="audio")
     with work.open("a") as file, bar:
-        for batch in batches(left, options["batch_seconds"]):
-            for row in decode(pipe, batch, options):
+        for batch in cuts:
+            for row in decode(pipe, [left[i] for i in batch], options):
                 rows[row["id"]] = row
-                errors, words = errors + row.get("word_errors", 0), words + row.get("words", 0)
                 file.write(json.dumps(row) + "\n")
             file.flush()
-            bar.update(sum(clip.duration for clip in batch))
-            wer = 100 * errors / max(1, words)
+            wrong = sum(row.get("word_errors", 0) for row in rows.values())
+            wer = 100 * wrong / max(1, sum(row.get("words", 0) for row in rows.values()))
             bar.set_postfix_str(f"WER {wer:.1f} %, {len(rows)} of {len(clips)} clips")
+            bar.update(lengths[batch].sum())
     ordered = [rows[clip.id] for clip in clips]  # as if nothing had come between
     scored = [row for row in ordered if "error" not in row]
     failed = [row for row in ordered if "error" in row]
     if not scored:
         raise ValueError(f"no utterance was scored; {failed[0]['error'] if failed else 'no data'}")
     seconds = sum(row["duration"] for row in scored)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory *= 1 if sys.platform == "darwin" else 1024
     summary = {
         **score([r["reference"] for r in scored], [r["prediction"] for r in scored], pipe.language),
         "errors": len(failed),
@@ -166,7 +154,7 @@ def evaluate(
         "rtfx": round(seconds / max(sum(row["decode_seconds"] for row in scored), 1e-9), 2),
         "batch_seconds": options["batch_seconds"],
         "device": str(pipe.device),
-        "peak_memory_gb": round((torch.cuda.max_memory_allocated() or memory) / 1e9, 2),
+        "peak_memory_gb": round(peak_memory(), 2),
         **settings,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
@@ -195,10 +183,14 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
     given = {key: value for key, value in vars(args).items() if key in SOURCE and value is not None}
     source = {"path": args.dataset, "split": "test", **SETS.get(args.dataset, {}), **given}
     path = Path(args.dataset).expanduser()
-    revision = fingerprint([path]) if path.is_file() else None
+    here = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
+    if here and (of_hub := given.keys() & {"name", "split", "revision"}):
+        raise DataError(f"{path} is no dataset of the Hub: it has no {', '.join(sorted(of_hub))}")
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(f"{path} is empty")
     examples = []
     try:
-        if not path.exists() and not path.suffix.startswith((".js", ".csv", ".tsv")):
+        if not here:
             source["revision"] = dataset_info(source["path"], revision=args.revision).sha
         for example in read_source(source):
             if example.text.strip().lower().replace("_", " ") != NO_REFERENCE:
@@ -207,31 +199,35 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
                 break
     except (DatasetsError, httpx.HTTPError, ValueError, OSError) as error:
         why = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-        raise DataError(f"{args.dataset} cannot be read: {why}") from error
+        where = "" if here else " as a dataset of the Hub, and no such file is here"
+        raise DataError(f"{args.dataset} cannot be read{where}: {why}") from error
     if not any(example.text.strip() for example in examples):
         raise DataError(f"{args.dataset}: all references are empty; is --text-column right?")
+    revision = fingerprint([path]) if path.is_file() else source.get("revision")
     about = {"model": args.model, "dataset": args.dataset, "source": source}
-    return examples, {**about, "dataset_revision": source.get("revision", revision)}
+    return examples, {**about, "dataset_revision": revision}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Score a model; 1 is returned when clips could not be read."""
     parser = argparse.ArgumentParser(prog="tiny-audio eval", description=__doc__)
-    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--dataset", default=LOQUACIOUS, help="default: %(default)s")
     parser.add_argument("--name", help="configuration of a Hub dataset")
-    parser.add_argument("--split", help="default: test")
+    parser.add_argument("--split", help="of a Hub dataset; default: test")
     parser.add_argument("--revision", help="commit of a Hub dataset; default: the newest")
-    parser.add_argument("--audio-column")
-    parser.add_argument("--text-column")
+    parser.add_argument("--audio-column", metavar="NAME", help="default: audio")
+    parser.add_argument("--text-column", metavar="NAME", help="default: text")
     parser.add_argument("--language", default="en", help="en, de, ...; default: %(default)s")
-    parser.add_argument("--max-samples", type=int, metavar="N")
+    parser.add_argument("--max-samples", type=int, metavar="N", help="the first N; default: all")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="audio decoded together")
     parser.add_argument("--out", type=Path, help="default: outputs/eval_<model>_<dataset>")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--decoder-only", action="store_true", help="leave out the CTC score")
     parser.add_argument("--ctc-only", action="store_true", help="the CTC head's greedy transcript")
     args = parser.parse_args(argv)
+    if args.max_samples is not None and args.max_samples < 1:
+        parser.error(f"--max-samples {args.max_samples}: at least one is needed")
     options = {"batch_seconds": args.batch_seconds, "ctc_only": args.ctc_only}
     if args.decoder_only:
         options["ctc_decode_weight"] = 0.0
@@ -241,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         about["command"] = shlex.join(["tiny-audio", "eval", *(argv or sys.argv[1:])])
         pipe = load_recogniser(args.model, args.device, args.language)
         s = evaluate(pipe, examples, out, options, about)
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(

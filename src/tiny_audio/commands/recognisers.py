@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto import modeling_auto as known
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 
+from ..asr_config import ASRConfig
 from ..asr_pipeline import ASRPipeline
 from ..asr_processing import SAMPLE_RATE
 from ..hub import one_line
 from .transcribe import load_pipeline
+
+# Config classes of what transformers' own pipeline takes, and ours.
+RECOGNISERS: list[Any] = [known.MODEL_FOR_CTC_MAPPING, known.MODEL_FOR_TDT_MAPPING]
+RECOGNISERS += [known.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, {ASRConfig}]
 
 
 class SpeechLLM:
@@ -75,6 +82,10 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
     Raises:
         SystemExit: with one line, when it does not exist or is no speech recogniser.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: no device {device!r} here: {one_line(error)}")
     pipe: Any
     config: Any = None
     with contextlib.suppress(OSError, ValueError):  # `load_pipeline` says what is wrong, if it is
@@ -85,9 +96,13 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         pipe = FasterWhisper(name, device, language)
     elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
         pipe = SpeechLLM(name, device, language)
+    elif config is not None and not any(type(config) in kind for kind in RECOGNISERS):
+        sys.exit(f"error: {name} is no speech recogniser: it is of type {config.model_type}")
     else:
         pipe = load_pipeline(name, device)
-        generation = pipe.model.generation_config if pipe.model.can_generate() else config
+        if pipe.tokenizer.pad_token is None:  # transformers refuses to batch without one
+            pipe.tokenizer.pad_token = pipe.tokenizer.eos_token
+        generation: Any = pipe.model.generation_config if pipe.model.can_generate() else config
         if generation.to_dict().get("is_multilingual"):  # Whisper would guess it, clip by clip
             pipe._forward_params |= {"language": language, "task": "transcribe"}
     weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("model.bin")]
@@ -99,9 +114,11 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
 
 def fingerprint(paths: Sequence[Path]) -> str:
     """SHA-256, shortened, of files: what a commit is on the Hub."""
-    files: Any = [np.memmap(path, np.uint8, "r") for path in paths]
-    digests = [hashlib.sha256(file).digest() for file in files]
-    return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -> list[dict]:

