@@ -251,7 +251,6 @@ def test_a_measured_rate_predicts_another_run(real_bases):
             ]  # fmt: skip
             rates.append(measure(plan_stage(recipe_stages(overrides)[1], own), 2.7, steps=8))
         ratios.append(rates[0] / rates[1])
-        print(rates)
     assert median(ratios) == pytest.approx(1, abs=0.25), ratios
 
 

@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.part = ""
         self.flops, self.live, self.peak = (Counter[str]() for _ in range(3))
-        self.total = self.most = 0  # of live, of peak
+        self.most = 0  # of peak, in total
         self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, and what tells its end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,13 +83,11 @@ class Recorder(TorchDispatchMode):
                     end = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
                     self.owner[key] = (self.part, end)
                     self.live[self.part] += size
-                    self.total += size
-        if self.total > self.most:
-            self.peak, self.most = self.live.copy(), self.total
+        if (total := self.live.total()) > self.most:
+            self.peak, self.most = self.live.copy(), total
 
     def _free(self, key: int, size: int) -> None:
         self.live[self.owner.pop(key)[0]] -= size
-        self.total -= size
 
 
 def counted_attention(
@@ -164,14 +162,10 @@ def count(
     with torch.device("meta"), recorder:
         recorder.part = "weights"
         recorder.track([*twin.parameters(), *twin.buffers()])
-        recorder.part = "optimizer"
-        states = [
-            torch.empty_like(p) for p in twin.parameters() if p.requires_grad for _ in range(2)
-        ]
+        recorder.live["optimizer"] = 2 * sum(p.nbytes for p in twin.parameters() if p.requires_grad)
         step = _Step(twin.train(), recorder)
         step.forward(settings, clips, seconds, tokens, prompt)
         step.backward()
-    del states
     audio = 1e9 * clips * seconds
     return Cost({part: recorder.flops[part] / audio for part in PARTS}, dict(recorder.peak))
 
