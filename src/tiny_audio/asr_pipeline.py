@@ -352,12 +352,8 @@ class ASRPipeline(Pipeline):
         edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, piece.seconds)
         spans = (piece.start + edges).round(3).tolist()
         piece.words = [
-            {
-                "text": self.processor.decode(word),
-                "timestamp": tuple(span),
-                "confidence": confidence,
-            }
-            for word, span, confidence in zip(words, spans, sure, strict=True)
+            {"text": self.processor.decode(word), "timestamp": tuple(span), "confidence": c}
+            for word, span, c in zip(words, spans, sure, strict=True)
         ]
 
     def postprocess(  # type: ignore[override]
