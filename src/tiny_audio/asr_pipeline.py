@@ -307,7 +307,7 @@ class ASRPipeline(Pipeline):
         emissions, step = self._emissions(audio)
         for i, (piece, row) in enumerate(zip(batch, ids, strict=True)):
             spoken = [t for t in row if t != self.processor.end_token_id]
-            piece.text = self._text(spoken)
+            piece.text = self.processor.decode(spoken)
             if emissions:
                 self._time(piece, spoken, emissions[i], step)
             elif piece.text:
@@ -319,9 +319,6 @@ class ASRPipeline(Pipeline):
                 piece.flags += [flag] if doubtful and pattern.search(piece.text) else []
             if piece.text and piece.confidence is not None and doubtful:
                 piece.flags.append("no_speech")
-
-    def _text(self, ids: list[int]) -> str:
-        return self.processor.decode(ids, skip_special_tokens=True).strip()
 
     def _emissions(self, audio: dict[str, Any]) -> tuple[list[np.ndarray], float]:
         """What words are aligned with, of the character head or else of the one over tokens.
@@ -348,15 +345,15 @@ class ASRPipeline(Pipeline):
             if not words or name.startswith(("Ġ", "▁")):
                 words.append([])
             words[-1].append(token)
-        words = [word for word in words if self._text(word)]
+        words = [word for word in words if self.processor.decode(word)]
         head, letters = self.model.characters or self.model.ctc, self.model.config.ctc_alphabet
         spelled = [head.spelled(word) for word in words]
         space = letters.index(32) + 1 if 32 in letters else 0
         edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, piece.seconds)
         spans = (piece.start + edges).round(3).tolist()
         piece.words = [
-            {"text": self._text(word), "timestamp": tuple(span), "confidence": confidence}
-            for word, span, confidence in zip(words, spans, sure, strict=True)
+            {"text": self.processor.decode(word), "timestamp": tuple(span), "confidence": c}
+            for word, span, c in zip(words, spans, sure, strict=True)
         ]
 
     def postprocess(  # type: ignore[override]

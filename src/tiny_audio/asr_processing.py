@@ -315,6 +315,10 @@ class ASRProcessor(ProcessorMixin):
             batch["labels"] = _left_pad(labels, IGNORE)
         return BatchFeature(batch)
 
+    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+        """Token ids of one clip -> text, without outer space and, unless asked, special tokens."""
+        return self.tokenizer.decode(token_ids, **{"skip_special_tokens": True, **kwargs}).strip()
+
 
 def _left_pad(rows: list[list[int]], value: int) -> torch.Tensor:
     width = max(len(row) for row in rows)

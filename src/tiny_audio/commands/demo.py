@@ -7,7 +7,6 @@ import argparse
 import base64
 import functools
 import html
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,16 +49,15 @@ def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "")
     return f'<div class="result">{status}{more}<p class="words">{" ".join(spans)}</p></div>'
 
 
-def details(result: dict[str, Any], source: Path) -> str:
-    """The player, links that carry their files (none is made on the server), and warnings."""
+def player(result: dict[str, Any], source: Path) -> str:
+    """The player, and links that carry their files: none is made on the server."""
     out = f'<audio controls src="gradio_api/file={html.escape(str(source))}"></audio>'
     for kind in ("txt", "srt"):
         data = base64.b64encode(render(result, kind).encode()).decode()
         name = html.escape(f"{source.stem}.{kind}")
         href = f"data:text/plain;charset=utf-8;base64,{data}"
         out += f'<a download="{name}" href="{href}">Download .{kind}</a>'
-    notes = result.get("warnings", []) + result.get("missing", [])
-    return out + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return out
 
 
 def transcribe(source: str | None, model: str) -> Iterator[str]:
@@ -79,10 +77,11 @@ def transcribe(source: str | None, model: str) -> Iterator[str]:
         return
     spent = time.perf_counter() - began
     result = pipe.postprocess(recording, return_timestamps=True)
-    seconds = result["duration"]
+    seconds, none = result["duration"], "" if result["text"] else "No speech was found."
     status = f"{seconds:.1f} s of audio in {spent:.1f} s: {seconds / spent:.1f} times real time. "
-    status += "" if result["text"] else "No speech was found."
-    yield page(status, done, details(result, Path(source)))
+    notes = result.get("warnings", []) + result.get("missing", [])
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    yield page(status + none, done, player(result, Path(source))) + notes
 
 
 @functools.lru_cache(1)
@@ -115,14 +114,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     models = args.models or [str(p.parent) for p in sorted(Path("outputs").glob("*/config.json"))]
     if not models:
-        print("error: no model in outputs; name a folder or Hub id", file=sys.stderr)
-        return 2
+        parser.error("no model in outputs: name a folder or Hub id")
     load(models[0])
     try:
         build(models, args.examples).launch(
             server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, css=CSS
         )
     except OSError as error:
-        print(f"error: {error}; see --port", file=sys.stderr)
-        return 2
+        parser.error(f"{error}; see --port")
     return 0
