@@ -45,8 +45,8 @@ SOURCE: dict[str, Any] = {
     "silence": False,  # its clips hold no speech: an empty transcript is meant
     "weight": 1.0,  # of a stream: how often it is drawn from, beside the others
 }
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-BUILDERS |= {".arrow": "arrow", ".tar": "webdataset"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
+            ".arrow": "arrow", ".tar": "webdataset"}  # fmt: skip
 # Slower than anybody reads, faster than anybody speaks.
 CHARACTERS_PER_SECOND = (0.3, 40.0)
 GLOBAL_DRAWS = threading.Lock()
@@ -155,10 +155,10 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         what: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": str(path)}
-        rows: Any = load_dataset(**what, split="train", streaming=streaming)
+        what["split"] = "train"
     else:
         what = {key: source[key] for key in ("path", "name", "revision", "split")}
-        rows = load_dataset(**what, streaming=streaming)
+    rows: Any = load_dataset(**what, streaming=streaming)
     columns = rows.column_names or list(next(iter(rows), {}))
     for key in ("audio_column", "text_column"):
         if source[key] not in columns:
@@ -202,9 +202,6 @@ class Reader:
         """What to go on from, in JSON's types; of a stream."""
         return {"rows": self.rows.state_dict(), "count": self.count, "over": self.over}
 
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.read, None)
-
     def read(self) -> Example | None:
         """The next example, None at the end; its duration is -1 where no header says it."""
         row, source = next(self.iterator, None), self.source
@@ -229,7 +226,7 @@ class Reader:
 
 def read_source(source: Any) -> Iterator[Example]:
     """Examples of one source as they are, unchecked, in file order. See `SOURCE` for its keys."""
-    return iter(Reader(source))
+    return iter(Reader(source).read, None)
 
 
 def complete(source: Any) -> dict[str, Any]:
@@ -238,12 +235,12 @@ def complete(source: Any) -> dict[str, Any]:
     source = {**SOURCE, **dict(source), "path": str(dict(source).get("path"))}
     folder = Path(source["path"]).expanduser()
     if folder.is_dir():  # of audio, with the table that `datasets` calls metadata
-        tables = [folder / f"metadata{suffix}" for suffix in (".csv", ".jsonl")]
-        table = next((table for table in tables if table.is_file()), None)
-        if table is None:
+        tables = list(folder.glob("metadata.csv")) + list(folder.glob("metadata.jsonl"))
+        if not tables:
             raise DataError(f"{folder}: no metadata.csv or .jsonl with file_name and text in it")
-        column = "file_name" if source["audio_column"] == "audio" else source["audio_column"]
-        source |= {"path": str(table), "audio_column": column}
+        if source["audio_column"] == "audio":
+            source["audio_column"] = "file_name"
+        source["path"] = str(tables[0])
     return source
 
 
@@ -317,35 +314,35 @@ class Clips:
 
     def admitted(self, source: Any, streaming: bool = False) -> Iterator[Example]:
         """Examples of a source that pass `admit`, each with an id of its own; others are noted."""
-        for example in Reader(source, streaming):
+        for example in iter(Reader(source, streaming).read, None):
             self.total += 1
             if example.id in self.known:
                 example.id = f"{example.id}@{self.total}"
             self.known.add(example.id)
-            if reason := self.admit(example):
-                self.dropped.add(example.id, reason, f"{example.duration:.2f} s")
+            if refusal := self.admit(example):
+                self.dropped.add(**refusal)
             else:
                 yield example
 
-    def admit(self, example: Example) -> str | None:
-        """Prepare the text and tokens of an example; the reason where it cannot be used."""
+    def admit(self, example: Example) -> dict[str, Any] | None:
+        """Prepare the text and tokens of an example; `id`, `reason` and `detail` where it cannot be
+        used."""
         written, example.text = example.text, prepare_text(example.text, self.lowercase)
         self.rewritten += example.text != written
         example.target = self.processor.tokenize(example.text)
-        if not example.text and not example.silence:
-            return "empty text"
-        if example.duration < 0:
-            return "unreadable audio"
-        if example.duration < self.min_seconds:
-            return "shorter than min_seconds"
-        if example.duration > self.max_seconds:
-            return "over max_seconds"
-        if not self.fits(example):
-            return "more tokens than frames"
-        slow, fast = CHARACTERS_PER_SECOND
-        if example.text and not slow <= len(example.text) / example.duration <= fast:
-            return "implausible characters per second"
-        return None
+        seconds, letters = example.duration, len(example.text)
+        slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
+        wrong = {
+            "empty text": not letters and not example.silence,
+            "unreadable audio": seconds < 0,
+            "shorter than min_seconds": seconds < self.min_seconds,
+            "over max_seconds": seconds > self.max_seconds,
+            "more tokens than frames": not self.fits(example),
+            "implausible characters per second": letters and not slow <= letters <= fast,
+        }
+        reasons = [reason for reason, holds in wrong.items() if holds]
+        detail = {"id": example.id, "detail": f"{seconds:.2f} s"}
+        return {**detail, "reason": reasons[0]} if reasons else None
 
     def fits(self, example: Example) -> bool:
         """Whether CTC can align the tokens: each needs a frame, a repeated one a blank too."""
@@ -397,8 +394,8 @@ class Clips:
     def mask(self, features: torch.Tensor, example_id: str) -> torch.Tensor:
         """SpecAugment on features (n,) or (t, mels): stretches are set to the clip's mean."""
         rng, mean = self.rng(example_id + "/mask"), features.mean()
-        longest = int(self.mask_time * len(features))
-        for axis, most in list(enumerate((longest, self.mask_bands)))[: features.ndim]:
+        widths = (int(self.mask_time * len(features)), self.mask_bands)
+        for axis, most in enumerate(widths[: features.ndim]):
             for _ in range(2 if most else 0):
                 width = int(rng.integers(most + 1))
                 start = int(rng.integers(features.shape[axis] - width + 1))
@@ -414,9 +411,8 @@ class Clips:
 
         Drawn from (seed, epoch, id), so that a resumed run repeats it.
         """
-        rng = torch.Generator().manual_seed(
-            zlib.crc32(f"{self.seed}/{self.epoch}/{example_id}".encode())
-        )
+        key = f"{self.seed}/{self.epoch}/{example_id}"
+        rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         x = frames.float()
         if self.channel_drop:
             kept = torch.rand(x.shape[1], generator=rng) >= self.channel_drop
@@ -459,8 +455,7 @@ class SpeechDataset(Clips, Dataset):
                 self.examples += [example] * example.repeat
         self.examples = self.examples[: self.max_train_samples]
         if not self.examples:
-            paths = [dict(source).get("path") for source in sources]
-            raise DataError(f"no usable example in {paths}: {dropped}")
+            raise DataError(f"no usable example in {list(sources)}: {dropped}")
         dropped.check(self.total)
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
@@ -469,10 +464,8 @@ class SpeechDataset(Clips, Dataset):
         Where none of a batch could be, the first readable example takes their place: a corrupt
         file that is long enough to be a batch of its own does not end a run.
         """
-        good = [item for item in items if "features" in item]
-        if not good:
-            readable = (item for item in map(self.read, self.examples) if "features" in item)
-            good = list(islice(readable, 1))
+        readable = (item for item in map(self.read, self.examples) if "features" in item)
+        good = [item for item in items if "features" in item] or list(islice(readable, 1))
         if not good:
             raise DataError(f"no example can be read: {items[0]}")
         batch = super().collate(good)
@@ -534,11 +527,9 @@ class LengthBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.seconds, self.most = np.asarray(seconds), most or len(seconds)
         self.largest_first = largest_first
-        if self.seconds.max() > batch_seconds:
-            raise DataError(
-                f"training.batch_seconds={batch_seconds} is below the longest clip "
-                f"({self.seconds.max():.1f} s)"
-            )
+        if (longest := self.seconds.max()) > batch_seconds:
+            below = f"is below the longest clip ({longest:.1f} s)"
+            raise DataError(f"training.batch_seconds={batch_seconds} {below}")
         self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
         self.epoch = self.count = 0
         if shuffle:

@@ -120,9 +120,8 @@ class SpeechStream(Clips, IterableDataset):
             if example is None:
                 continue
             count += 1
-            if reason := self.admit(example):
-                detail = f"{example.duration:.2f} s"
-                dropped.append({"id": example.id, "reason": reason, "detail": detail})
+            if refusal := self.admit(example):
+                dropped.append(refusal)
             else:
                 examples += [example] * example.repeat
         if not position["epoch"]:
