@@ -134,7 +134,7 @@ def coloured(rng: np.random.Generator, n: int, power: int) -> np.ndarray:
     """Noise (n,) whose energy falls with the frequency to this power, at most 1."""
     hz = np.maximum(np.fft.rfftfreq(n, 1 / SAMPLE_RATE), 1.0)
     x = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * hz ** (-power / 2), n)
-    return x / np.abs(x).max()
+    return np.asarray(x / np.abs(x).max())
 
 
 def no_speech(seed: int, seconds: float) -> Iterator[tuple[str, np.ndarray]]:
@@ -148,9 +148,9 @@ def no_speech(seed: int, seconds: float) -> Iterator[tuple[str, np.ndarray]]:
     clicks[rng.integers(0, n, 12)] = 0.9
     band = np.convolve(rng.standard_normal(n), np.hanning(40), "same")
     yield "tone", 0.3 * np.sin(2 * np.pi * hz * t)
-    yield "chord", 0.1 * sum(np.sin(2 * np.pi * hz * k * t) for k in (1, 1.25, 1.5))
+    yield "chord", 0.1 * np.sum([np.sin(2 * np.pi * hz * k * t) for k in (1, 1.25, 1.5)], 0)
     yield "clicks", clicks
-    yield "hum", 0.3 * sum(np.sin(2 * np.pi * 50 * k * t) / k for k in (1, 2, 3, 5))
+    yield "hum", 0.3 * np.sum([np.sin(2 * np.pi * 50 * k * t) / k for k in (1, 2, 3, 5)], 0)
     yield "wind", 0.3 * coloured(rng, n, 2) * (0.6 + 0.4 * np.sin(2 * np.pi * slow * t))
     yield "sweep", 0.3 * np.sin(2 * np.pi * (100 * t + hz * t**2 / 2))
     yield "beeps", 0.3 * (np.sin(2 * np.pi * slow * t) > 0) * np.sin(2 * np.pi * hz * t)
