@@ -49,7 +49,8 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
     from hydra import compose, initialize_config_dir
     from torch.nn import functional as F
 
-    from tiny_audio.data import Dropped, LengthBatchSampler, SpeechDataset
+    from tiny_audio.batches import LengthBatchSampler
+    from tiny_audio.data import Dropped, SpeechDataset
     from tiny_audio.train import CONFIGS, build_model, build_processor, ctc_vocabulary
 
     torch.set_num_threads(threads)

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from tiny_audio import data as data_module
 from tiny_audio import frames
+from tiny_audio.batches import LengthBatchSampler
 from tiny_audio.data import (
     DataError,
     Dropped,
-    LengthBatchSampler,
     SpeechDataset,
     header_seconds,
     prepare_text,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tiny_audio import train as recipe
 from tiny_audio.asr_modeling import WEIGHTS
-from tiny_audio.data import LengthBatchSampler
+from tiny_audio.batches import LengthBatchSampler
 from tiny_audio.trainer import LOG, read_log
 
 

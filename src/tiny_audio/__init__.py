@@ -1,5 +1,5 @@
 """tiny-audio: train your own speech recogniser. Read asr_config, asr_encoder, asr_ctc,
-asr_modeling, asr_processing, asr_pipeline, handler, data, train, in this order."""
+asr_modeling, asr_processing, asr_pipeline, handler, data, batches, train, in this order."""
 
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 

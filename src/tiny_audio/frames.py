@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .asr_modeling import ASRModel
-from .data import LengthBatchSampler, SpeechDataset
+from .batches import LengthBatchSampler
+from .data import SpeechDataset
 
 
 class Frames:

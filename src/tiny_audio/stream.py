@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from transformers import BatchFeature
 
 from .asr_processing import ASRProcessor
-from .data import Clips, DataError, Dropped, Example, Reader, cut_batches
+from .batches import cut_batches
+from .data import Clips, DataError, Dropped, Example, Reader
 
 # `seen` counts the examples that were read, until it is all there are.
 START: dict[str, Any] = {"epoch": 0, "block": 0, "emitted": 0, "sources": None, "seen": 0}

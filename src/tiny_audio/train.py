@@ -280,7 +280,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
         path = folder.parent / f"encoder_frames-{digest}"
         with place.main_process_first():
-            cache_encoder_frames(model, data, path, workers=2)  # there are mel features to compute
+            cache_encoder_frames(model, data, path, settings["dataloader_num_workers"])
         dropped.check(data.total)
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
     # transformers' newer name of it; the field's own is kept in the configs

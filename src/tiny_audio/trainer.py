@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback
 
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
-from .data import ENOUGH, DataError, Dropped, LengthBatchSampler, read_log
+from .batches import LengthBatchSampler
+from .data import ENOUGH, DataError, Dropped, read_log
 from .frames import return_freed_memory
 from .plan import GPUS, gpu_of
 from .scoring import score

@@ -18,7 +18,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from ..data import Clips, DataError, Dropped, LengthBatchSampler
+from ..batches import LengthBatchSampler
+from ..data import Clips, DataError, Dropped
 from ..hub import one_line
 from ..train import build_processor, read_data
 from .plan import recipe_stages

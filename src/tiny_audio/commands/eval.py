@@ -29,7 +29,8 @@ from huggingface_hub import dataset_info
 from tqdm import tqdm
 
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
-from ..data import SOURCE, DataError, Example, cut_batches, read_log, read_source
+from ..batches import cut_batches
+from ..data import SOURCE, DataError, Example, read_log, read_source
 from ..hub import git_hash, one_line
 from ..scoring import count, normalizer, score
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
