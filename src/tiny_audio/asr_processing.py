@@ -84,7 +84,8 @@ def _fetch(url: str) -> bytes:
     try:
         return httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
     except httpx.HTTPError as error:
-        raise AudioError(f"{url}: {str(error) or type(error).__name__}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise AudioError(f"{url}: {reason}") from error
 
 
 def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
