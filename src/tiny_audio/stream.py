@@ -63,7 +63,8 @@ class SpeechStream(Clips, IterableDataset):
 
     def texts(self, count: int) -> Iterator[Example]:
         """The first `count` examples without their audio: what the vocabulary is made of."""
-        for reader in self.open(START):
+        for source in self.sources:
+            reader = Reader(source, streaming=True)  # all of it: every process needs the same
             column, keep = reader.source["text_column"], count // len(self.sources)
             for row in reader.rows.select_columns([column]).take(keep):
                 example = Example("", None, row[column] or "", duration=1.0)
