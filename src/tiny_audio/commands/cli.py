@@ -1,7 +1,9 @@
 """`tiny-audio <verb>`: the list of verbs. Each verb is `main(argv)` of one file beside this one."""
 
+import difflib
 import importlib
 import sys
+from pathlib import Path
 
 VERBS = {
     "train": "train a model: Hydra config and overrides, as src/train.py",
@@ -18,6 +20,9 @@ VERBS = {
     "quickstart": "train, score and use a real recogniser on this CPU",
     "dev": "format, lint, type-check, test, check",
 }
+# Console scripts that have a name of their own; the others are tasks of `dev`.
+ALIASES = {"eval": ["eval"]}
+ALIASES |= {"deploy-runpod": ["remote", "deploy"], "remote-train": ["remote", "train"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +35,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        import difflib
-
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; one of: {', '.join(VERBS)}"
         print(f"tiny-audio: no verb {verb!r}{hint}", file=sys.stderr)
@@ -47,41 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def eval_alias() -> int:
-    """`poetry run eval` is `tiny-audio eval`."""
-    return main(["eval", *sys.argv[1:]])
-
-
-def deploy_alias() -> int:
-    """`deploy-runpod` is `tiny-audio remote deploy`."""
-    return main(["remote", "deploy", *sys.argv[1:]])
-
-
-def remote_train_alias() -> int:
-    """`remote-train` is `tiny-audio remote train`."""
-    return main(["remote", "train", *sys.argv[1:]])
-
-
-def format_alias() -> int:
-    """`poetry run format` is `tiny-audio dev format`."""
-    return main(["dev", "format", *sys.argv[1:]])
-
-
-def lint_alias() -> int:
-    """`poetry run lint` is `tiny-audio dev lint`."""
-    return main(["dev", "lint", *sys.argv[1:]])
-
-
-def type_check_alias() -> int:
-    """`poetry run type-check` is `tiny-audio dev type-check`."""
-    return main(["dev", "type-check", *sys.argv[1:]])
-
-
-def test_alias() -> int:
-    """`poetry run test` is `tiny-audio dev test`."""
-    return main(["dev", "test", *sys.argv[1:]])
-
-
-def check_alias() -> int:
-    """`poetry run check` is `tiny-audio dev check`."""
-    return main(["dev", "check", *sys.argv[1:]])
+def alias() -> int:
+    """A console script that is named after what it does: `poetry run eval` is `tiny-audio eval`."""
+    name = Path(sys.argv[0]).stem
+    return main([*ALIASES.get(name, ["dev", name]), *sys.argv[1:]])
