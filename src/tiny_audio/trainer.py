@@ -43,6 +43,7 @@ class ASRTrainer(Trainer):
         self.settings, self.gflop = settings, gflop  # work of a second of audio
         self.dropped: Dropped = kwargs["train_dataset"].dropped
         self.seconds = self.padded = 0.0  # audio since the last log line
+        self.waited = 0.0  # seconds since then that the device stood still for want of a batch
         self.clips = 0  # checksum of the ids since then
         self.position: Any = None  # of a stream
         gpu = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -94,6 +95,13 @@ class ASRTrainer(Trainer):
                 **options,
             )
         return self.optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; how long they were waited for is in the log."""
+        started = time.monotonic()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.waited += time.monotonic() - started
+        return batches
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -173,17 +181,20 @@ class ASRTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add audio-seconds/s, padding, dropped examples to what every tracker is given."""
+        """Add audio-seconds/s, padding, the share of time that went into waiting for data, and
+        dropped examples to what every tracker is given."""
         if "loss" in logs:
             now = time.monotonic()
             logs["audio_seconds_per_second"] = self.seconds / max(now - self.logged_at, 1e-9)
             logs["padding"] = 1 - self.seconds / max(self.padded, 1e-9)
+            logs["waiting"] = self.waited / max(now - self.logged_at, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
             logs["clips"] = self.clips
             if self.peak:
                 rate = logs["audio_seconds_per_second"] * self.gflop / 1000
                 logs["mfu"] = rate / self.peak  # per process, as the audio is
-            self.seconds, self.padded, self.clips, self.logged_at = 0.0, 0.0, 0, now
+            self.seconds, self.padded, self.waited = 0.0, 0.0, 0.0
+            self.clips, self.logged_at = 0, now
             return_freed_memory()  # batches of ever new sizes leave the heap in pieces
         super().log(logs, start_time)
 
@@ -293,6 +304,7 @@ class StepLine(TrainerCallback):
             f"lr {row['learning_rate']:.1e}",
             f"{row['audio_seconds_per_second']:.0f} s audio/s",
             f"padding {100 * row['padding']:.1f} %",
+            f"waiting {100 * row['waiting']:.0f} %",
             f"dropped {row['dropped']:.0f}",
             *([f"MFU {100 * row['mfu']:.0f} %"] if "mfu" in row else []),
             f"ETA {clock(left)}",
