@@ -134,7 +134,8 @@ def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -
         # transformers' own pipeline decodes the padding of CTC models: each of their clips alone
         whisper = pipe.type == "seq2seq_whisper"  # pads every clip to 30 s
         long = whisper and max(map(len, clips)) > 30 * SAMPLE_RATE
-        size = max(1, int(options["batch_seconds"] / 30)) if whisper else len(clips)
+        padded = max(1, int(options.get("batch_seconds", 60.0) / 30))
+        size = padded if whisper else len(clips)
         size = 1 if long or pipe.type == "ctc" else size
         raw = [{"raw": clip, "sampling_rate": SAMPLE_RATE} for clip in clips]
         answers = pipe(raw, batch_size=size, **({"return_timestamps": True} if long else {}))
