@@ -131,12 +131,12 @@ def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -
             return list(pipe.stream(clips, **options))
         if isinstance(pipe, SpeechLLM | FasterWhisper):
             return [{"text": text.strip()} for text in pipe(clips)]
-        # transformers' own pipeline decodes the padding of CTC models: each of their clips alone
-        whisper = pipe.type == "seq2seq_whisper"  # pads every clip to 30 s
-        long = whisper and max(map(len, clips)) > 30 * SAMPLE_RATE
-        padded = max(1, int(options.get("batch_seconds", 60.0) / 30))
-        size = padded if whisper else len(clips)
-        size = 1 if long or pipe.type == "ctc" else size
+        size, long = len(clips), False
+        if pipe.type == "seq2seq_whisper":  # it pads every clip to 30 s
+            size = max(1, int(options.get("batch_seconds", 60.0) / 30))
+            long = max(map(len, clips)) > 30 * SAMPLE_RATE
+        if pipe.type == "ctc" or long:  # the pipeline decodes the padding of CTC models
+            size = 1
         raw = [{"raw": clip, "sampling_rate": SAMPLE_RATE} for clip in clips]
         answers = pipe(raw, batch_size=size, **({"return_timestamps": True} if long else {}))
         return [{"text": answer["text"].strip()} for answer in answers]
