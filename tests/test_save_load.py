@@ -406,7 +406,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
         [row["eval_loss"] for row in read_log(run / "decoder" / LOG) if "eval_loss" in row]
         for run in (output, recipe.train(cfg))
     )
-    assert after == pytest.approx(before, abs=1e-6)
+    assert after == pytest.approx(before, rel=1e-6)  # a step of 1e-12 may turn a last digit
 
 
 @pytest.mark.parametrize("lora", list(LORAS))
