@@ -382,11 +382,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         return list(names.values())
 
     def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        self_contained: bool | None = None,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
+        self, save_directory: str | Path, self_contained: bool | None = None, **kwargs: Any
     ) -> None:
         """Write config, generation config, tensors and the code that loads them.
 
@@ -394,7 +390,6 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             save_directory: folder, made if missing.
             self_contained: write the base models' weights too, so that the folder needs nothing
                 else. None: only where a base model is a local folder, which others lack.
-            state_dict: tensors to write instead of the model's own (a gathered sharded state).
         """
         check_keys(kwargs, {"is_main_process", "safe_serialization"}, "save_pretrained")
         folder = Path(save_directory)
@@ -402,7 +397,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         bases = (self.config.encoder_name, self.config.decoder_name)
         if self_contained is None:
             self_contained = self.config.self_contained or any(Path(b).is_dir() for b in bases)
-        state = self.state_dict() if state_dict is None else state_dict
+        state = self.state_dict()
         tensors = {n: state[n].contiguous() for n in self.checkpoint_names(self_contained)}
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
         (folder / (WEIGHTS + ".tmp")).replace(folder / WEIGHTS)
