@@ -62,7 +62,7 @@ def measure(variant: dict[str, Any], threads: int, seconds: float, batch_seconds
     data = SpeechDataset([dict(cfg.data.train[0])], processor, Dropped(), max_seconds=29.0)
     if not variant.get("real_length"):
         processor.min_seconds, processor.tail_seconds = 30.0, 0.0
-    model = build_model(cfg, processor, ctc_vocabulary(data)).train()
+    model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
     if variant.get("checkpointing"):
         model.gradient_checkpointing_enable()
     logits = 0
