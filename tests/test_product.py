@@ -237,6 +237,20 @@ def test_the_quickstart_recognises_speech(long_run, real_bases):
     assert abs(len(heard["text"].split()) / len(said.split()) - 1) < 0.15, "something is missing"
 
 
+@pytest.mark.long
+def test_another_language(tmp_path):
+    """The guide's commands, one after the other."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    guide = (clone / "docs/another_language.md").read_text()
+    for block in re.findall(r"```bash\n(.*?)```", guide, re.S):
+        done = bash(f"set -e\n{block}", clone)
+        assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(next(clone.glob("outputs/eval_*/summary.json")).read_text())
+    assert result["language"] == "nl" and result["errors"] == 0 and result["utterances"] > 150
+    assert result["wer"] < 80  # the figure: docs/another_language.md
+
+
 def test_readme_python(workplace):
     code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     done = subprocess.run(

@@ -137,6 +137,12 @@ def test_the_other_presets():
     assert modern.model.encoder_model_name == "nvidia/parakeet-ctc-1.1b"
     assert modern.model.stack == 1 and modern.training.bf16
     assert modern.run.output_dir == "outputs/parakeet"
+    dutch, english = composed("+experiments=dutch"), composed("+experiments=quickstart")
+    assert dutch.training.language == "nl" and english.training.language == "en"
+    assert [source.path.rsplit("/", 2)[1:] for source in dutch.data.train] == [
+        ["dutch", "train.jsonl"]
+    ]
+    assert dutch.model == english.model
 
 
 def test_values_that_are_given_reach_the_trainer():

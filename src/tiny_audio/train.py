@@ -56,7 +56,7 @@ OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
-    "early_stopping_patience largest_first".split()
+    "early_stopping_patience largest_first language".split()
 )
 # Settings of the data group that choose what is read; every other one is an option of `Clips`.
 OWN_DATA_KEYS = set("train eval streaming block vocabulary_rows max_dropped_fraction".split())

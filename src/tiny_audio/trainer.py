@@ -171,7 +171,8 @@ class ASRTrainer(Trainer):
             said += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
                      "features" in i]  # fmt: skip
         model.train()
-        metrics = {"loss": loss / labels, "wer": score(said, heard)["wer"], "clips": len(said)}
+        wer = score(said, heard, self.settings["language"])["wer"]
+        metrics = {"loss": loss / labels, "wer": wer, "clips": len(said)}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
         self.logged_at = time.monotonic()  # no part of the training's speed
