@@ -87,6 +87,15 @@ def test_blocks_of_any_size_give_the_same_pieces():
             assert np.array_equal(np.concatenate([part for _, part in parts]), samples)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_pieces_of_an_array_keep_no_copies_of_it_alive(kind):
+    """Half an hour as one array took 7 GB: each piece was a view of all that came after it."""
+    samples = np.tile(babble(10.0, 2), 30)
+    for _, part in split_blocks(read_audio(kind(samples)), 20.0):
+        owner = part if part.base is None else part.base
+        assert owner.nbytes <= 22 * SAMPLE_RATE * part.itemsize
+
+
 # -- forced alignment ----------------------------------------------------------------------------
 
 

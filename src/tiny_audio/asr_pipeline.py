@@ -32,7 +32,7 @@ ARGUMENTS = (
 )
 LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split to be tried again
 SILENCE = 1e-3  # a piece whose samples are all below this (-60 dBFS) holds no speech
-UNSUPPORTED = 0.33  # a transcript of less CTC confidence than this is not what was said
+UNSUPPORTED = 0.26  # a transcript of less CTC confidence than this is not what was said
 FLAGS = {
     "truncated": "stopped at the limit of tokens for its length",
     "repetition": "says one thing over and over",

@@ -65,7 +65,9 @@ def read_audio(
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        yield _resample(source, sampling_rate)
+        samples = _resample(source, sampling_rate)
+        # in seconds: each piece cut from it in one would keep a copy of all the rest alive
+        yield from np.split(samples, range(SAMPLE_RATE, len(samples), SAMPLE_RATE))
         return
     name = str(source) if isinstance(source, str | Path) else "audio"
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -75,9 +77,7 @@ def read_audio(
         if path.is_dir() or not path.exists():
             raise AudioError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
         source = str(path)
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    yield from _decode(source, name, missing)
+    yield from _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name, missing)
 
 
 def _fetch(url: str) -> bytes:
