@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_audio
+from test_serve import KINDS, Running, everywhere
 
 from tiny_audio.asr_pipeline import Piece, Recording, split_blocks
 from tiny_audio.asr_processing import SAMPLE_RATE, load_audio, read_audio
 from tiny_audio.commands import assets
+from tiny_audio.commands.serve import create_app
 from tiny_audio.commands.transcribe import load_pipeline
 from tiny_audio.scoring import score
 
@@ -128,6 +130,20 @@ def test_word_times_lie_where_the_speech_is(half_hour, real):
     median = np.median(np.abs(errors), axis=0)
     print("median error of first and last word, s:", median)
     assert (median <= real.processor.frame_seconds * real.processor.stack).all()
+
+
+def test_real_speech_is_read_alike_everywhere(real, real_bases, tmp_path, capsys):
+    """Twenty held-out clips, six formats: pipeline, command line, handler, endpoint and page."""
+    rows = [r for r in assets.read_manifest(real_bases.test) if r["duration"] < 6][:20]
+    files = []
+    for i, (row, kind) in enumerate(zip(rows, list(KINDS) * 4, strict=False)):
+        samples, rate = load_audio(real_bases.test.parent / row["audio"]), (16_000, 48_000)[i % 2]
+        loud = np.repeat(samples, rate // SAMPLE_RATE)
+        files.append(write_audio(tmp_path / f"{i}.{kind}", loud, rate, KINDS[kind]))
+    running = Running(create_app(real, "tiny"))
+    texts = everywhere(files, MODEL, real, running.client(), capsys)
+    running.stop()
+    assert score([row["text"] for row in rows], texts)["wer"] < 50  # it is what was said
 
 
 def coloured(rng: np.random.Generator, n: int, power: int) -> np.ndarray:
