@@ -30,6 +30,8 @@ def train(overrides: Sequence[str], said: Path) -> None:
     from tiny_audio.train import main
 
     torch.set_num_threads(1)
+    # As in a run by hand: a server of this run's own for its workers would outlive a kill.
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = ["train.py", *overrides]
     main()
 
