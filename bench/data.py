@@ -157,7 +157,7 @@ def resuming(cached: assets.Assets, folder: Path) -> list[str]:
         until([*own, "run.fresh=true"], "step    51/")
         for step in (50, 5000):
             times = [until(own, f"step {step + 1:>5}/") for _ in range(3)]
-            row.append(f"{median(times):.1f} s ({min(times):.1f} to {max(times):.1f})")
+            row.append(f"{median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
             if step == 50:
                 pretend(folder / "run/train/checkpoint-50", own, streaming)
         lines.append(f"| {'a stream' if streaming else 'all there'} | {' | '.join(row)} |")
