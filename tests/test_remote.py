@@ -202,12 +202,13 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     overrides = recipe(4000)
     assert remote.main([*train, "--detach", *overrides]) == 0
     log = far / "runs/mac_minimal/log"
-    wait_for(lambda: log.exists() and "step     7/" in log.read_text())
+    wait_for(lambda: log.exists() and "evaluation loss" in log.read_text())
     assert remote.main([*train, "--detach", *overrides]) == 1
     assert "the run mac_minimal is going on there" in capfd.readouterr().err
     assert remote.main(call("status", sshd, far, "--price", "36")) == 0
     said = capfd.readouterr().out
     assert "mac_minimal: running" in said and "$0." in said and "s audio/s" in said
+    assert "evaluation loss" in said  # the last step and the last evaluation, whichever came last
     assert remote.main(call("stop", sshd, far, "--wait", "60")) == 0
     assert remote.main(call("stop", sshd, far)) == 1
     assert "it is not running" in capfd.readouterr().err

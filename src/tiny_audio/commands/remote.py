@@ -107,7 +107,7 @@ echo "started=$(cat started)"; echo "seen=$(stat -c %Y log)"; echo "now=$(date +
 if ! flock -n lock true; then echo state=running
 elif [ -e exit ]; then echo "state=ended with code $(cat exit)"
 else echo state=killed; fi
-echo "line=$(grep -a '^step ' log | tail -n 1)"
+last() { grep -a "^step *[0-9]*$1" log | tail -n1; }; echo "step=$(last /)"; echo "eval=$(last :)"
 """
 )
 STOP = (
@@ -247,13 +247,13 @@ def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
 
 
 def status(machine: Machine, args: argparse.Namespace) -> int:
-    """Print state, the last step line and the bill since the first start."""
+    """Print state, the last lines of a step and of an evaluation, and the bill since the start."""
     found = machine.facts(STATUS, args.run)
-    until = int(found["now" if found["state"] == "running" else "seen"])
-    seconds = until - int(found["started"])
+    seconds = int(found["now" if found["state"] == "running" else "seen"]) - int(found["started"])
     spent = "" if args.price is None else f", ${args.price * seconds / 3600:.2f} spent"
     print(f"{found['name']}: {found['state']}, {clock(seconds)} since its start{spent}")
-    print(found["line"] or "no step yet: see `tiny-audio remote logs`")
+    step = found["step"] or "no step yet: see `tiny-audio remote logs`"
+    print(step, found["eval"], sep="\n" if found["eval"] else "")
     return 0
 
 
