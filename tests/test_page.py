@@ -73,6 +73,8 @@ def test_the_page(page, pipe, tmp_path, screen):
         assert "-->" in (tmp_path / "talk.srt").read_text()
         width = driver.execute_script("return document.documentElement.scrollWidth")
         assert width <= driver.execute_script("return window.innerWidth") + 1
+        inside = "const e = document.querySelector('.words'); return e.scrollWidth <= e.clientWidth"
+        assert driver.execute_script(inside)
         assert driver.find_element(By.CSS_SELECTOR, ".status").get_attribute("role") == "status"
         broken = tmp_path / "broken.wav"
         broken.write_text("this is no audio")

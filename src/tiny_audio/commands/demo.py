@@ -22,7 +22,8 @@ from .transcribe import load_pipeline
 MAX_SIZE, MAX_SECONDS = "200mb", 3600.0
 KEEP = 7200  # seconds until an upload is deleted
 CSS = """
-.result audio { width: 100% } .result a { margin-right: 1rem; text-decoration: underline }
+.result { overflow-wrap: anywhere } .result audio { width: 100% }
+.result a { margin-right: 1rem; text-decoration: underline }
 .words { font-size: 1.2rem; line-height: 1.9 } .words .now { background: #ffd54a; color: #000 }
 """
 # Marks the word that is being said; a click on a word plays from there.
@@ -54,9 +55,8 @@ def player(result: dict[str, Any], source: Path) -> str:
     out = f'<audio controls src="gradio_api/file={html.escape(str(source))}"></audio>'
     for kind in ("txt", "srt"):
         data = base64.b64encode(render(result, kind).encode()).decode()
-        name = html.escape(f"{source.stem}.{kind}")
         href = f"data:text/plain;charset=utf-8;base64,{data}"
-        out += f'<a download="{name}" href="{href}">Download .{kind}</a>'
+        out += f'<a download="{html.escape(source.stem)}.{kind}" href="{href}">Download .{kind}</a>'
     return out
 
 
