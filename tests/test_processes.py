@@ -114,6 +114,8 @@ assert set(parts) == set(gradients)
 for name, gradient in gradients.items():
     assert torch.allclose(parts[name].full_tensor(), gradient, atol=1e-5), name
 print("sharded", len(gradients))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # gloo's threads must not outlive the interpreter
 """
 
 
