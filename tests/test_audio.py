@@ -193,6 +193,21 @@ def test_arrays_that_are_no_audio(array, rate):
         load_audio(array, rate)
 
 
+def test_a_recording_opens_no_other_file(tmp_path, monkeypatch):
+    """FFmpeg tells a playlist by its content: uploaded, it would read our files aloud."""
+    write_audio(tmp_path / "ours.flac", tone(1.0), 16_000, "flac")
+    playlist = b"ffconcat version 1.0\nfile 'ours.flac'\n"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AudioError, match="not readable as audio"):
+        load_audio(playlist)
+
+
+def test_a_name_with_a_colon(tmp_path, monkeypatch):
+    write_audio(tmp_path / "2026-01-01T10:30.flac", tone(1.0), 16_000, "flac")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_audio("2026-01-01T10:30.flac")) == 16_000
+
+
 def test_bytes_that_are_no_audio():
     for data in (b"", b"hello", b"RIFF" + bytes(100)):
         with pytest.raises(AudioError):

@@ -76,7 +76,7 @@ def read_audio(
         path = Path(source).expanduser()
         if path.is_dir() or not path.exists():
             raise AudioError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
-        source = str(path)
+        source = str(path.absolute())  # a name with a colon would be taken for a protocol
     yield from _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name, missing)
 
 
@@ -91,7 +91,9 @@ def _fetch(url: str) -> bytes:
 def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
     done = 0
     try:
-        with av.open(source, mode="r") as container:
+        # A playlist may pass for a recording: what was uploaded must open nothing else.
+        options = {"protocol_whitelist": "file" if isinstance(source, str) else "none"}
+        with av.open(source, mode="r", options=options) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
             for block in _blocks(container, missing):
@@ -131,8 +133,7 @@ def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
         except (av.FFmpegError, ValueError) as error:
             if missing is None:
                 raise
-            if (line := f"damaged at {at:.1f} s ({error})") not in missing[-1:]:
-                missing.append(line)
+            missing += {f"damaged at {at:.1f} s ({error})"} - set(missing[-1:])
         for block in blocks:
             done += len(block)
             yield block
