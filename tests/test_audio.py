@@ -9,6 +9,7 @@ from conftest import babble, tone, write_audio
 
 from tiny_audio.asr_pipeline import split_at_pauses
 from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio
+from tiny_audio.data import header_seconds
 
 SECONDS = 4.0
 FORMATS = {
@@ -200,12 +201,14 @@ def test_a_recording_opens_no_other_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AudioError, match="not readable as audio"):
         load_audio(playlist)
+    assert header_seconds({"bytes": playlist}) == -1.0
 
 
 def test_a_name_with_a_colon(tmp_path, monkeypatch):
     write_audio(tmp_path / "2026-01-01T10:30.flac", tone(1.0), 16_000, "flac")
     monkeypatch.chdir(tmp_path)
     assert len(load_audio("2026-01-01T10:30.flac")) == 16_000
+    assert header_seconds("2026-01-01T10:30.flac") == 1.0
 
 
 def test_bytes_that_are_no_audio():

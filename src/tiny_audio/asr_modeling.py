@@ -345,8 +345,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if self.ctc is None:
             raise ValueError("this model has no CTC head")
         frames, lengths = self.project(input_features, input_features_mask)
-        log_probs = self.ctc(frames, self.get_input_embeddings().weight)
-        return self.ctc.greedy(log_probs, lengths)
+        return self.ctc.greedy(self.ctc(frames, self.get_input_embeddings().weight), lengths)
 
     # -- modes, parts --------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def read_audio(
         path = Path(source).expanduser()
         if path.is_dir() or not path.exists():
             raise AudioError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
-        source = str(path.absolute())  # a name with a colon would be taken for a protocol
+        source = str(path)
     yield from _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name, missing)
 
 
@@ -88,12 +88,21 @@ def _fetch(url: str) -> bytes:
         raise AudioError(f"{url}: {reason}") from error
 
 
+def open_audio(source: str | IO[bytes]) -> Any:
+    """PyAV's container of a local path or an open file.
+
+    FFmpeg tells a playlist by its content: one that was sent in for a recording would have it read
+    our files aloud, so an open file opens nothing else, and a path nothing from the network.
+    """
+    if isinstance(source, str):  # absolute: a name with a colon would be taken for a protocol
+        return av.open(str(Path(source).absolute()), options={"protocol_whitelist": "file"})
+    return av.open(source, options={"protocol_whitelist": "none"})
+
+
 def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
     done = 0
     try:
-        # A playlist may pass for a recording: what was uploaded must open nothing else.
-        options = {"protocol_whitelist": "file" if isinstance(source, str) else "none"}
-        with av.open(source, mode="r", options=options) as container:
+        with open_audio(source) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
             for block in _blocks(container, missing):
@@ -133,7 +142,8 @@ def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
         except (av.FFmpegError, ValueError) as error:
             if missing is None:
                 raise
-            missing += {f"damaged at {at:.1f} s ({error})"} - set(missing[-1:])
+            if (line := f"damaged at {at:.1f} s ({error})") not in missing[-1:]:
+                missing.append(line)
         for block in blocks:
             done += len(block)
             yield block

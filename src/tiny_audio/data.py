@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from transformers import BatchFeature
 
 from .asr_config import check_keys
-from .asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
+from .asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio, open_audio
 
 # Defaults of a source: where its rows come from and how they are named there.
 SOURCE: dict[str, Any] = {
@@ -252,10 +252,9 @@ def header_seconds(audio: Any) -> float:
     source = audio
     if isinstance(audio, dict):
         source = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
-    container: Any
     try:
         if isinstance(source, str | io.BytesIO):
-            with av.open(source) as container:
+            with open_audio(source) as container:
                 if container.duration:
                     return container.duration / av.time_base
         return len(load_audio(audio)) / SAMPLE_RATE
@@ -355,8 +354,7 @@ class Clips:
         ids), or with `id`, `reason` and `detail` where it cannot be read."""
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
         if self.encoded is not None:
-            frames = self.encoded[example.id]
-            return {**item, "features": self.augment(frames, example.id)}
+            return {**item, "features": self.augment(self.encoded[example.id], example.id)}
         try:
             samples = load_audio(example.audio)
         except AudioError as error:
@@ -371,8 +369,7 @@ class Clips:
 
     def rng(self, example_id: str) -> np.random.Generator:
         """Draws for an example: fixed by (seed, epoch, id), so that a resumed run repeats them."""
-        key = [self.seed, self.epoch, zlib.crc32(example_id.encode())]
-        return np.random.default_rng(key)
+        return np.random.default_rng([self.seed, self.epoch, zlib.crc32(example_id.encode())])
 
     def disturb(self, samples: np.ndarray, example_id: str) -> np.ndarray:
         """Noise from a folder and the configured transform, on samples (n,) at 16 kHz."""
