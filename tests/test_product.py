@@ -16,12 +16,14 @@ import av
 import numpy as np
 import pytest
 from conftest import write_audio
+from hydra import compose, initialize_config_dir
 
 from tiny_audio.asr_pipeline import split_at_pauses
 from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev
 from tiny_audio.commands.transcribe import load_pipeline
 from tiny_audio.scoring import score
+from tiny_audio.train import CONFIGS, check_config, refuse_shadowed
 from tiny_audio.trainer import LOG, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +207,16 @@ def test_readme_server(command, workplace):
     finally:
         run.send_signal(signal.SIGINT)
         assert run.wait(20) in (0, 130)
+
+
+def test_readme_remote_overrides_are_accepted():
+    """What the rented machine is told passes the check that is made before it is paid for."""
+    config, override = re.findall(r"^remote-train .*--config (\S+) (\S+)$", README, re.M)[0]
+    overrides = [f"+experiments={config}", override]
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("config", overrides)
+    check_config(cfg)
+    refuse_shadowed(cfg, overrides)
 
 
 @pytest.fixture(scope="session")
