@@ -96,7 +96,8 @@ def open_audio(source: str | IO[bytes]) -> Any:
     """
     if isinstance(source, str):  # absolute: a name with a colon would be taken for a protocol
         return av.open(str(Path(source).absolute()), options={"protocol_whitelist": "file"})
-    return av.open(source, options={"protocol_whitelist": "none"})
+    # The mode is ours: an upload's file is open for writing too, and PyAV would go by that.
+    return av.open(source, mode="r", options={"protocol_whitelist": "none"})
 
 
 def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
