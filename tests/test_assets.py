@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from tiny_audio.commands import assets
 from tiny_audio.commands.assets import AssetError, clean, near_duplicate, read_manifest
+from tiny_audio.train import compose_recipe
 
 REPO = Path(__file__).parents[1]
 
@@ -65,15 +66,16 @@ def made(cache: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------- cache
 
 
-def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TINY_AUDIO_CACHE", raising=False)
-    assert assets.cache_dir() == tmp_path / "tiny-audio"
-    monkeypatch.setenv("TINY_AUDIO_CACHE", str(tmp_path / "mine"))
-    assert assets.cache_dir() == tmp_path / "mine"
-    monkeypatch.delenv("TINY_AUDIO_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assets.cache_dir() == Path.home() / ".cache" / "tiny-audio"
+def test_the_cache_is_where_the_configs_look(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    for folder in (None, tmp_path / "mine"):
+        monkeypatch.delenv("TINY_AUDIO_CACHE", raising=False)
+        if folder:
+            monkeypatch.setenv("TINY_AUDIO_CACHE", str(folder))
+        assert assets.cache_dir() == (folder or Path.home() / ".cache" / "tiny-audio")
+        cfg = compose_recipe(["+experiments=quickstart"])
+        assert Path(cfg.model.encoder_model_name).parent == assets.cache_dir()
+        assert Path(cfg.data.train[0].path).parent.parent == assets.cache_dir()
 
 
 def test_second_call_is_a_look(ready):

@@ -16,14 +16,13 @@ import av
 import numpy as np
 import pytest
 from conftest import write_audio
-from hydra import compose, initialize_config_dir
 
 from tiny_audio.asr_pipeline import split_at_pauses
 from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev
 from tiny_audio.commands.transcribe import load_pipeline
 from tiny_audio.scoring import score
-from tiny_audio.train import CONFIGS, check_config, refuse_shadowed
+from tiny_audio.train import compose_recipe
 from tiny_audio.trainer import LOG, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -212,11 +211,55 @@ def test_readme_server(command, workplace):
 def test_readme_remote_overrides_are_accepted():
     """What the rented machine is told passes the check that is made before it is paid for."""
     config, override = re.findall(r"^remote-train .*--config (\S+) (\S+)$", README, re.M)[0]
-    overrides = [f"+experiments={config}", override]
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", overrides)
-    check_config(cfg)
-    refuse_shadowed(cfg, overrides)
+    compose_recipe([f"+experiments={config}", override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rate=1", "overruled by stage align: set stages.0.training"),
+        ("training.lerning_rate=1", "did you mean 'learning_rate'"),
+    ],
+)
+def test_the_quickstart_says_what_is_wrong_before_it_fetches(override, message, tmp_path):
+    done = bash(f"tiny-audio quickstart {override}", tmp_path, TINY_AUDIO_CACHE=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("early_stopping_patience=2", "needs training.load_best_model_at_end=true"),
+        ("load_best_model_at_end=true stages.0.training.save_steps=250", "saving steps"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_encoding(override, message, real_bases, tmp_path):
+    train = f"'data.train=[{{path: {real_bases.train}}}]' run.output_dir={tmp_path}"
+    command = f"python src/train.py +experiments=quickstart {train} training.{override}"
+    done = bash(command, ROOT)
+    assert message in done.stderr and done.returncode == 1, done.stderr[-2000:]
+    assert not list(tmp_path.rglob("encoder_frames-*"))
+
+
+@pytest.mark.long
+def test_the_quickstart_is_told_to_stop_and_saves(workplace, real_bases, tmp_path):
+    """SIGTERM ends it with the code of a run that can be continued, and no stack."""
+    short = SHORT.format(manifest=real_bases.train) + f"run.output_dir={tmp_path / 'run'}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = subprocess.Popen(["bash", "-c", f"exec tiny-audio quickstart {short}"], text=True,
+                           env={**os.environ, "PATH": path}, cwd=workplace,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    for line in run.stdout:
+        if line.startswith("step     5/30"):
+            break
+    run.terminate()
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 75, said[-2000:]
+    assert "SIGTERM: saved; the same command continues" in said and "Traceback" not in said
+    assert list((tmp_path / "run/align").glob("checkpoint-*"))
 
 
 @pytest.fixture(scope="session")

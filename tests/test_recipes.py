@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -17,10 +16,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def composed(*overrides: str):
-    with hydra.initialize_config_dir(str(recipe.CONFIGS), version_base=None):
-        cfg = hydra.compose("config", list(overrides))
-    recipe.check_config(cfg)
-    return cfg
+    return recipe.compose_recipe(overrides)
 
 
 def base_config(name: str) -> dict:
@@ -143,6 +139,14 @@ def test_the_other_presets():
         ["dutch", "train.jsonl"]
     ]
     assert dutch.model == english.model
+
+
+@pytest.mark.parametrize("name", ["dutch", "mac_minimal", "parakeet", "quickstart", "stage1"])
+def test_the_best_checkpoint_can_be_kept(name):
+    """A checkpoint is written at an evaluation, or transformers refuses load_best_model_at_end."""
+    cfg = recipe.compose_recipe([f"+experiments={name}", "training.load_best_model_at_end=true"])
+    for stage in recipe.stage_configs(cfg):
+        assert stage.training.save_steps % stage.training.eval_steps == 0, stage.training
 
 
 def test_values_that_are_given_reach_the_trainer():

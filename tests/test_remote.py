@@ -3,6 +3,7 @@
 The far side is this machine under another folder. Needs sshd and rsync; root installs them.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -140,6 +141,24 @@ def test_a_machine_without_gpu_disk_or_python_is_refused(sshd, home, capsys, mon
     assert "no Python 3.11" in capsys.readouterr().err
 
 
+def test_a_folder_with_other_things_in_it_is_left_alone(sshd, home, capsys):
+    """A deploy deletes what is not in the checkout, so it takes none but a folder of its own."""
+    far = home / "volume"
+    far.mkdir()
+    (far / "years of work").write_text("kept")
+    assert remote.main(call("deploy", sshd, far, "--cpu", "--small-disk")) == 1
+    assert "is not empty and not ours: give --folder a new one" in capsys.readouterr().err
+    assert [path.name for path in far.iterdir()] == ["years of work"]
+
+
+def test_what_a_script_there_says_is_not_taken_for_the_way(sshd, home):
+    """A run's own "Permission denied" is shown, and not that the key is refused."""
+    machine = remote.Machine(argparse.Namespace(host="127.0.0.1", port=sshd.port, folder=str(home),
+                             user=os.environ.get("USER", "root"), identity=sshd.key))  # fmt: skip
+    with pytest.raises(remote.RemoteError, match="/data: Permission denied"):
+        machine.call("echo '/data: Permission denied' >&2; exit 2")
+
+
 def test_an_unknown_key_is_refused_before_anything_is_paid_for(sshd, home, capsys):
     task = call("train", sshd, home / "far", "--config", "quickstart", "+training.lerning_rate=1")
     assert remote.main(task) == 1
@@ -207,7 +226,7 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     assert "the run mac_minimal is going on there" in capfd.readouterr().err
     assert remote.main(call("status", sshd, far, "--price", "36")) == 0
     said = capfd.readouterr().out
-    assert "mac_minimal: running" in said and "$0." in said and "s audio/s" in said
+    assert "mac_minimal: running, ran 0:" in said and "$0." in said and "s audio/s" in said
     assert "evaluation loss" in said  # the last step and the last evaluation, whichever came last
     assert remote.main(call("stop", sshd, far, "--wait", "60")) == 0
     assert remote.main(call("stop", sshd, far)) == 1
@@ -218,6 +237,12 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     assert "continuing from" in out and "ended with code 0" in out
     assert remote.main(call("fetch", sshd, far, "--into", str(home / "the model"))) == 0
     assert (home / "the model/model.safetensors").exists()
+    before = far / "runs/mac_minimal/before"
+    assert 0 < int(before.read_text()) < 180  # what ran until the stop
+    before.write_text("3600")  # as if it had been an hour
+    assert remote.main(call("status", sshd, far, "--price", "36")) == 0
+    said = capfd.readouterr().out
+    assert "ended with code 0, ran 1:00:" in said and "$36." in said
     assert remote.main(call("logs", sshd, far)) == 0
     said = capfd.readouterr().out
     assert "step     7/4000" in said and f"/{done + 30} 100 %" in said

@@ -232,6 +232,7 @@ def test_without_a_network_the_run_goes_on_and_says_so(command, tmp_path):
         ("training.resume_from_checkpoint=/no/checkpoint", "/no/checkpoint"),
         ("training.push_to_hub=true", "needs HF_TOKEN"),
         ("training.load_best_model_at_end=true training.eval_steps=7", "load_best_model_at_end"),
+        ("training.early_stopping_patience=2", "needs training.load_best_model_at_end=true"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(command, override, message):

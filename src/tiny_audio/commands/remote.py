@@ -24,10 +24,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
-from ..train import CONFIGS, check_config, refuse_shadowed
+from ..train import compose_recipe
 from ..trainer import clock
+from .assets import cache_dir
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
@@ -49,6 +48,9 @@ ADVICE = {
 # Scripts for the other side: bash, with arguments, so that no value is ever read as code.
 CHECK = """
 mkdir -p -- "$1" && cd -- "$1" || exit
+[ -e .deploying ] || [ -z "$(ls -A)" ] || {
+  echo "$PWD is not empty and not ours: give --folder a new one, it is made" >&2; exit 3; }
+>> .deploying
 for python in python3.13 python3.12 python3.11 python3; do
   $python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
     echo "python=$python" && break
@@ -84,8 +86,9 @@ for lock in runs/*/lock; do
   echo "the run $other is going on there: attach to it, stop it, or add --beside" >&2; exit 4
 done
 cd "runs/$name" && exec 8>>lock && flock -n 8 || exit 4  # held until its last process is gone
-rm -f exit; [ -e started ] || date +%s > started
-echo "$output" > output; echo "$name" > ../last; touch log
+before=$(cat before 2>/dev/null || echo 0)  # seconds that it has run
+[ -s started ] && echo $((before + $(stat -c %Y log) - $(cat started))) > before
+rm -f exit pid; date +%s > started; echo "$output" > output; echo "$name" > ../last; touch log
 echo "from=$(($(stat -c %s log) + 1))"
 cd ../..
 PYTHONUNBUFFERED=1 setsid bash -c '
@@ -103,7 +106,8 @@ STATUS = (
     RUN
     + """
 echo "name=$name"; echo "output=$(cat output)"
-echo "started=$(cat started)"; echo "seen=$(stat -c %Y log)"; echo "now=$(date +%s)"
+echo "started=$(cat started)"; echo "before=$(cat before 2>/dev/null || echo 0)"
+echo "seen=$(stat -c %Y log)"; echo "now=$(date +%s)"
 if ! flock -n lock true; then echo state=running
 elif [ -e exit ]; then echo "state=ended with code $(cat exit)"
 else echo state=killed; fi
@@ -131,9 +135,8 @@ class Machine:
     def __init__(self, args: argparse.Namespace) -> None:
         self.host, self.folder = f"{args.user}@{args.host}", args.folder
         self.name = f"[{args.host}]:{args.port}" if args.port != 22 else args.host
-        cache = Path(os.environ.get("TINY_AUDIO_CACHE", Path.home() / ".cache/tiny-audio"))
-        cache.mkdir(parents=True, exist_ok=True)
-        self.known = cache / "known_hosts"
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        self.known = cache_dir() / "known_hosts"
         self.ssh = ["ssh", "-p", str(args.port), "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
         self.ssh += ["-o", "StrictHostKeyChecking=accept-new", "-o", "LogLevel=ERROR"]
         self.ssh += ["-o", f'UserKnownHostsFile="{self.known}"', "-o", "ForwardAgent=no"]
@@ -174,14 +177,15 @@ class Machine:
         if not done.returncode:
             return
         said = done.stderr.strip()
+        lost = done.returncode in (255, 10, 12, 30, 35)  # ssh's code, and rsync's for lost sockets
         for sign, advice in ADVICE.items():
-            if sign in said:
+            # What a script there says of its own files is not the way's fault; a full disk is its.
+            if sign in said and (lost or sign.startswith("No space")):
                 known, name = shlex.quote(str(self.known)), shlex.quote(self.name)
                 raise RemoteError(f"{self.name}: {advice.format(known=known, name=name)}")
         lines = said.splitlines() or [f"code {done.returncode}"]
         if len(lines) > 1:
             print(said, file=sys.stderr)
-        lost = done.returncode in (255, 10, 12, 30, 35)  # ssh's code, and rsync's for lost sockets
         hint = "; the connection was lost: repeat it, or attach to the run" if lost else ""
         raise RemoteError(f"{self.name}: {lines[-1]}{hint}")
 
@@ -215,15 +219,13 @@ def deploy(machine: Machine, args: argparse.Namespace) -> None:
 def train(machine: Machine, args: argparse.Namespace) -> int:
     """Start a run, or continue it, and follow it; it outlives this program."""
     overrides = [f"+experiments={args.config}", *args.overrides]
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose("config", overrides)
-    check_config(cfg)  # here, before anything is paid for
-    refuse_shadowed(cfg, overrides)
+    cfg = compose_recipe(overrides)  # here, before anything is paid for
     name = args.run or args.config.replace("/", "-")
     secrets = {key: os.environ[key] for key in SECRETS if os.environ.get(key)}
     command = [".venv/bin/python", "src/train.py", *overrides]
     if args.config == "quickstart":  # fetches its parts first
-        both = ".venv/bin/python -m tiny_audio.commands.assets && exec " + shlex.join(command)
+        both = ".venv/bin/python -m tiny_audio.commands.assets & trap 'kill $!' TERM; "
+        both += f"wait $! && trap - TERM && exec {shlex.join(command)}"
         command = ["bash", "-c", both]
     text = "".join(f"{key}={value}\n" for key, value in secrets.items())
     beside = "yes" if args.beside else "no"
@@ -247,11 +249,12 @@ def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
 
 
 def status(machine: Machine, args: argparse.Namespace) -> int:
-    """Print state, the last lines of a step and of an evaluation, and the bill since the start."""
+    """Print state, time that it ran, its bill, the last lines of a step and of an evaluation."""
     found = machine.facts(STATUS, args.run)
     seconds = int(found["now" if found["state"] == "running" else "seen"]) - int(found["started"])
+    seconds += int(found["before"])
     spent = "" if args.price is None else f", ${args.price * seconds / 3600:.2f} spent"
-    print(f"{found['name']}: {found['state']}, {clock(seconds)} since its start{spent}")
+    print(f"{found['name']}: {found['state']}, ran {clock(seconds)}{spent}")
     step = found["step"] or "no step yet: see `tiny-audio remote logs`"
     print(step, found["eval"], sep="\n" if found["eval"] else "")
     return 0
