@@ -8,7 +8,7 @@ import torch
 from conftest import babble, tone, write_audio
 
 from tiny_audio.asr_pipeline import split_at_pauses
-from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio
+from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.data import header_seconds
 
 SECONDS = 4.0
@@ -209,6 +209,28 @@ def test_a_name_with_a_colon(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(load_audio("2026-01-01T10:30.flac")) == 16_000
     assert header_seconds("2026-01-01T10:30.flac") == 1.0
+
+
+def test_a_name_that_is_too_long_is_no_file():
+    with pytest.raises(AudioError, match="not readable as audio"):
+        load_audio("a" * 300 + ".wav")
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "adts"])
+def test_files_that_were_joined_to_one_are_read_to_the_end(tmp_path, suffix):
+    """Recorders and editors join files: channels and rate may change in the middle."""
+    codec = {"mp3": "libmp3lame", "adts": "aac"}[suffix]
+    one = write_audio(tmp_path / f"1.{suffix}", tone(2.0, 440), 16_000, codec)
+    stereo = np.stack([tone(3.0, 880, 44_100)] * 2)
+    other = write_audio(tmp_path / f"2.{suffix}", stereo, 44_100, codec)
+    missing: list[str] = []
+    samples = np.concatenate(
+        list(read_audio(one.read_bytes() + other.read_bytes(), missing=missing))
+    )
+    assert all("damaged at 2.0 s" in line for line in missing)  # the tags of the second one
+    assert len(samples) == pytest.approx(5 * SAMPLE_RATE, abs=0.2 * SAMPLE_RATE)
+    assert pitch(samples[:30_000]) == pytest.approx(440, abs=2)
+    assert pitch(samples[-40_000:]) == pytest.approx(880, abs=2)
 
 
 def test_bytes_that_are_no_audio():

@@ -141,6 +141,24 @@ def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
     ]
 
 
+def test_evaluations_do_not_overwrite_one_another(model, tmp_path, monkeypatch):
+    """Without --out, each set and way of decoding has a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name, more in (("one", []), ("two", []), ("one", ["--ctc-only"])):
+        manifest = make_set(tmp_path / name, 4).rename(tmp_path / name / "test.jsonl")
+        assert cli.main(["eval", str(model), "--dataset", str(manifest), *more]) == 0
+    found = sorted(path.parent.name for path in tmp_path.glob("outputs/*/summary.json"))
+    assert found == ["eval_tiny_one_test", "eval_tiny_one_test_ctc", "eval_tiny_two_test"]
+
+
+def test_references_without_a_word_are_scored(model, tmp_path):
+    """Where nothing is said every word is an insertion."""
+    summary = evaluate(load_recogniser(str(model)), [Example("a", babble(0.6, 1), "", 0.6)],
+                       tmp_path)  # fmt: skip
+    assert summary["words"] == 0 and (tmp_path / "report.html").exists()
+    json.loads((tmp_path / "summary.json").read_text())
+
+
 def test_the_summary_says_all_that_is_needed_to_repeat_it(model, tmp_path):
     manifest = make_set(tmp_path / "set", 5)
     args = [str(model), "--dataset", str(manifest), "--out", str(tmp_path / "out")]

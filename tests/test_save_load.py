@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_audio import train as recipe
 from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr_modeling import CODE, WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor, load_audio
 from tiny_audio.trainer import LOG, read_log
@@ -28,6 +28,7 @@ from tiny_audio.trainer import LOG, read_log
 # The last positions: a transcript. Before it the number of positions depends on the bridge, which
 # leaves out blank frames.
 TEXT = slice(-3, None)
+CODE_FOLDER = Path(recipe.__file__).parent
 CASES = [
     (encoder, lora, whole)
     for encoder, lora in (("whisper", "both"), ("whisper", "encoder"), ("whisper", "decoder"),
@@ -176,11 +177,13 @@ def test_saving_does_not_disturb_the_model(build, clips, tmp_path):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_half_precision_of_the_base_models(saved, clips, whole):
-    folder = saved / name_of(("whisper", "both", whole))
-    model = ASRModel.from_pretrained(folder, dtype="bfloat16")
-    assert model.decoder.lm_head.weight.dtype == torch.bfloat16
-    assert model.encoder.conv1.weight.dtype == torch.bfloat16
+@pytest.mark.parametrize(("encoder", "dtype"), [("whisper", "bfloat16"), ("hubert", "bfloat16"),
+                                                ("hubert", "float16")])  # fmt: skip
+def test_half_precision_of_the_base_models(saved, clips, encoder, dtype, whole):
+    folder = saved / name_of((encoder, "both", whole))
+    model = ASRModel.from_pretrained(folder, dtype=dtype)
+    assert model.decoder.lm_head.weight.dtype == getattr(torch, dtype)
+    assert model.encoder.dtype == getattr(torch, dtype)
     assert model.projector.gate_proj.weight.dtype == torch.float32
     expected = torch.load(folder / "expected.pt")
     with torch.no_grad():
@@ -303,7 +306,12 @@ def alone(saved, inputs, tmp_path_factory):
         spec.loader.exec_module(handler)
         endpoint = handler.EndpointHandler(model)
         plain = {"ctc_decode_weight": 0.0}
+        again = str(inputs / "saved again")
+        pipe.save_pretrained(again, max_shard_size="50GB")  # as push_to_hub calls it
+        again = pipeline("automatic-speech-recognition", model=again, trust_remote_code=True)
         print("RESULT" + json.dumps({
+            "again": again(wav),
+            "code": sorted(p.name for p in (inputs / "saved again").glob("*.py")),
             "wav": pipe(wav),
             "mp3": pipe(mp3),
             "array": pipe(array),
@@ -342,6 +350,9 @@ def test_the_folder_works_without_the_package(alone):
     assert there["dict"] == here["array"]
     assert there["bytes"] == here["wav"]
     assert there["list"] == [here["wav"], here["array"], here["mp3"]]
+    assert there["again"] == here["wav"]  # saved in that process: with all its code
+    assert there["code"] == sorted(CODE)
+    assert {p.name for p in CODE_FOLDER.glob("asr_*.py")} | {"handler.py"} == set(CODE)
 
 
 def test_the_endpoint_answers_as_the_pipeline_does(alone):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_a_file_that_ends_early_says_so(tmp_path, pipe):
     assert result["text"] and "6.0" in result["missing"][-1]
 
 
-def test_the_sound_of_a_video(tmp_path, pipe):
+@pytest.mark.parametrize("late", [0.0, 3.0])
+def test_the_sound_of_a_video(tmp_path, pipe, late):
+    """Where it begins later than the picture, times count from the picture all the same."""
     path = tmp_path / "film.mp4"
     samples = babble(2.0, 5)
     with av.open(str(path), "w") as out:
@@ -70,10 +73,13 @@ def test_the_sound_of_a_video(tmp_path, pipe):
             out.mux(video.encode(image))
         frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
         frame.sample_rate = 16_000
+        frame.pts, frame.time_base = round(late * 16_000), Fraction(1, 16_000)
         for packet in (*sound.encode(frame), *video.encode(None), *sound.encode(None)):
             out.mux(packet)
     assert len(load_audio(path)) == pytest.approx(2.0 * SAMPLE_RATE, abs=2048)
-    assert pipe(str(path))["text"]
+    result = pipe(str(path), return_timestamps="word")
+    assert result["text"] and "missing" not in result
+    assert result["duration"] == pytest.approx(late + 2.0, abs=0.15)
 
 
 def test_blocks_of_any_size_give_the_same_pieces():
@@ -250,6 +256,15 @@ def test_a_piece_that_meets_its_limit_is_split_and_tried_again(pipe, monkeypatch
     assert sum(piece.seconds for piece in final) == pytest.approx(3.5)
     short = pipe(babble(1.5, 4))  # too short to be split
     assert short["truncated"] and len(short["warnings"]) <= 2
+
+
+def test_a_limit_of_tokens_that_is_asked_for_is_flagged_where_it_cuts(pipe, monkeypatch):
+    clip = babble(1.5, 4)
+    whole = pipe(clip)["text"]
+    cut = pipe(clip, generate_kwargs={"max_new_tokens": 2})
+    assert cut["truncated"] and whole.startswith(cut["text"]) and cut["text"] != whole
+    monkeypatch.setattr(pipe.model.generation_config, "max_new_tokens", 2)
+    assert pipe(clip) == cut
 
 
 def test_out_of_memory_halves_the_pieces_once(pipe, monkeypatch, caplog):

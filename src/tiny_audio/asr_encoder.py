@@ -34,12 +34,12 @@ class MaskedGroupNorm(nn.GroupNorm):
         if self.lengths is None:
             return super().forward(input)
         inside = torch.arange(input.shape[2], device=input.device) < self.lengths[:, None]
-        inside, count = inside[:, None].to(input.dtype), self.lengths[:, None, None]
+        inside, count = inside[:, None].float(), self.lengths[:, None, None]  # sums exceed fp16
         mean = (input * inside).sum(2, keepdim=True) / count
         centred = (input - mean) * inside
         variance = centred.square().sum(2, keepdim=True) / count
         out = centred * torch.rsqrt(variance + self.eps)
-        return (out * self.weight[:, None] + self.bias[:, None]) * inside
+        return ((out * self.weight[:, None] + self.bias[:, None]) * inside).to(input.dtype)
 
 
 def mask_group_norm(encoder: nn.Module) -> None:
@@ -76,6 +76,7 @@ def run_encoder(encoder: Any, config: Any, features: Tensor, mask: Tensor) -> Te
 
     What lies beyond a clip's own frames is arbitrary; the frames themselves do not depend on it.
     """
+    features = features.to(encoder.dtype)
     if config.model_type == "whisper":
         return encode_whisper(encoder, features, mask)
     for module in encoder.modules():
@@ -98,8 +99,7 @@ def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
     """
     mask = mask[:, None].to(features.dtype)  # (b, 1, n)
     positions = encoder.embed_positions.weight
-    dtype = encoder.conv1.weight.dtype
-    x = F.gelu(encoder.conv1((features * mask).to(dtype))) * mask.to(dtype)
+    x = F.gelu(encoder.conv1(features * mask)) * mask
     x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (b, t, d)
     t = x.shape[1]
     if t > len(positions):

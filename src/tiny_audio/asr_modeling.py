@@ -325,7 +325,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         limits = self.token_limits(lengths)
         processors.append(LengthLimit(limits, end))
         config = copy.deepcopy(generation_config or self.generation_config)
-        kwargs = config.update(**{"max_new_tokens": int(limits.max()) + 1, **kwargs})
+        most = config.max_new_tokens or int(limits.max()) + 1
+        kwargs = config.update(**{"max_new_tokens": most, **kwargs})
         return self.decoder.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -390,7 +391,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             self_contained: write the base models' weights too, so that the folder needs nothing
                 else. None: only where a base model is a local folder, which others lack.
         """
-        check_keys(kwargs, {"is_main_process", "safe_serialization"}, "save_pretrained")
+        unused = {"is_main_process", "safe_serialization", "max_shard_size"}  # it is one file
+        check_keys(kwargs, unused, "save_pretrained")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         bases = (self.config.encoder_name, self.config.decoder_name)
@@ -409,10 +411,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 part.pop(key, None)  # choices of the run
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         self.generation_config.save_pretrained(folder)
-        here = Path(__file__).parent
-        for source in [*sorted(here.glob("asr_*.py")), here / "handler.py"]:
-            if source.exists() and source.resolve() != (folder / source.name).resolve():
-                shutil.copyfile(source, folder / source.name)
+        for name in CODE:
+            source = Path(__file__).with_name(name)
+            if not source.exists():  # where the code is the model's: only what was imported is here
+                source = Path(str(cached_file(str(self.config.name_or_path), name)))
+            if source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
 
     @classmethod
     def from_base(
@@ -542,6 +546,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 expected[name].copy_(tensor)
 
 
+CODE = [f"asr_{name}.py" for name in "config ctc encoder modeling pipeline processing".split()]
+CODE += ["handler.py"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}

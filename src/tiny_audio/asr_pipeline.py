@@ -179,6 +179,11 @@ class ASRPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         self.model.eval()
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write model, processor and code: all that `pipeline` loads."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, ...]:
         check_keys(kwargs, [name for names in ARGUMENTS for name in names], "the pipeline's call")
         times = kwargs.get("return_timestamps")
@@ -313,7 +318,8 @@ class ASRPipeline(Pipeline):
             elif piece.text:
                 whole = (piece.start, piece.start + piece.seconds)
                 piece.words = [{"text": piece.text, "timestamp": whole, "confidence": None}]
-            piece.flags = ["truncated"] if len(spoken) >= int(limits[i]) else []
+            cut = not ctc_only and self.processor.end_token_id not in row  # by `generate_kwargs`
+            piece.flags = ["truncated"] if cut or len(spoken) >= int(limits[i]) else []
             doubtful = piece.confidence is None or piece.confidence < UNSUPPORTED
             for flag, pattern in (("repetition", LOOP), ("refusal", REFUSAL)):
                 piece.flags += [flag] if doubtful and pattern.search(piece.text) else []

@@ -73,10 +73,7 @@ def read_audio(
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         source = _fetch(source)
     elif isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if path.is_dir() or not path.exists():
-            raise AudioError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
-        source = str(path)
+        source = str(Path(source).expanduser())
     yield from _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name, missing)
 
 
@@ -125,19 +122,27 @@ def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> It
 
 def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
     """Decode packet by packet, so that the packets behind a damaged one are still read."""
-    resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)  # keeps the channels
+    resampler, form = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), None  # keeps the channels
     packets = container.demux(container.streams.audio[0])
-    packet, done, clock = True, 0, None  # samples given; where the next frame should begin, s
+    packet, done = True, 0  # samples given
+    clock = max(0, container.start_time or 0) / av.time_base  # where the next frame should begin, s
     while packet is not None:
         at, blocks = done / SAMPLE_RATE, []
         try:
             packet = next(packets, None)  # it ends, if the container itself is damaged
             for frame in [None] if packet is None else packet.decode():
-                if frame is not None and frame.time is not None:
-                    gap = 0.0 if clock is None else frame.time - clock
+                now = frame and (frame.layout.name, frame.format.name, frame.sample_rate)
+                if now != form:  # the end, or a part of other channels or rate, of files joined
+                    blocks += [block.to_ndarray().mean(0) for block in resampler.resample(None)]
+                    resampler, form = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), now
+                if frame is None:
+                    break
+                if frame.time is not None:
+                    gap = frame.time - clock
                     clock = frame.time + frame.samples / frame.sample_rate
                     if missing is not None and LEAST_GAP < gap < MOST_GAP:
-                        missing.append(f"nothing from {at:.1f} to {at + gap:.1f} s")
+                        if done:  # else the sound of a video begins after its picture
+                            missing.append(f"nothing from {at:.1f} to {at + gap:.1f} s")
                         blocks.append(np.zeros(round(gap * SAMPLE_RATE), np.float32))
                 blocks += [block.to_ndarray().mean(0) for block in resampler.resample(frame)]
         except (av.FFmpegError, ValueError) as error:

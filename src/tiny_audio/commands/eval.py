@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--language", default="en", help="en, de, ...; default: %(default)s")
     parser.add_argument("--max-samples", type=int, metavar="N", help="the first N; default: all")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="audio decoded together")
-    parser.add_argument("--out", type=Path, help="default: outputs/eval_<model>_<dataset>")
+    parser.add_argument("--out", type=Path, help="default: outputs/eval_<model>_<dataset>...")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--decoder-only", action="store_true", help="leave out the CTC score")
     parser.add_argument("--ctc-only", action="store_true", help="the CTC head's greedy transcript")
@@ -232,7 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     options = {"batch_seconds": args.batch_seconds, "ctc_only": args.ctc_only}
     if args.decoder_only:
         options["ctc_decode_weight"] = 0.0
-    out = args.out or Path(f"outputs/eval_{Path(args.model).name}_{Path(args.dataset).stem}")
+    data, model = Path(args.dataset), Path(args.model).name
+    what = f"{data.resolve().parent.name}_{data.stem}" if data.is_file() else data.name
+    how = {"ctc": args.ctc_only, "decoder": args.decoder_only}
+    parts = [model, what, args.name, args.split, *(name for name, on in how.items() if on)]
+    out = args.out or Path("outputs", "_".join(["eval", *filter(None, parts)]))
     try:
         examples, about = read_examples(args)
         about["command"] = shlex.join(["tiny-audio", "eval", *(argv or sys.argv[1:])])

@@ -31,8 +31,8 @@ def mp3(audio: Any) -> str:
 
 def points(rows: list[dict[str, Any]], key: Callable[[dict], float]) -> list[tuple[float, ...]]:
     """(median of `key`, WER, its interval's ends, clips) of equally large groups, by `key`."""
-    found = []
-    for part in np.array_split(np.array(sorted(rows, key=key), object), min(GROUPS, len(rows))):
+    found, groups = [], min(GROUPS, len(rows)) or 1
+    for part in np.array_split(np.array(sorted(rows, key=key), object), groups) if rows else ():
         errors, words = [row["word_errors"] for row in part], [row["words"] for row in part]
         x, wer = float(np.median([key(row) for row in part])), 100 * sum(errors) / sum(words)
         found.append((x, wer, *interval(errors, words), len(part)))
