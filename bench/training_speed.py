@@ -22,18 +22,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+OURS = {"length_batches": True, "real_length": True, "label_logits": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain: random batches of 8, padded to 30 s, full logits": {},
     "+ clips at their real length": {"real_length": True},
-    "+ length-budget batches": {"length_batches": True, "real_length": True},
-    "+ logits at labels only (our decoder stage)": {
-        "length_batches": True,
-        "real_length": True,
-        "label_logits": True,
-    },
-    "our CTC stage": {"length_batches": True, "real_length": True, "ctc": True},
+    "+ length-budget batches": {**OURS, "label_logits": False},
+    "+ logits at labels only (our decoder stage)": OURS,
+    "our CTC stage": {**OURS, "ctc": True},
 }
-OURS = {"length_batches": True, "real_length": True, "label_logits": True}
 MEMORY: dict[str, dict[str, Any]] = {
     "decoder LoRA, logits at labels only": OURS,
     "full logits": {**OURS, "label_logits": False},
@@ -46,18 +42,16 @@ MEMORY: dict[str, dict[str, Any]] = {
 def measure(variant: dict[str, Any], threads: int, clips: int, batch_seconds: float) -> dict:
     """Train once on each of `clips` clips, after one warm-up step; figures of the run."""
     import torch
-    from hydra import compose, initialize_config_dir
     from torch.nn import functional as F
 
     from tiny_audio.batches import LengthBatchSampler
     from tiny_audio.data import Dropped, SpeechDataset
-    from tiny_audio.train import CONFIGS, build_model, build_processor, ctc_vocabulary
+    from tiny_audio.train import build_model, build_processor, compose_recipe, ctc_vocabulary
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        rank = 8 if variant.get("encoder_lora") else 0
-        cfg = compose("config", ["+experiments=quickstart", f"encoder_lora.r={rank}"])
+    rank = 8 if variant.get("encoder_lora") else 0
+    cfg = compose_recipe(["+experiments=quickstart", f"encoder_lora.r={rank}"])
     processor = build_processor(cfg)
     data = SpeechDataset([{"path": cfg.data.train[0].path}], processor, Dropped(), max_seconds=29.0)
     data.examples = random.Random(0).sample(data.examples, clips)
@@ -88,7 +82,7 @@ def measure(variant: dict[str, Any], threads: int, clips: int, batch_seconds: fl
         settings = {"ctc_loss_weight": 1.0 if variant.get("ctc") else 0.2}
         if variant.get("ctc"):
             settings |= {"decoder_loss_weight": 0.0, "character_loss_weight": 1.0}
-        if variant.get("label_logits") or variant.get("ctc"):
+        if variant.get("label_logits"):
             loss = model(**inputs, **settings).loss
         else:  # logits at every position; the CTC loss, which they know nothing of, is left out
             labels = inputs.pop("labels")

@@ -47,6 +47,7 @@ from transformers import (
 from tiny_audio.asr_config import ASRConfig
 from tiny_audio.asr_ctc import spell
 from tiny_audio.asr_modeling import ASRModel
+from tiny_audio.asr_pipeline import split_blocks
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.commands.transcribe import load_pipeline
@@ -86,6 +87,11 @@ def babble(seconds: float, seed: int) -> np.ndarray:
         part = tone(rng.uniform(0.05, 0.2), rng.uniform(120, 2500), level=rng.uniform(0.05, 0.5))
         parts.append(part + 0.02 * rng.standard_normal(len(part)).astype(np.float32))
     return np.concatenate(parts)[:n].astype(np.float32)
+
+
+def split_at_pauses(samples: np.ndarray, max_seconds: float) -> list[tuple[int, int]]:
+    """(start, end) in samples of the pieces that the pipeline cuts a recording into."""
+    return [(at, at + len(part)) for at, part in split_blocks([samples], max_seconds)]
 
 
 def write_audio(path: Path, samples: np.ndarray, rate: int, codec: str) -> Path:

@@ -5,9 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import babble, tone, write_audio
+from conftest import babble, split_at_pauses, tone, write_audio
 
-from tiny_audio.asr_pipeline import split_at_pauses
 from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.data import header_seconds
 

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import babble, tone, write_audio
+from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
 from tiny_audio.asr_ctc import LAG, align, fits
@@ -24,7 +24,6 @@ from tiny_audio.asr_pipeline import (
     Piece,
     Recording,
     chunks,
-    split_at_pauses,
     split_blocks,
 )  # fmt: skip
 from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio

@@ -177,8 +177,3 @@ def encoder_frames(audio_config: Any, n: Any) -> Any:
         f"encoder type {audio_config.model_type!r} is not supported; "
         f"use whisper, parakeet or one of {', '.join(WAVEFORM_ENCODERS)}"
     )
-
-
-def projected_frames(config: ASRConfig, n: Any) -> Any:
-    """Projected frames, which is audio placeholder tokens, that `n` input steps give."""
-    return (encoder_frames(config.audio_config, n) + config.stack - 1) // config.stack

@@ -103,19 +103,11 @@ class Recording:
     error: str = ""
 
 
-def split_at_pauses(samples: np.ndarray, max_seconds: float) -> list[tuple[int, int]]:
-    """Cut points of a recording into pieces of at most `max_seconds`, in the quietest places.
-
-    Returns:
-        (start, end) in samples for each piece; they cover the recording without gap or overlap.
-    """
-    return [(at, at + len(part)) for at, part in split_blocks([samples], max_seconds)]
-
-
 def split_blocks(
     blocks: Iterable[np.ndarray], max_seconds: float
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """`split_at_pauses` for samples that come in blocks: (start, samples) for each piece.
+    """Cut a recording that comes in blocks into pieces of at most `max_seconds`: (start, samples)
+    of each, without gap or overlap.
 
     Within the last half of each allowed stretch the cut goes where a 0.2 s window has the least
     energy, so a pause is found wherever there is one.

@@ -108,9 +108,7 @@ def score(
     if not references:
         raise ValueError("no utterance was scored")
     normal = normalizer(language)
-    refs, hyps = (
-        [" ".join(normal(t).split()) for t in texts] for texts in (references, hypotheses)
-    )
+    refs, hyps = ([" ".join(normal(t).split()) for t in ts] for ts in (references, hypotheses))
     counts = [count(r, h) for r, h in zip(refs, hyps, strict=True)]
     raw = [count(r, h) for r, h in zip(references, hypotheses, strict=True)]
     errors, words = [c.errors for c in counts], [c.words for c in counts]

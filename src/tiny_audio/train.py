@@ -12,12 +12,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import string
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,27 +27,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import PrinterCallback
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, TrainingArguments
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
+from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
-from .data import DataError, Dropped, Example, SpeechDataset
+from .data import Dropped, Example, SpeechDataset
 from .frames import cache_encoder_frames, return_freed_memory
-from .hub import HubPusher, PushError, git_hash, hub_target, model_card, one_line, push_folder
+from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
 from .stream import SpeechStream
-from .trainer import ASRTrainer, Preemption, StepLine, freeze_idle, last_checkpoint, start_trackers
+from .trainer import ASRTrainer, StepLine, clean_exit, freeze_idle, last_checkpoint, start_trackers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"
@@ -62,14 +54,6 @@ OWN_TRAINING_KEYS = set(
 )
 # Settings of the data group that choose what is read; every other one is an option of `Clips`.
 OWN_DATA_KEYS = set("train eval streaming block vocabulary_rows max_dropped_fraction".split())
-
-
-class Preempted(RuntimeError):
-    """The run was told to stop by a signal, has saved a checkpoint, and is not finished."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}: saved; the same command continues")
-        self.code = {signal.SIGTERM: 75, signal.SIGINT: 130}[signal.Signals(number)]
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -222,15 +206,13 @@ def fit_device(training: DictConfig) -> None:
                 print(f"training.{key}={training[key]} is off: there is no CUDA device")
                 training[key] = instead
     if training.attn_implementation is None:
-        why = ""
-        if not torch.cuda.is_available():
-            why = "there is no CUDA device"
-        elif not is_flash_attn_2_available():
-            why = "flash-attn is not installed"
-        elif training.dtype not in ("bfloat16", "float16"):
-            why = "it needs training.dtype=bfloat16"
-        else:
-            training.attn_implementation = "flash_attention_2"
+        reasons = {
+            "there is no CUDA device": not torch.cuda.is_available(),
+            "flash-attn is not installed": not is_flash_attn_2_available(),
+            "it needs training.dtype=bfloat16": training.dtype not in ("bfloat16", "float16"),
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), "")
+        training.attn_implementation = None if why else "flash_attention_2"
         print(f"no FlashAttention 2: {why}" if why else "attention: FlashAttention 2")
 
 
@@ -299,16 +281,14 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     # transformers' newer name of it; the field's own is kept in the configs
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
-    trackers = []
-    if place.is_main_process:
-        trackers = start_trackers(settings["report_to"], folder, whole)
+    trackers = place.is_main_process and start_trackers(settings["report_to"], folder, whole)
     args = TrainingArguments(
         output_dir=str(folder),
         seed=cfg.run.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
         logging_nan_inf_filter=False,
-        report_to=trackers,
+        report_to=trackers or [],
         ignore_data_skip=streamed,  # it starts at its position by itself
         accelerator_config={"even_batches": False},  # our sampler sees to it
         **arguments,
@@ -340,21 +320,17 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         eval_dataset=evaluation,
         processing_class=processor,
     )
-    names = [stage.name for stage in cfg.stages]
-    trainer.add_callback(StepLine(folder, names, cfg.run.price_per_hour))
+    trainer.add_callback(StepLine(folder, [s.name for s in cfg.stages], cfg.run.price_per_hour))
     trainer.remove_callback(PrinterCallback)
     if settings["early_stopping_patience"]:
         trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
     if hub_id:
         trainer.add_callback(HubPusher(hub_id))
-    preemption = Preemption(trainer)
-    trainer.add_callback(preemption)
     started = time.monotonic()
     if resume:
         print(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=resume)
-    if preemption.signal and trainer.state.global_step < trainer.state.max_steps:
-        raise Preempted(preemption.signal)
+    trainer.preemption.check()
     if not streamed:
         dropped.check(data.total)
     trainer.save_model(str(final))
@@ -410,28 +386,6 @@ def train(cfg: DictConfig) -> Path:
     return output
 
 
-@contextmanager
-def short_errors() -> Iterator[None]:
-    """Ends the program with one line, not a stack, and a code of its own where it was stopped."""
-    try:
-        yield
-    except (ValueError, OSError, DataError, PushError) as error:
-        if os.environ.get("TINY_AUDIO_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: out of memory ({one_line(error)}): lower training.batch_seconds, or set "
-            "training.gradient_checkpointing=true"
-        )
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.code)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-
-
 def main() -> None:
     """`python src/train.py`: Hydra's command line."""
     sys.argv[1:] = lenient(sys.argv[1:])
@@ -441,6 +395,6 @@ def main() -> None:
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base=None)
 def compose_and_train(cfg: DictConfig) -> None:
     """Train what the composed config describes."""
-    with short_errors():
+    with clean_exit():
         refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)

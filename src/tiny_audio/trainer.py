@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .asr_modeling import WEIGHTS
 from .batches import LengthBatchSampler
 from .data import ENOUGH, DataError, Dropped, read_log
 from .frames import return_freed_memory
+from .hub import PushError, one_line
 from .plan import GPUS, gpu_of
 from .scoring import score
 from .stream import SpeechStream
@@ -51,6 +53,8 @@ class ASRTrainer(Trainer):
         self.logged_at = time.monotonic()
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # `forward` takes num_items_in_batch
+        self.preemption = Preemption(self)
+        self.add_callback(self.preemption)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches within `training.batch_seconds`, in an order that (seed, epoch) fixes."""
@@ -220,6 +224,14 @@ class ASRTrainer(Trainer):
         self._load_from_checkpoint(str(best))
 
 
+class Preempted(RuntimeError):
+    """The run was told to stop by a signal, has saved a checkpoint, and is not finished."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: saved; the same command continues")
+        self.code = {signal.SIGTERM: 75, signal.SIGINT: 130}[signal.Signals(number)]
+
+
 class Preemption(TrainerCallback):
     """SIGTERM (a spot machine is taken away) or Ctrl-C: save after this step, and stop.
 
@@ -251,6 +263,12 @@ class Preemption(TrainerCallback):
             self.signal = int(heard)
         if self.signal:
             control.should_save = control.should_training_stop = True
+
+    def check(self) -> None:
+        """Raise `Preempted` where a signal ended the run before its last step."""
+        state = self.trainer.state
+        if self.signal and state.global_step < state.max_steps:
+            raise Preempted(self.signal)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen no more."""
@@ -386,6 +404,28 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
         print(f"wandb cannot be reached ({type(error).__name__}): {local}")
         return []
     return ["wandb"]
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """Ends the program with one line, not a stack, and a code of its own where it was stopped."""
+    try:
+        yield
+    except (ValueError, OSError, DataError, PushError) as error:
+        if os.environ.get("TINY_AUDIO_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: out of memory ({one_line(error)}): lower training.batch_seconds, or set "
+            "training.gradient_checkpointing=true"
+        )
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def last_checkpoint(folder: Path) -> str | None:

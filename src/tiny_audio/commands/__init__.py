@@ -1,1 +1,12 @@
 """One file for each verb of `tiny-audio`; `cli.py` lists them."""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from inspect import cleandoc
+
+
+def parser_of(verb: str, doc: str | None) -> ArgumentParser:
+    """The parser of a verb's arguments, whose help is `doc` as it is written."""
+    form = RawDescriptionHelpFormatter
+    return ArgumentParser(
+        f"tiny-audio {verb}", description=cleandoc(doc or ""), formatter_class=form
+    )

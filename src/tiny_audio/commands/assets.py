@@ -315,18 +315,14 @@ def convert_whisper(cache: Path) -> None:
         variables = read_ctranslate2(source / "model.bin", "decoder/activation", 148)
         model.model.load_state_dict(whisper_state_dict(variables))
         published = json.loads((source / "config.json").read_text())
-        model.generation_config = GenerationConfig(
-            **tokens,
-            max_length=448,
-            is_multilingual=False,  # English only: no language or task token before the text
-            return_timestamps=False,
-            no_timestamps_token_id=50362,
-            max_initial_timestamp_index=50,  # x 0.02 s
-            prev_sot_token_id=50360,
-            suppress_tokens=published["suppress_ids"],
-            begin_suppress_tokens=published["suppress_ids_begin"],
-            alignment_heads=published["alignment_heads"],
-        )
+        own = {"suppress_tokens": published["suppress_ids"], "max_length": 448}
+        own |= {"begin_suppress_tokens": published["suppress_ids_begin"]}
+        own |= {"alignment_heads": published["alignment_heads"]}
+        # English only: no language or task token before the text.
+        own |= {"is_multilingual": False, "return_timestamps": False}
+        own |= {"no_timestamps_token_id": 50362, "prev_sot_token_id": 50360}
+        own |= {"max_initial_timestamp_index": 50}  # x 0.02 s
+        model.generation_config = GenerationConfig(**tokens, **own)
         model.save_pretrained(folder)
         tokenizer = WhisperTokenizer.from_pretrained(source)
         processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer)

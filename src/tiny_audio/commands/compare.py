@@ -5,13 +5,13 @@ WER with a 95 % interval and a p-value (paired bootstrap over utterances), wins 
 utterances where they differ most.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..scoring import difference
+from . import parser_of
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -28,7 +28,7 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison, or why there is none."""
-    parser = argparse.ArgumentParser(prog="tiny-audio compare", description=__doc__)
+    parser = parser_of("compare", __doc__)
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER")
     parser.add_argument("--show", type=int, default=10, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)

@@ -7,7 +7,6 @@ dropped with its reason, and `data_check.png`, how long the clips are. The exit 
 recipe would not train.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ..batches import LengthBatchSampler
 from ..data import Clips, DataError, Dropped
 from ..hub import one_line
 from ..train import build_processor, read_data
+from . import parser_of
 from .plan import recipe_stages
 
 
@@ -90,11 +90,7 @@ def check(cfgs: Sequence[Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check; what is wrong is one line."""
-    parser = argparse.ArgumentParser(
-        prog="tiny-audio data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("data", __doc__)
     parser.add_argument("action", choices=["check"])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)

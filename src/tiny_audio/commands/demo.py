@@ -3,7 +3,6 @@
 Uploads are limited in size and length, and deleted; nothing is sent anywhere else.
 """
 
-import argparse
 import base64
 import functools
 import html
@@ -16,6 +15,7 @@ import gradio as gr
 
 from ..asr_pipeline import Recording
 from ..asr_processing import AudioError
+from . import parser_of
 from .formats import render
 from .transcribe import load_pipeline
 
@@ -106,7 +106,7 @@ def build(models: list[str], examples: list[str]) -> gr.Blocks:
 
 def main(argv: list[str] | None = None) -> int:
     """Show the page until interrupted."""
-    parser = argparse.ArgumentParser(prog="tiny-audio demo", description=__doc__)
+    parser = parser_of("demo", __doc__)
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
     parser.add_argument("--examples", nargs="*", default=[], help="recordings to offer")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")

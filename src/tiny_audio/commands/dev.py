@@ -1,8 +1,9 @@
 """`tiny-audio dev <task>`: the commands of people who change this code."""
 
-import argparse
 import subprocess
 import sys
+
+from . import parser_of
 
 PATHS = ["src", "tests", "bench"]
 PYTHON = [sys.executable, "-m"]
@@ -17,7 +18,7 @@ TASKS["check"] = [*TASKS["lint"], *TASKS["type-check"], *TASKS["test"]]
 
 def main(argv: list[str] | None = None) -> int:
     """Run a task; further arguments go to its last program. Stops at the first failure."""
-    parser = argparse.ArgumentParser(prog="tiny-audio dev", description=main.__doc__)
+    parser = parser_of("dev", main.__doc__)
     parser.add_argument("task", choices=TASKS)
     args, rest = parser.parse_known_args(argv)
     commands = [list(command) for command in TASKS[args.task]]

@@ -33,6 +33,7 @@ from ..batches import cut_batches
 from ..data import SOURCE, DataError, Example, read_log, read_source
 from ..hub import git_hash, one_line
 from ..scoring import count, normalizer, score
+from . import parser_of
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
 from .report import write_report
 
@@ -211,7 +212,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """Score a model; 1 is returned when clips could not be read."""
-    parser = argparse.ArgumentParser(prog="tiny-audio eval", description=__doc__)
+    parser = parser_of("eval", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--dataset", default=LOQUACIOUS, help="default: %(default)s")
     parser.add_argument("--name", help="configuration of a Hub dataset")
@@ -232,11 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     options = {"batch_seconds": args.batch_seconds, "ctc_only": args.ctc_only}
     if args.decoder_only:
         options["ctc_decode_weight"] = 0.0
-    data, model = Path(args.dataset), Path(args.model).name
+    data, how = Path(args.dataset), "ctc" * args.ctc_only or "decoder" * args.decoder_only
     what = f"{data.resolve().parent.name}_{data.stem}" if data.is_file() else data.name
-    how = {"ctc": args.ctc_only, "decoder": args.decoder_only}
-    parts = [model, what, args.name, args.split, *(name for name, on in how.items() if on)]
-    out = args.out or Path("outputs", "_".join(["eval", *filter(None, parts)]))
+    parts = ["eval", Path(args.model).name, what, args.name, args.split, how]
+    out = args.out or Path("outputs", "_".join(filter(None, parts)))
     try:
         examples, about = read_examples(args)
         about["command"] = shlex.join(["tiny-audio", "eval", *(argv or sys.argv[1:])])

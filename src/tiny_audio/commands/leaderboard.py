@@ -3,11 +3,12 @@
 The lines are in docs/leaderboard.json, the table is made from it. See CONTRIBUTING.md.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from . import parser_of
 
 DATASET, SPLIT, MIN_SAMPLES = "speechbrain/LoquaciousSet", "test", 500
 BEGIN, END = "<!-- leaderboard:begin -->\n", "<!-- leaderboard:end -->"
@@ -47,7 +48,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Add a line to the file of the clone one stands in, and write its README's table anew."""
-    parser = argparse.ArgumentParser(prog="tiny-audio leaderboard", description=__doc__)
+    parser = parser_of("leaderboard", __doc__)
     parser.add_argument("action", choices=["add"])
     parser.add_argument("folder", type=Path, help="what tiny-audio eval wrote")
     parser.add_argument("--contributor", required=True, metavar="NAME")

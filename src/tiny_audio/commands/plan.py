@@ -13,7 +13,6 @@ in work, memory, time and money. Arguments are those of src/train.py, and:
 A vocabulary of the data is not known here: the CTC head is counted with the decoder's whole one.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from ..hub import one_line
 from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
 from ..train import compose_recipe, lora_from, run_stage, stage_configs
 from ..trainer import LOG, freeze_idle
+from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
 OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
@@ -174,11 +174,7 @@ def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan; what is wrong is one line."""
-    parser = argparse.ArgumentParser(
-        prog="tiny-audio plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("plan", __doc__)
     parser.add_argument("--measure", action="store_true", help="12 real steps instead of a guess")
     parser.add_argument("--recipes", action="store_true", help="a table of the shipped recipes too")
     parser.add_argument("arguments", nargs="*", metavar="key=value")

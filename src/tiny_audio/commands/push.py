@@ -4,7 +4,6 @@ Needs HF_TOKEN. What is pushed is config, trained tensors, processor, code and a
 --merged the base models' weights too, so that the model needs nothing else.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -12,15 +11,12 @@ from pathlib import Path
 from ..asr_modeling import ASRModel
 from ..asr_processing import ASRProcessor
 from ..hub import PushError, hub_target, model_card, push_folder
+from . import parser_of
 
 
 def main(argv: list[str] | None = None) -> int:
     """Push; 1 and one line when it fails. The local folder is only read, but for its card."""
-    parser = argparse.ArgumentParser(
-        prog="tiny-audio push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("push", __doc__)
     parser.add_argument("folder", type=Path, help="finished model, e.g. outputs/stage1")
     parser.add_argument("repo", nargs="?", help="user/name; default: <user>/tiny-audio")
     parser.add_argument("--merged", action="store_true", help="with the base models' weights")

@@ -6,7 +6,6 @@ transcribes one held-out clip. Ctrl-C and the same command again continue. Hydra
 follow, e.g. `run.seed=1 run.output_dir=outputs/seed1`.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -20,8 +19,9 @@ from transformers.utils import logging
 
 from ..data import read_source
 from ..hub import git_hash, model_card
-from ..train import FINISHED, compose_recipe, short_errors, train
-from ..trainer import clock
+from ..train import FINISHED, compose_recipe, train
+from ..trainer import clean_exit, clock
+from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
 from .recognisers import load_recogniser
@@ -118,15 +118,11 @@ def run(overrides: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; a failure of the assets or the data is one line with its fix."""
-    parser = argparse.ArgumentParser(
-        prog="tiny-audio quickstart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("quickstart", __doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of +experiments=quickstart")
     args = parser.parse_args(argv)
     try:
-        with short_errors():
+        with clean_exit():
             return run(args.overrides)
     except (AssetError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)

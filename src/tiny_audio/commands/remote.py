@@ -26,6 +26,7 @@ from pathlib import Path
 
 from ..train import compose_recipe
 from ..trainer import clock
+from . import parser_of
 from .assets import cache_dir
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -278,11 +279,7 @@ def stop(machine: Machine, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do one task; what fails is one line with the next step."""
-    parser = argparse.ArgumentParser(
-        prog="tiny-audio remote",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("remote", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, (_, text) in TASKS.items():
         task = tasks.add_parser(name, help=text, description=text)

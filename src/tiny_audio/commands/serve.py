@@ -4,7 +4,6 @@ Requests that wait are decoded together: each round takes the next piece of ever
 that a long recording holds nobody up. TINY_AUDIO_API_KEY, where set, is asked for as bearer key.
 """
 
-import argparse
 import asyncio
 import hmac
 import json
@@ -21,6 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from ..asr_pipeline import Piece, Recording
 from ..asr_processing import AudioError
+from . import parser_of
 from .formats import render
 from .transcribe import load_pipeline
 
@@ -190,7 +190,7 @@ def create_app(
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(prog="tiny-audio serve", description=__doc__)
+    parser = parser_of("serve", __doc__)
     parser.add_argument("model", nargs="?", default="outputs/quickstart")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument("--port", type=int, default=8000)

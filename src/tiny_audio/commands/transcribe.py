@@ -1,6 +1,5 @@
 """`tiny-audio transcribe FILE...`: audio in, text or subtitles out."""
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from ..asr_config import ASRConfig
 from ..asr_pipeline import ASRPipeline
+from . import parser_of
 from .formats import FORMATS, render
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the text of recordings, or subtitles. What cannot be read is named, the rest goes on,
     and the exit code is 1. After an interruption the same command with --output-dir continues.
     """
-    parser = argparse.ArgumentParser(prog="tiny-audio transcribe", description=main.__doc__)
+    parser = parser_of("transcribe", main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
