@@ -17,6 +17,7 @@ from tiny_audio.batches import LengthBatchSampler
 from tiny_audio.data import (
     DataError,
     Dropped,
+    Reader,
     SpeechDataset,
     header_seconds,
     prepare_text,
@@ -122,6 +123,28 @@ def test_columns_can_have_other_names_and_csv_is_read(corpus, tmp_path):
     rows = rows_of(source)
     assert [(r.id, r.text) for r in rows] == [("q7", "one, two"), ("q8", "three")]
     assert rows[0].duration == pytest.approx(0.9 + 0.27, abs=0.01)  # out of the file's header
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_is_read_as_it_is_written(corpus, tmp_path, streaming):
+    """No id becomes a number, no word a missing value or a truth; an empty duration is none."""
+    name = corpus.parent / "wav/3.wav"
+    rows = [("007", "None", ""), ("NA", "42", "1.17"), ("1e3", "true", ""), ("nan", "null", "")]
+    lines = [f"{i},{name},{text},{seconds}" for i, text, seconds in rows]
+    path = tmp_path / "m.csv"
+    path.write_text("\n".join(["id,audio,text,duration", *lines]) + "\n")
+    found = list(iter(Reader({"path": str(path)}, streaming).read, None))
+    assert [(e.id, e.text) for e in found] == [row[:2] for row in rows]
+    assert all(e.duration == pytest.approx(1.17, abs=0.01) for e in found)
+
+
+def test_texts_that_are_times_are_refused(corpus, tmp_path):
+    name = str(corpus.parent / "wav/3.wav")
+    path = write_manifest(tmp_path / "m.jsonl", [{"id": "2024-05-01", "audio": name, "text": "a"}])
+    with pytest.raises(DataError, match="'id' holds times only, and would be rewritten"):
+        rows_of({"path": str(path)})
+    path = write_manifest(path, [{"id": "take 2024-05-01", "audio": name, "text": 7}])
+    assert [(e.id, e.text) for e in rows_of({"path": str(path)})] == [("take 2024-05-01", "7")]
 
 
 def test_ids_are_made_up_where_there_are_none(corpus, tmp_path):

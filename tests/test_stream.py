@@ -129,6 +129,19 @@ def test_a_stream_of_which_nothing_can_be_read_ends(tmp_path, processor, count):
         next(iter(stream_of([{"path": str(path)}], processor)))
 
 
+def test_a_stream_is_continued_by_as_many_processes(compose, tmp_path):
+    """Each has read its own share: what another number of them read would be lost or come twice."""
+    cfg = compose("data.streaming=true", "data.max_seconds=6", "training.cache_encoder=false",
+                  steps=(4, 1), save_steps=2)  # fmt: skip
+    recipe.train(cfg)
+    (tmp_path / "run/align/final/finished.json").unlink()
+    (tmp_path / "run/finished.json").unlink()
+    shares = tmp_path / "run/align/checkpoint-4"
+    shutil.copy(shares / "stream-0.json", shares / "stream-1.json")
+    with pytest.raises(ValueError, match="can only be continued by 2 processes"):
+        recipe.train(cfg)
+
+
 def test_too_many_drops_end_a_streaming_run(compose, corpus, tmp_path):
     """Not the first one: when enough was read, or the first epoch is over."""
     good = [json.loads(line) for line in corpus.read_text().splitlines()]

@@ -186,6 +186,13 @@ def test_fresh_starts_anew(compose, monkeypatch):
     assert [row["step"] for row in log_of(output / "align")] == [1, 2, 3]
 
 
+def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
+    (tmp_path / "run/years of work").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run holds no run of this recipe: it is not deleted"):
+        recipe.train(compose("run.fresh=true"))
+    assert (tmp_path / "run/years of work").exists()
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
@@ -204,6 +211,19 @@ def test_fresh_starts_anew(compose, monkeypatch):
     ],
 )
 def test_unknown_keys_are_refused(compose, override, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.train(compose(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.resume_from_checkpoint=x", "name the stage"),
+        ("data.mask_time=0.1", r"need training\.cache_encoder=false"),
+        ("data.mask_bands=4", r"need training\.cache_encoder=false"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(compose, override, message):
     with pytest.raises(ValueError, match=message):
         recipe.train(compose(override))
 

@@ -156,6 +156,9 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
             raise DataError(f"{path}: no such file")
         what: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": str(path)}
         what["split"] = "train"
+        if path.suffix == ".csv":  # as written: "007" is no number, and "None" is a word
+            what["converters"] = {source[f"{key}_column"]: str for key in ("id", "audio", "text")}
+            what |= {"keep_default_na": False, "na_values": [""]}
     else:
         what = {key: source[key] for key in ("path", "name", "revision", "split")}
     rows: Any = load_dataset(**what, streaming=streaming)
@@ -164,6 +167,9 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
         if source[key] not in columns:
             raise DataError(f"{source['path']}: no column {source[key]!r}; has {columns}")
     features = rows.features or {}
+    for key in ("id_column", "text_column"):
+        if "timestamp" in str(features.get(source[key])):  # so pyarrow reads a column of them
+            raise DataError(f"{path}: {source[key]!r} holds times only, and would be rewritten")
     if isinstance(features.get(source["audio_column"]), Audio):
         rows = rows.cast_column(source["audio_column"], Audio(decode=False))
     if n := source["sample"]:
@@ -216,7 +222,7 @@ class Reader:
         return Example(
             id=str(row.get(source["id_column"]) or f"{Path(source['path']).stem}-{self.count - 1}"),
             audio=audio,
-            text=row[source["text_column"]] or "",
+            text=str(row[source["text_column"]] or ""),
             duration=header_seconds(audio) if duration is None else float(duration),
             silence=source["silence"],
             speaker=None if speaker is None else str(speaker),

@@ -48,10 +48,15 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, folder: Path, wor
     epochs they cost more than everything else.
 
     Raises:
-        ValueError: when the encoder is trained.
+        ValueError: when the encoder is trained, or does not hear a clip alike in every epoch.
     """
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
+    if data.noises or data.transform or data.mask_time or data.mask_bands:
+        raise ValueError(
+            "data.noise, transform and mask_* change what the encoder hears: they need "
+            "training.cache_encoder=false"
+        )
     if not folder.exists():
         aside = Frames(folder.with_suffix(".tmp"))  # renamed once it is whole
         shutil.rmtree(aside.folder, ignore_errors=True)

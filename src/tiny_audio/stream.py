@@ -67,7 +67,7 @@ class SpeechStream(Clips, IterableDataset):
             reader = Reader(source, streaming=True)  # all of it: every process needs the same
             column, keep = reader.source["text_column"], count // len(self.sources)
             for row in reader.rows.select_columns([column]).take(keep):
-                example = Example("", None, row[column] or "", duration=1.0)
+                example = Example("", None, str(row[column] or ""), duration=1.0)
                 self.admit(example)
                 if example.text:
                     yield example

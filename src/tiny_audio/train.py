@@ -310,6 +310,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         dropped.check(data.total)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     if streamed and resume:
+        if (shares := len(list(Path(resume).glob("stream-*.json")))) != place.num_processes:
+            raise ValueError(f"{resume} can only be continued by {shares} processes, as it began")
         data.start = json.loads((Path(resume) / f"stream-{place.process_index}.json").read_text())
     trainer = ASRTrainer(
         settings,
@@ -354,8 +356,13 @@ def train(cfg: DictConfig) -> Path:
     """Run every stage of a composed config; returns the folder of the finished model."""
     check_config(cfg)
     output = Path(cfg.run.output_dir)
-    if cfg.run.fresh and output.exists():
-        shutil.rmtree(output)
+    if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
+        raise ValueError("name the stage: stages.N.training.resume_from_checkpoint")
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        if cfg.run.fresh and output.exists() and os.environ.get("RANK", "0") == "0":
+            if not any((output / stage.name).exists() for stage in cfg.stages):
+                raise ValueError(f"{output} holds no run of this recipe: it is not deleted")
+            shutil.rmtree(output)
     if (output / FINISHED).exists():
         print(f"{output} is finished; run.fresh=true starts anew")
         return output
