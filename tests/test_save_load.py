@@ -311,7 +311,7 @@ def alone(saved, inputs, tmp_path_factory):
         again = pipeline("automatic-speech-recognition", model=again, trust_remote_code=True)
         print("RESULT" + json.dumps({
             "again": again(wav),
-            "code": sorted(p.name for p in (inputs / "saved again").glob("*.py")),
+            "code": sorted(p.stem for p in (inputs / "saved again").glob("*.py")),
             "wav": pipe(wav),
             "mp3": pipe(mp3),
             "array": pipe(array),
@@ -352,7 +352,7 @@ def test_the_folder_works_without_the_package(alone):
     assert there["list"] == [here["wav"], here["array"], here["mp3"]]
     assert there["again"] == here["wav"]  # saved in that process: with all its code
     assert there["code"] == sorted(CODE)
-    assert {p.name for p in CODE_FOLDER.glob("asr_*.py")} | {"handler.py"} == set(CODE)
+    assert {p.stem for p in CODE_FOLDER.glob("asr_*.py")} | {"handler"} == set(CODE)
 
 
 def test_the_endpoint_answers_as_the_pipeline_does(alone):

@@ -405,11 +405,11 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         self.generation_config.save_pretrained(folder)
         for name in CODE:
-            source = Path(__file__).with_name(name)
+            source = Path(__file__).with_name(f"{name}.py")
             if not source.exists():  # where the code is the model's: only what was imported is here
-                source = Path(str(cached_file(str(self.config.name_or_path), name)))
-            if source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+                source = Path(str(cached_file(str(self.config.name_or_path), source.name)))
+            if source.resolve() != (folder / source.name).resolve():
+                shutil.copyfile(source, folder / source.name)
 
     @classmethod
     def from_base(
@@ -539,8 +539,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 expected[name].copy_(tensor)
 
 
-CODE = [f"asr_{name}.py" for name in "config ctc encoder modeling pipeline processing".split()]
-CODE += ["handler.py"]
+CODE = "asr_config asr_ctc asr_encoder asr_modeling asr_pipeline asr_processing handler".split()
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}

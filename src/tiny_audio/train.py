@@ -332,7 +332,6 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if resume:
         print(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=resume)
-    trainer.preemption.check()
     if not streamed:
         dropped.check(data.total)
     trainer.save_model(str(final))

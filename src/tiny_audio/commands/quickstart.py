@@ -86,10 +86,9 @@ def run(overrides: list[str]) -> int:
     test = {row: sets["test"] for row, sets in scores.items()}
     total = time.monotonic() - started
     summary = {
-        **{key: test["joint"][key] for key in ("wer", "wer_low", "wer_high", "rtfx")},
+        **{k: test["joint"][k] for k in "wer wer_low wer_high rtfx utterances words".split()},
         **{f"{row}_wer": test[row]["wer"] for row in ("decoder", "ctc", "baseline")},
         **{f"librivox_{row}_wer": scores[row]["librivox"]["wer"] for row in ROWS},
-        **{key: test["joint"][key] for key in ("utterances", "words")},
         "errors": sum(s["errors"] for sets in scores.values() for s in sets.values()),
         "seed": cfg.run.seed,
         "prepare_seconds": round(prepared, 1),

@@ -107,7 +107,7 @@ STATUS = (
     RUN
     + """
 echo "name=$name"; echo "output=$(cat output)"
-echo "started=$(cat started)"; echo "before=$(cat before 2>/dev/null || echo 0)"
+echo "started=$(($(cat started) - $(cat before 2>/dev/null || echo 0)))"  # as if without a break
 echo "seen=$(stat -c %Y log)"; echo "now=$(date +%s)"
 if ! flock -n lock true; then echo state=running
 elif [ -e exit ]; then echo "state=ended with code $(cat exit)"
@@ -253,7 +253,6 @@ def status(machine: Machine, args: argparse.Namespace) -> int:
     """Print state, time that it ran, its bill, the last lines of a step and of an evaluation."""
     found = machine.facts(STATUS, args.run)
     seconds = int(found["now" if found["state"] == "running" else "seen"]) - int(found["started"])
-    seconds += int(found["before"])
     spent = "" if args.price is None else f", ${args.price * seconds / 3600:.2f} spent"
     print(f"{found['name']}: {found['state']}, ran {clock(seconds)}{spent}")
     step = found["step"] or "no step yet: see `tiny-audio remote logs`"
