@@ -1,7 +1,9 @@
 """Training runs of tiny models, composed from the real configs: they learn, resume and refuse."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_audio.asr_modeling import WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor
 from tiny_audio.data import DataError
+from tiny_audio.trainer import ASRTrainer, Preempted
 
 
 class Killed(RuntimeError):
@@ -188,9 +191,77 @@ def test_fresh_starts_anew(compose, monkeypatch):
 
 def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
     (tmp_path / "run/years of work").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run holds no run of this recipe: it is not deleted"):
+    with pytest.raises(ValueError, match="run holds no run of this recipe"):
         recipe.train(compose("run.fresh=true"))
     assert (tmp_path / "run/years of work").exists()
+    start = tmp_path / "run/align/final"  # of what it is to start from
+    start.mkdir(parents=True)
+    with pytest.raises(ValueError, match="or what it starts from"):
+        recipe.train(compose("run.fresh=true", f"model.pretrained_model_path={start}"))
+    assert start.exists()
+
+
+def test_mended_data_is_trained_on(compose, corpus, tmp_path):
+    """What was dropped in a run that ended with an error is not held against the next one."""
+    folder = tmp_path / "holes"
+    shutil.copytree(corpus.parent, folder)
+    manifest = folder / "train.jsonl"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace('"text": "', '"text": "", "was": "', 3))
+    cfg = compose("data.max_dropped_fraction=0.1", manifest=manifest)
+    with pytest.raises(DataError, match="3 of 12 examples were dropped"):
+        recipe.train(cfg)
+    manifest.write_text(whole)
+    output = recipe.train(cfg)
+    assert log_of(output / "align")[-1]["dropped"] == 0
+
+
+def test_what_was_dropped_after_the_checkpoint_is_dropped_again(compose, corpus, monkeypatch,
+                                                                tmp_path):  # fmt: skip
+    """A stream counts from the checkpoint on, as the examples that it has seen."""
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(corpus.parent / row["audio"])
+    rows = [{**row, "id": f"{i}-{row['id']}"} for i in range(40) for row in rows]
+    rows = [{**row, "text": ""} if i % 25 == 0 else row for i, row in enumerate(rows)]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(output):
+        return compose("data.streaming=true", "data.max_seconds=6", "data.block=60",
+                       "training.cache_encoder=false", "data.max_dropped_fraction=0.05",
+                       steps=(120, 1), save_steps=60, manifest=manifest, output=output)  # fmt: skip
+
+    whole = recipe.train(run("whole")) / "align"
+    for step in (100, 110):
+        with monkeypatch.context() as patch:
+            die_at(patch, step)
+            with pytest.raises(Killed):
+                recipe.train(run("broken"))
+    broken = recipe.train(run("broken")) / "align"
+    assert (whole / "dropped.jsonl").read_text() == (broken / "dropped.jsonl").read_text()
+    assert [r["dropped"] for r in log_of(whole)] == [r["dropped"] for r in log_of(broken)]
+    assert log_of(whole)[-1]["dropped"] > 5
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(compose, monkeypatch, tmp_path):
+    """Within its evaluation, too: the next stage may take a day."""
+    cfg = compose("training.eval_strategy=steps", eval_steps=3, steps=(3, 1))
+    with monkeypatch.context() as patch:
+        evaluate = ASRTrainer.evaluate
+
+        def taken_away(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, *args, **kwargs)
+
+        patch.setattr(ASRTrainer, "evaluate", taken_away)
+        with pytest.raises(Preempted, match="SIGTERM: saved"):
+            recipe.train(cfg)
+    assert not (tmp_path / "run/decoder").exists()
+    output = recipe.train(cfg)
+    assert [row["step"] for row in log_of(output / "align") if "loss" in row] == [1, 2, 3]
+    one, other = (load_file(output / f"align/{x}/{WEIGHTS}") for x in ("checkpoint-3", "final"))
+    assert all(torch.equal(one[name], other[name]) for name in one)  # no step too many
 
 
 # -- refusals ------------------------------------------------------------------------------------
@@ -219,6 +290,8 @@ def test_unknown_keys_are_refused(compose, override, message):
     ("override", "message"),
     [
         ("training.resume_from_checkpoint=x", "name the stage"),
+        ("+training.seed=1", "unknown key 'seed' in training"),
+        ("+training.hub_private_repo=true", "unknown key 'hub_private_repo'"),
         ("data.mask_time=0.1", r"need training\.cache_encoder=false"),
         ("data.mask_bands=4", r"need training\.cache_encoder=false"),
     ],

@@ -30,18 +30,14 @@ HF_KEYS = {
 }
 
 # What the saved config says about the code beside it, for trust_remote_code.
+PIPELINE = {"impl": "asr_pipeline.ASRPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
 AUTO_MAP: dict[str, Any] = {
     "auto_map": {
         "AutoConfig": "asr_config.ASRConfig",
         "AutoModelForSpeechSeq2Seq": "asr_modeling.ASRModel",
         "AutoProcessor": "asr_processing.ASRProcessor",
     },
-    "custom_pipelines": {
-        "automatic-speech-recognition": {
-            "impl": "asr_pipeline.ASRPipeline",
-            "pt": ["AutoModelForSpeechSeq2Seq"],
-        }
-    },
+    "custom_pipelines": {"automatic-speech-recognition": PIPELINE},
 }
 
 

@@ -458,7 +458,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, name_or_path: str | Path, *args: Any, config: ASRConfig | None = None, **kwargs: Any
+        cls, name_or_path: str | Path, *, config: ASRConfig | None = None, **kwargs: Any
     ) -> "ASRModel":
         """Load a trained model from a folder or Hub id; its base models from where it says.
 
@@ -479,11 +479,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         attention = kwargs.pop("attn_implementation", None)
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        if args:
-            raise ValueError("ASRModel.from_pretrained takes one positional argument, the model")
         check_keys(kwargs, {"dtype", "device_map", "attn_implementation", *HUB_KEYS}, cls.__name__)
-        if cached_file(str(name_or_path), "config.json", **hub) is None:
-            raise OSError(f"{name_or_path} has no config.json")
         config = config or ASRConfig.from_pretrained(name_or_path, **hub)
         tensors = load_file(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}

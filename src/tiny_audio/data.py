@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import category, normalize
 
 import av
 import hydra
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
@@ -90,7 +92,7 @@ class Dropped:
     """Counts of the examples that were skipped, by reason, with the ids, also in a JSONL file.
 
     Args:
-        path: of the file; one that is there is gone on with.
+        path: of the file, written anew; each checkpoint has a copy, for the run that continues it.
         allowed: share of examples that may be dropped.
     """
 
@@ -99,11 +101,8 @@ class Dropped:
         self.first: dict[str, str] = {}
         self.seen: set[str] = set()
         self.path, self.allowed = path, allowed
-        if path is not None and path.exists():  # of a run that was stopped, maybe within a line
-            rows = read_log(path)
-            path.unlink()
-            for row in rows:
-                self.add(**row)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def add(self, id: str, reason: str, detail: str = "") -> None:
         """Note a skipped example; one that was noted before is not counted again."""
@@ -136,11 +135,15 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     Case, digits and punctuation are kept, so that a model can learn them; `lowercase` drops case
     and all punctuation but the apostrophe, for small recipes.
     """
+    text = normalize("NFC", text)
     for mark, meaning in MARKS.items():
         text = re.sub(mark, meaning, text, flags=re.IGNORECASE)
     text = " ".join(text.split())
     if lowercase:
-        text = " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
+        letters = text.lower().replace("’", "'")
+        # letters, marks, digits, the apostrophe, and what joins or parts letters of some scripts
+        kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in letters)
+        text = " ".join("".join(kept).split())
     return text.lower() if text.isupper() and len(text) > 3 else text
 
 
@@ -161,15 +164,15 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
             what |= {"keep_default_na": False, "na_values": [""]}
     else:
         what = {key: source[key] for key in ("path", "name", "revision", "split")}
-    rows: Any = load_dataset(**what, streaming=streaming)
+    try:
+        rows: Any = load_dataset(**what, streaming=streaming)
+    except DatasetsError as error:
+        raise DataError(f"{source['path']}: {error.__cause__ or error}") from error
     columns = rows.column_names or list(next(iter(rows), {}))
     for key in ("audio_column", "text_column"):
         if source[key] not in columns:
             raise DataError(f"{source['path']}: no column {source[key]!r}; has {columns}")
     features = rows.features or {}
-    for key in ("id_column", "text_column"):
-        if "timestamp" in str(features.get(source[key])):  # so pyarrow reads a column of them
-            raise DataError(f"{path}: {source[key]!r} holds times only, and would be rewritten")
     if isinstance(features.get(source["audio_column"]), Audio):
         rows = rows.cast_column(source["audio_column"], Audio(decode=False))
     if n := source["sample"]:
@@ -200,13 +203,18 @@ class Reader:
             self.rows = split_dataset_by_node(self.rows, rank, world)
         self.count, self.over = 0, False
         if state:
+            if state["path"] != self.source["path"]:
+                raise DataError(
+                    f"the checkpoint stands in {state['path']}, not in {self.source['path']}"
+                )
             self.count, self.over = state["count"], state["over"]
             self.rows.load_state_dict(state["rows"])
         self.iterator = iter(self.rows)
 
     def state(self) -> dict[str, Any]:
         """What to go on from, in JSON's types; of a stream."""
-        return {"rows": self.rows.state_dict(), "count": self.count, "over": self.over}
+        return {"rows": self.rows.state_dict(), "path": self.source["path"], "count": self.count,
+                "over": self.over}  # fmt: skip
 
     def read(self) -> Example | None:
         """The next example, None at the end; its duration is -1 where no header says it."""

@@ -53,10 +53,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, folder: Path, wor
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
     if data.noises or data.transform or data.mask_time or data.mask_bands:
-        raise ValueError(
-            "data.noise, transform and mask_* change what the encoder hears: they need "
-            "training.cache_encoder=false"
-        )
+        raise ValueError("data.noise, transform and mask_* need training.cache_encoder=false")
     if not folder.exists():
         aside = Frames(folder.with_suffix(".tmp"))  # renamed once it is whole
         shutil.rmtree(aside.folder, ignore_errors=True)

@@ -51,6 +51,7 @@ class SpeechStream(Clips, IterableDataset):
         **options: Any,
     ) -> None:
         super().__init__(processor, dropped, **options)
+        self.max_train_samples = self.max_train_samples and -(-self.max_train_samples // world)
         if self.max_seconds > batch_seconds:
             raise DataError(
                 f"training.batch_seconds={batch_seconds} is below data.max_seconds="
@@ -118,10 +119,12 @@ class SpeechStream(Clips, IterableDataset):
         end = min(count + self.block, self.max_train_samples or float("inf"))
         while count < end and not all(reader.over for reader in readers):
             weights = np.array([r.source["weight"] * (not r.over) for r in readers], float)
-            example = readers[int(rng.choice(len(readers), p=weights / weights.sum()))].read()
-            if example is None:
+            source = int(rng.choice(len(readers), p=weights / weights.sum()))
+            if (example := readers[source].read()) is None:
                 continue
             count += 1
+            if source:  # two sources may have the same ids
+                example.id = f"{source}/{example.id}"
             if refusal := self.admit(example):
                 dropped.append(refusal)
             else:

@@ -36,7 +36,7 @@ from .asr_config import ASRConfig, check_keys
 from .asr_ctc import spell
 from .asr_modeling import WEIGHTS, ASRModel
 from .asr_processing import ASRProcessor
-from .data import Dropped, Example, SpeechDataset
+from .data import Dropped, Example, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
@@ -52,6 +52,9 @@ OWN_TRAINING_KEYS = set(
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
     "early_stopping_patience largest_first language".split()
 )
+# What no run may set: fixed below, of another name here, or without effect.
+FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
+FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
 # Settings of the data group that choose what is read; every other one is an option of `Clips`.
 OWN_DATA_KEYS = set("train eval streaming block vocabulary_rows max_dropped_fraction".split())
 
@@ -66,7 +69,7 @@ def check_config(cfg: DictConfig) -> None:
     known.model = OmegaConf.load(CONFIGS / "model/hubert_smollm3.yaml")
     known.data = OmegaConf.load(CONFIGS / "data/loquacious.yaml")
     training = OWN_TRAINING_KEYS | {field.name for field in fields(TrainingArguments)}
-    training -= {"activation_checkpointing"}  # `gradient_checkpointing` here
+    training -= {*FIXED.split()}
     check_keys(cfg, [*known, "training"], "the config")
     for group in ("run", "model", "encoder_lora", "peft", "data"):
         check_keys(cfg[group], known[group], group)
@@ -206,14 +209,10 @@ def fit_device(training: DictConfig) -> None:
                 print(f"training.{key}={training[key]} is off: there is no CUDA device")
                 training[key] = instead
     if training.attn_implementation is None:
-        reasons = {
-            "there is no CUDA device": not torch.cuda.is_available(),
-            "flash-attn is not installed": not is_flash_attn_2_available(),
-            "it needs training.dtype=bfloat16": training.dtype not in ("bfloat16", "float16"),
-        }
-        why = next((reason for reason, holds in reasons.items() if holds), "")
-        training.attn_implementation = None if why else "flash_attention_2"
-        print(f"no FlashAttention 2: {why}" if why else "attention: FlashAttention 2")
+        fits = is_flash_attn_2_available() and training.dtype in ("bfloat16", "float16")
+        training.attn_implementation = "flash_attention_2" if fits else None
+        needs = "it needs a CUDA device, flash-attn and training.dtype=bfloat16"
+        print("attention: FlashAttention 2" if fits else f"no FlashAttention 2: {needs}")
 
 
 def read_data(
@@ -309,6 +308,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
             cache_encoder_frames(model, data, path, settings["dataloader_num_workers"])
         dropped.check(data.total)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
+    for row in read_log(Path(resume) / f"dropped{rank}.jsonl") if resume else ():
+        dropped.add(**row)  # what the checkpoint's part of the run has dropped
     if streamed and resume:
         if (shares := len(list(Path(resume).glob("stream-*.json")))) != place.num_processes:
             raise ValueError(f"{resume} can only be continued by {shares} processes, as it began")
@@ -331,7 +332,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     started = time.monotonic()
     if resume:
         print(f"continuing from {resume}")
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume)
     if not streamed:
         dropped.check(data.total)
     trainer.save_model(str(final))
@@ -354,13 +355,14 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
 def train(cfg: DictConfig) -> Path:
     """Run every stage of a composed config; returns the folder of the finished model."""
     check_config(cfg)
-    output = Path(cfg.run.output_dir)
+    output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
     if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
         raise ValueError("name the stage: stages.N.training.resume_from_checkpoint")
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         if cfg.run.fresh and output.exists() and os.environ.get("RANK", "0") == "0":
-            if not any((output / stage.name).exists() for stage in cfg.stages):
-                raise ValueError(f"{output} holds no run of this recipe: it is not deleted")
+            needed = start and Path(start).resolve().is_relative_to(output.resolve())
+            if needed or not any((output / stage.name).exists() for stage in cfg.stages):
+                raise ValueError(f"{output} holds no run of this recipe, or what it starts from")
             shutil.rmtree(output)
     if (output / FINISHED).exists():
         print(f"{output} is finished; run.fresh=true starts anew")
@@ -369,7 +371,6 @@ def train(cfg: DictConfig) -> Path:
         sys.stdout = io.StringIO()  # one process speaks for all
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
-    start = cfg.model.pretrained_model_path
     for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
         print(f"\n== stage {stage.name}")
         start = str(run_stage(merged, output / stage.name, start, hub_id))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
@@ -205,13 +205,24 @@ class ASRTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trained tensors, config, processor and code; base weights only in the final save."""
         folder = str(output_dir or self.args.output_dir)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         if self.position is not None:  # of each process
-            Path(folder).mkdir(parents=True, exist_ok=True)
             path = Path(folder) / f"stream-{self.args.process_index}.json"
             path.write_text(json.dumps(self.position))
+        if self.dropped.path and self.dropped.path.exists():
+            shutil.copy(self.dropped.path, folder)
         if self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(folder, self_contained=False)
             self.processing_class.save_pretrained(folder)
+
+    def train(self, start: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the Trainer's, which makes one step too many from a checkpoint of the last step."""
+        state = start and TrainerState.load_from_json(f"{start}/trainer_state.json")
+        if state and 0 < self.args.max_steps <= state.global_step:
+            self.state = state
+            best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            return self._load_from_checkpoint(str(best or start))
+        return super().train(start, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / WEIGHTS
@@ -264,10 +275,10 @@ class Preemption(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen no more; raise `Preempted` where a signal ended the run before its last step."""
+        """Listen no more; raise `Preempted` where a signal came, be it within the last step."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal and state.global_step < state.max_steps:
+        if self.signal:
             raise Preempted(self.signal)
 
 
@@ -294,8 +305,7 @@ class StepLine(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA, cost."""
-        logs = logs or {}
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs or ()):
             return
         spent = time.monotonic() - self.started
         row = {"step": state.global_step, "seconds": self.before + spent}
@@ -375,11 +385,8 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
         print(f"no wandb (pip install 'tiny-audio[wandb]'): {local}")
         return []
     import wandb
-    from requests.utils import get_netrc_auth
 
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
-    if not (offline or os.environ.get("WANDB_API_KEY") or get_netrc_auth(server)):
+    if not (os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key):
         print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
         return []
     mark = folder / "wandb_id"  # a resumed run goes on in the same curve

@@ -61,7 +61,6 @@ def check(cfgs: Sequence[Any]) -> None:
     folder = Path(cfg.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "data_check.jsonl"
-    report.unlink(missing_ok=True)
     processor, dropped = build_processor(cfg), Dropped(report, cfg.data.max_dropped_fraction)
     limits = ("min_seconds", "max_seconds", "lowercase", "max_train_samples")
     clips = Clips(processor, dropped, **{key: cfg.data[key] for key in limits})

@@ -24,7 +24,6 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from huggingface_hub import dataset_info
 from tqdm import tqdm
 
@@ -199,10 +198,9 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
                 examples.append(example)
             if len(examples) == args.max_samples:
                 break
-    except (DatasetsError, httpx.HTTPError, ValueError, OSError) as error:
-        why = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+    except (DataError, httpx.HTTPError, ValueError, OSError) as error:
         where = "" if here else " as a dataset of the Hub, and no such file is here"
-        raise DataError(f"{args.dataset} cannot be read{where}: {why}") from error
+        raise DataError(f"{args.dataset} cannot be read{where}: {one_line(error)}") from error
     if not any(example.text.strip() for example in examples):
         raise DataError(f"{args.dataset}: all references are empty; is --text-column right?")
     revision = fingerprint([path]) if path.is_file() else source.get("revision")
@@ -231,8 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_samples is not None and args.max_samples < 1:
         parser.error(f"--max-samples {args.max_samples}: at least one is needed")
     options = {"batch_seconds": args.batch_seconds, "ctc_only": args.ctc_only}
-    if args.decoder_only:
-        options["ctc_decode_weight"] = 0.0
+    options |= {"ctc_decode_weight": 0.0} if args.decoder_only else {}
     data, how = Path(args.dataset), "ctc" * args.ctc_only or "decoder" * args.decoder_only
     what = f"{data.resolve().parent.name}_{data.stem}" if data.is_file() else data.name
     parts = ["eval", Path(args.model).name, what, args.name, args.split, how]
