@@ -480,6 +480,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
         check_keys(kwargs, {"dtype", "device_map", "attn_implementation", *HUB_KEYS}, cls.__name__)
+        if cached_file(str(name_or_path), "config.json", **hub) is None:
+            raise OSError(f"{name_or_path} has no config.json")
         config = config or ASRConfig.from_pretrained(name_or_path, **hub)
         tensors = load_file(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}

@@ -187,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 overrides.append(argument)
             else:
                 own[key] = value if key == "gpu" else float(value)
-        figures = [value for key, value in own.items() if key != "gpu" and value is not None]
-        if min(figures) <= 0 or own["utilisation"] > 1:
+        if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
             raise ValueError("figures are above 0, and utilisation= is a share of 1")
         check_keys([own["gpu"]], GPUS, "the list of GPUs")
         if own["budget"] and not own["price"]:

@@ -80,8 +80,7 @@ def run(overrides: list[str]) -> int:
     model = train(cfg)
     train_seconds = json.loads((model / FINISHED).read_text())["seconds"]
     scores = score_all(model, assets)
-    clips = list(read_source({"path": str(assets.test)}))
-    clip = random.Random(cfg.run.seed).choice(clips)
+    clip = random.Random(cfg.run.seed).choice(list(read_source({"path": str(assets.test)})))
     heard = load_pipeline(str(model))(clip.audio)["text"]
     test = {row: sets["test"] for row, sets in scores.items()}
     total = time.monotonic() - started
