@@ -119,12 +119,10 @@ class SpeechStream(Clips, IterableDataset):
         end = min(count + self.block, self.max_train_samples or float("inf"))
         while count < end and not all(reader.over for reader in readers):
             weights = np.array([r.source["weight"] * (not r.over) for r in readers], float)
-            source = int(rng.choice(len(readers), p=weights / weights.sum()))
-            if (example := readers[source].read()) is None:
+            example = readers[int(rng.choice(len(readers), p=weights / weights.sum()))].read()
+            if example is None:
                 continue
             count += 1
-            if source:  # two sources may have the same ids
-                example.id = f"{source}/{example.id}"
             if refusal := self.admit(example):
                 dropped.append(refusal)
             else:
