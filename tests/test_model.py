@@ -75,8 +75,9 @@ def test_batch_equals_single_on_real_weights(real_bases, real_rows, real_clips, 
     processor, model = build_asr(
         real_bases.whisper, real_bases.decoder, texts, bridge=bridge, hidden=64, fresh=True
     )
-    # fp32 of logits up to 44: how far they round apart depends on the CPU, 1.2e-4 at most so far
-    compare_logits(processor, model, real_clips, texts, 3e-4)
+    # In fp32 logits of 44 round apart by up to 1.2e-4, as the CPU has it; padding adds nothing.
+    compare_logits(processor, model.double(), real_clips, texts, 1e-4)
+    model.float()
     said = set()
     for weight, beams in ((0.0, 1), (1.0, 2)):
         options = {"ctc_decode_weight": weight, "num_beams": beams, "max_new_tokens": 4}

@@ -332,7 +332,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     started = time.monotonic()
     if resume:
         print(f"continuing from {resume}")
-    trainer.train(resume)
+    trainer.train(resume_from_checkpoint=resume)
     if not streamed:
         dropped.check(data.total)
     trainer.save_model(str(final))

@@ -215,8 +215,9 @@ class ASRTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(folder, self_contained=False)
             self.processing_class.save_pretrained(folder)
 
-    def train(self, start: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As the Trainer's, which makes one step too many from a checkpoint of the last step."""
+        start = resume_from_checkpoint
         state = start and TrainerState.load_from_json(f"{start}/trainer_state.json")
         if state and 0 < self.args.max_steps <= state.global_step:
             self.state = state
