@@ -1,7 +1,7 @@
 """Training speed on real clips: audio-seconds per CPU-second, ours against the field's plain way.
 
-    python bench/training_speed.py --threads 1 --clips 64
-    python bench/training_speed.py --table memory
+    OMP_NUM_THREADS=1 python bench/training_speed.py --clips 64
+    OMP_NUM_THREADS=1 python bench/training_speed.py --table memory
 
 Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
 decoder) once on the same clips, drawn from the quickstart's recordings, with the encoder run in the
@@ -14,7 +14,6 @@ own, so that its peak memory is its own.
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+BATCH_SECONDS = 32.0  # of the decoder stage
 OURS = {"length_batches": True, "real_length": True, "label_logits": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain: random batches of 8, padded to 30 s, full logits": {},
@@ -39,16 +39,16 @@ MEMORY: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(variant: dict[str, Any], threads: int, clips: int, batch_seconds: float) -> dict:
+def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
     """Train once on each of `clips` clips, after one warm-up step; figures of the run."""
     import torch
     from torch.nn import functional as F
 
     from tiny_audio.batches import LengthBatchSampler
+    from tiny_audio.commands.eval import peak_memory
     from tiny_audio.data import Dropped, SpeechDataset
     from tiny_audio.train import build_model, build_processor, compose_recipe, ctc_vocabulary
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     rank = 8 if variant.get("encoder_lora") else 0
     cfg = compose_recipe(["+experiments=quickstart", f"encoder_lora.r={rank}"])
@@ -60,18 +60,14 @@ def measure(variant: dict[str, Any], threads: int, clips: int, batch_seconds: fl
     model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
     if variant.get("checkpointing"):
         model.gradient_checkpointing_enable()
-    logits = 0
-
-    def note(module: Any, args: Any, output: Any) -> None:
-        nonlocal logits
-        logits = max(logits, output.numel() * output.element_size())
-
-    model.decoder.get_output_embeddings().register_forward_hook(note)
+    logits: list[int] = []  # bytes of them, at each step
+    head = model.decoder.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, output: logits.append(output.nbytes))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     durations = [example.duration for example in data.examples]
     if variant.get("length_batches"):
-        budget = 64.0 if variant.get("ctc") else batch_seconds
+        budget = 64.0 if variant.get("ctc") else BATCH_SECONDS
         batches = list(LengthBatchSampler(durations, budget))
     else:
         batches = [list(range(i, min(i + 8, clips))) for i in range(0, clips, 8)]
@@ -102,8 +98,8 @@ def measure(variant: dict[str, Any], threads: int, clips: int, batch_seconds: fl
     return {
         "audio_per_cpu_second": audio / spent,
         "padding": 1 - audio / padded,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "logits_mb": logits / 1e6,
+        "peak_gb": peak_memory(),
+        "logits_mb": max(logits, default=0) / 1e6,
         "seconds_a_step": spent / len(batches),
     }
 
@@ -113,29 +109,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clips", type=int, default=64, help="that each row is trained on")
-    parser.add_argument("--batch-seconds", type=float, default=32.0, help="decoder stage's budget")
     parser.add_argument("--table", choices=("speed", "memory"), default="speed")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     variants = VARIANTS if args.table == "speed" else MEMORY
     if args.only:
-        figures = measure(variants[args.only], args.threads, args.clips, args.batch_seconds)
-        print(json.dumps(figures))
+        print(json.dumps(measure(variants[args.only], args.clips)))
         return
-    options = ["--table", args.table, "--threads", str(args.threads)]
-    options += ["--clips", str(args.clips), "--batch-seconds", f"{args.batch_seconds:g}"]
+    options = f"--table {args.table} --clips {args.clips}"
     rows: dict[str, dict[str, float]] = {}
     for name in variants:
-        command = [sys.executable, __file__, "--only", name, *options]
+        command = [sys.executable, __file__, "--only", name, *options.split()]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows[name] = json.loads(out.splitlines()[-1])
         print(name, rows[name], flush=True)
     first = next(iter(rows.values()))
     lines = [
-        f"Training {args.table}, {date.today()}, {args.threads} thread(s), CPU, fp32; "
-        f"`python bench/training_speed.py {' '.join(options)}`\n",
+        f"Training {args.table}, {date.today()}, CPU, fp32; "
+        f"`OMP_NUM_THREADS=1 python bench/training_speed.py {options}`\n",
         "| way | audio-s per CPU-s | ratio to the first | CPU-s a step | padding | logits | "
         "peak memory |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,7 @@
 """From manifests to batches: nothing is lost, everything dropped is named, order repeats."""
 
 import json
+import os
 import shutil
 from collections import Counter
 
@@ -440,11 +441,16 @@ def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, pr
     dropped = Dropped()
     data = SpeechDataset(sources, processor, dropped)
     try:
-        cache_encoder_frames(model, data, tmp_path / "frames", 0)
+        cache_encoder_frames(model, data, tmp_path, 0)
     except DataError:
         return  # refusing ids that occur twice is as good
     assert len(data) == 2
     assert [len(data[i]["features"]) for i in range(2)] == [40, 80]
+
+
+def glob_frames(parent):
+    """Whole folders of frames."""
+    return [path for path in parent.glob("encoder_frames-*") if path.suffix != ".tmp"]
 
 
 def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monkeypatch):
@@ -463,16 +469,17 @@ def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monke
     monkeypatch.setattr(frames, "LengthBatchSampler", lambda seconds, *_, **__: [
         [i] for i in range(len(seconds))])  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
-        cache_encoder_frames(model, data, tmp_path / "frames", 0)
-    assert not (tmp_path / "frames").exists(), "half of it looks whole"
+        cache_encoder_frames(model, data, tmp_path, 0)
+    assert not glob_frames(tmp_path), "half of it looks whole"
     plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
-    cache_encoder_frames(model, data, tmp_path / "frames", 0)
+    cache_encoder_frames(model, data, tmp_path, 0)
+    (folder,) = glob_frames(tmp_path)
     for clip, features in plain.items():
         inputs = processor.collate([features])
         with torch.no_grad():
             expected, _ = encode(inputs["input_features"], inputs["input_features_mask"])
-        assert torch.equal(Frames(tmp_path / "frames")[clip], expected[0].half())
-    assert "no such clip" not in Frames(tmp_path / "frames")
+        assert torch.equal(Frames(folder)[clip], expected[0].half())
+    assert "no such clip" not in Frames(folder)
 
 
 def test_a_batch_size_limits_the_clips_of_a_batch():
@@ -481,3 +488,18 @@ def test_a_batch_size_limits_the_clips_of_a_batch():
     small = LengthBatchSampler(seconds, 60.0, seed=1, most=5)
     assert max(map(len, plain)) > 5 and max(map(len, small)) == 5
     assert sorted(i for batch in small for i in batch) == list(range(100))
+
+
+def test_a_file_that_was_replaced_is_encoded_anew(tmp_path, build, processor):
+    """Another recording of the same name and length."""
+    _, model = build("whisper", ctc=False)
+    row = {"id": "a", "audio": "a.wav", "text": "the cat", "duration": 1.0}
+    manifest = write_manifest(tmp_path / "m.jsonl", [row])
+    heard = []
+    for seed in (1, 2):
+        path = write_audio(tmp_path / "a.wav", babble(1.0, seed), 16_000, "pcm_s16le")
+        os.utime(path, (seed, seed))
+        data = SpeechDataset([{"path": str(manifest)}], processor, Dropped())
+        cache_encoder_frames(model, data, tmp_path, 0)
+        heard.append(data[0]["features"])
+    assert not torch.equal(*heard)

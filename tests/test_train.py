@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,19 @@ def test_fresh_starts_anew(compose, monkeypatch):
             recipe.train(cfg)
     output = recipe.train(cfg)
     assert [row["step"] for row in log_of(output / "align")] == [1, 2, 3]
+
+
+def test_a_run_that_goes_on_with_other_settings_names_them(compose, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        die_at(patch, 2)
+        with pytest.raises(Killed):
+            recipe.train(compose(steps=(3, 1), save_steps=1))
+    recipe.train(compose("run.seed=7", "run.price_per_hour=2", steps=(3, 1), save_steps=1,
+                         learning_rate=0.5))  # fmt: skip
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(said) == 1 and "align was begun with other settings" in said[0]
+    changed = re.findall(r"[\w.]+: [\w.-]+ -> [\w.-]+", said[0])
+    assert sorted(changed) == ["run.seed: 0 -> 7", "training.learning_rate: 0.002 -> 0.5"]
 
 
 def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):

@@ -2,9 +2,12 @@
 
 import ctypes
 import hashlib
+import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +44,9 @@ def return_freed_memory() -> None:
             libc.malloc_trim(0)
 
 
-def cache_encoder_frames(model: ASRModel, data: SpeechDataset, folder: Path, workers: int) -> None:
-    """Run the frozen encoder once over `data`, into `folder`, and have `data` serve its frames.
+def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path, workers: int) -> None:
+    """Run the frozen encoder once over `data`, into a folder of `parent` that is named for what it
+    was made of, and have `data` serve its frames.
 
     A frozen encoder gives the same frames in every epoch; for a small recipe that trains many
     epochs they cost more than everything else.
@@ -54,6 +58,15 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, folder: Path, wor
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
     if data.noises or data.transform or data.mask_time or data.mask_bands:
         raise ValueError("data.noise, transform and mask_* need training.cache_encoder=false")
+    made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]
+    made_of += [str(next(model.encoder.parameters()).dtype)]
+    made_of += [data.processor.tail_seconds, data.processor.min_seconds]
+    for e in sorted(data.examples, key=lambda e: e.id):
+        made_of += [e.id, str(e.audio)[:200], e.duration]
+        with suppress(OSError, TypeError):  # what is no file of its own
+            made_of.append(Path(e.audio).stat().st_mtime)
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    folder = parent / f"encoder_frames-{digest}"
     if not folder.exists():
         aside = Frames(folder.with_suffix(".tmp"))  # renamed once it is whole
         shutil.rmtree(aside.folder, ignore_errors=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainerCallback
 
@@ -128,45 +127,20 @@ def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:
     for name in ("finished.json", "summary.json"):
         if (folder / name).exists():
             facts |= json.loads((folder / name).read_text())
-    bases = [config.encoder_name, config.decoder_name]
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "automatic-speech-recognition",
-        "tags": ["tiny-audio", "speech"],
-    }
-    hub_ids = [base for base in bases if "/" in base]
-    if hub_ids:
-        front["base_model"] = hub_ids
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
-    lines += [f"# {folder.resolve().name}", "", "A speech recogniser trained with tiny-audio:"]
-    for part, base, revision, lora in (
-        ("encoder", bases[0], config.encoder_revision, config.encoder_lora),
-        ("decoder", bases[1], config.decoder_revision, config.decoder_lora),
-    ):
-        how = (
-            f"LoRA r {lora['r']} on {', '.join(lora['target_modules'])}" if lora["r"] else "frozen"
-        )
-        lines.append(f"- {part}: `{base}`{f' at {revision}' if revision else ''}, {how}")
-    for stage in facts.get("stages", []):
-        lines.append(
-            f"- stage {stage['name']}: {stage['steps']:,} steps on {stage['clips']:,} clips, "
-            f"{stage['hours']:.2f} hours"
-        )
-    if "trained" in facts:
-        lines.append(f"- {facts['trained']:,} of {facts['parameters']:,} parameters trained")
-    if "wer" in facts:
-        lines.append(
-            f"- WER {facts['wer']:.1f} % [{facts['wer_low']:.1f}, {facts['wer_high']:.1f}] on "
-            f"{facts['utterances']} held-out clips"
-        )
-    else:
-        lines.append("- WER: not measured yet (`tiny-audio eval`)")
-    for key, label in (("command", "command"), ("git_hash", "code at commit")):
-        if key in facts:
-            lines.append(f"- {label}: `{facts[key]}`")
-    lines += ["", "```python", "from transformers import pipeline", ""]
-    lines.append('asr = pipeline("automatic-speech-recognition", MODEL, trust_remote_code=True)')
-    lines += ['print(asr("talk.mp3")["text"])', "```", ""]
-    if (folder / "training_config.yaml").exists():
-        lines += ["The whole configuration of the run is in `training_config.yaml`.", ""]
-    return "\n".join(lines)
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="automatic-speech-recognition",
+            tags=["tiny-audio", "speech"],
+            base_model=[n for n in (config.encoder_name, config.decoder_name) if "/" in n] or None,
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=folder.resolve().name,
+        parts=[
+            ("encoder", config.encoder_name, config.encoder_revision, config.encoder_lora),
+            ("decoder", config.decoder_name, config.decoder_revision, config.decoder_lora),
+        ],
+        whole=(folder / "training_config.yaml").exists(),
+        **facts,
+    )
+    return str(card)

@@ -60,7 +60,9 @@ class SpeechStream(Clips, IterableDataset):
         self.sources, self.start = sources, START
         self.batch_seconds, self.block, self.most = batch_seconds, block, most or block
         self.rank, self.world, self.threads = rank, world, threads
-        self.open(START)  # a wrong column is said now, not in a worker
+        for reader in self.open(START):  # a wrong column is said now, not in a worker
+            if reader.source["weight"] <= 0:
+                raise DataError(f"{reader.source['path']}: weight must be above 0")
 
     def texts(self, count: int) -> Iterator[Example]:
         """The first `count` examples without their audio: what the vocabulary is made of."""

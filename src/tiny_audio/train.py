@@ -6,7 +6,6 @@ same command again continues where it stopped.
 """
 
 import gc
-import hashlib
 import io
 import json
 import os
@@ -41,7 +40,15 @@ from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
 from .stream import SpeechStream
-from .trainer import ASRTrainer, StepLine, clean_exit, freeze_idle, last_checkpoint, start_trackers
+from .trainer import (
+    ASRTrainer,
+    StepLine,
+    clean_exit,
+    freeze_idle,
+    keep_recipe,
+    last_checkpoint,
+    start_trackers,
+)  # fmt: skip
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"
@@ -93,9 +100,7 @@ def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
         group, _, name = key.partition(".")
         for i, stage in enumerate(cfg.stages):
             if name and name in (stage.get(group) or {}):
-                raise ValueError(
-                    f"{key} is overruled by stage {stage.name}: set stages.{i}.{key} instead"
-                )
+                raise ValueError(f"{key} is overruled by stage {stage.name}: set stages.{i}.{key}")
 
 
 def lenient(overrides: Sequence[str]) -> list[str]:
@@ -246,12 +251,13 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
 
     Each checkpoint is pushed to `hub_id`, if there is one.
     """
-    final = folder / "final"
+    final, place = folder / "final", PartialState(cpu=not torch.cuda.is_available())
+    folder.mkdir(parents=True, exist_ok=True)
+    if place.is_main_process:
+        keep_recipe(cfg, folder)
     if (final / FINISHED).exists():
         print(f"{folder}: finished before, kept")
         return final
-    folder.mkdir(parents=True, exist_ok=True)
-    place = PartialState(cpu=not torch.cuda.is_available())
     set_seed(cfg.run.seed)
     fit_device(cfg.training)
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
@@ -293,19 +299,12 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         **arguments,
     )
     if settings["early_stopping_patience"] and not args.load_best_model_at_end:
-        raise ValueError(
-            "training.early_stopping_patience needs training.load_best_model_at_end=true"
-        )
+        raise ValueError("early_stopping_patience needs training.load_best_model_at_end=true")
     if settings["cache_encoder"]:
         if streamed:
             raise ValueError("training.cache_encoder needs data.streaming=false")
-        made_of = [cfg.model.encoder_model_name, model.config.encoder_revision, settings["dtype"]]
-        made_of += [processor.tail_seconds, processor.min_seconds]
-        made_of += sorted({(e.id, str(e.audio)[:200], e.duration) for e in data.examples})
-        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-        path = folder.parent / f"encoder_frames-{digest}"
         with place.main_process_first():
-            cache_encoder_frames(model, data, path, settings["dataloader_num_workers"])
+            cache_encoder_frames(model, data, folder.parent, settings["dataloader_num_workers"])
         dropped.check(data.total)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     for row in read_log(Path(resume) / f"dropped{rank}.jsonl") if resume else ():

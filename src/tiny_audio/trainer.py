@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.utils import flatten_dict
 
 from .asr_config import IGNORE
 from .asr_modeling import WEIGHTS
@@ -441,6 +443,20 @@ def last_checkpoint(folder: Path) -> str | None:
             print(f"{path}: was cut short, removed")
             shutil.rmtree(path)
     return None
+
+
+def keep_recipe(cfg: DictConfig, folder: Path) -> None:
+    """Write a stage's recipe beside it; where it was begun with another one, say what differs."""
+    path = folder / "training_config.yaml"
+    if path.exists() and any(folder.glob("checkpoint-*")):
+        both: list[Any] = [OmegaConf.to_container(c) for c in (OmegaConf.load(path), cfg)]
+        old, new = map(flatten_dict, both)
+        keys = [k for k in new if k == "run.seed" or k.split(".")[0] not in ("run", "stages")]
+        if changed := [f"{k}: {old.get(k)} -> {new[k]}" for k in keys if old.get(k) != new[k]]:
+            print(f"warning: {folder} was begun with other settings ({', '.join(changed)}); its "
+                  "optimizer and schedule keep theirs, run.fresh=true starts anew")  # fmt: skip
+    if not (folder / "final").exists():
+        OmegaConf.save(cfg, path)
 
 
 def clock(seconds: float) -> str:
