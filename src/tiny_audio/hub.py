@@ -136,10 +136,7 @@ def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:
         ),
         template_path=str(Path(__file__).with_name("model_card.md")),
         name=folder.resolve().name,
-        parts=[
-            ("encoder", config.encoder_name, config.encoder_revision, config.encoder_lora),
-            ("decoder", config.decoder_name, config.decoder_revision, config.decoder_lora),
-        ],
+        config=config,
         whole=(folder / "training_config.yaml").exists(),
         **facts,
     )

@@ -43,6 +43,18 @@ FLOPS: dict[Any, Any] = {
 }
 
 
+# What an operation makes on the meta device, by its arguments. Layers are alike, and torch works a
+# shape out in Python, which takes longer than all else here.
+KNOWN: dict[Any, Any] = {}
+
+
+def form(x: Any) -> Any:
+    """Shape, stride, dtype and device of tensors, alone or in lists; other things as they are."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    return tuple(map(form, x)) if isinstance(x, list | tuple) else (type(x), x)
+
+
 @dataclass
 class Cost:
     """What a step costs.
@@ -67,9 +79,17 @@ class Recorder(TorchDispatchMode):
         self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, and what tells its end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        key = (func, form(args), form(tuple(kwargs.items())))
+        if known := KNOWN.get(key):
+            out = torch.empty_strided(*known[:2], dtype=known[2], device="meta")
+        else:
+            out = func(*args, **kwargs)
+            made = isinstance(out, Tensor) and out.untyped_storage()._cdata not in self.owner
+            if made and out.is_meta:  # no view, not in place
+                KNOWN[key] = form(out)
         if formula := FLOPS.get(func._overloadpacket):
-            self.flops[self.part] += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         self.track(out)
         return out
 
@@ -115,8 +135,9 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
         config: an ASRConfig with both base configs in it; it is copied.
         dtype: of the base weights; None is fp32.
     """
-    config = copy.deepcopy(config)
-    for part in (config.audio_config, config.text_config):
+    config = copy.copy(config)
+    for name in ("audio_config", "text_config"):
+        setattr(config, name, part := copy.deepcopy(getattr(config, name)))
         part._attn_implementation = "counted"
     for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance changes no count
         if key in vars(config.audio_config):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -451,7 +452,7 @@ def keep_recipe(cfg: DictConfig, folder: Path) -> None:
     if path.exists() and any(folder.glob("checkpoint-*")):
         both: list[Any] = [OmegaConf.to_container(c) for c in (OmegaConf.load(path), cfg)]
         old, new = map(flatten_dict, both)
-        keys = [k for k in new if k == "run.seed" or k.split(".")[0] not in ("run", "stages")]
+        keys = [k for k in new if not re.match(r"run\.(?!seed)|stages|training\.resume", k)]
         if changed := [f"{k}: {old.get(k)} -> {new[k]}" for k in keys if old.get(k) != new[k]]:
             print(f"warning: {folder} was begun with other settings ({', '.join(changed)}); its "
                   "optimizer and schedule keep theirs, run.fresh=true starts anew")  # fmt: skip

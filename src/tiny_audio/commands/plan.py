@@ -196,14 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
         rate, listed = peak * own["utilisation"], True
         if args.measure:
-            rate = measure(stages[-1], own["seconds"])
+            rate, listed = measure(stages[-1], own["seconds"]), False
             here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
             how = f"measured on {here}: {rate:,.0f} GFLOP/s"
-            known = gpu_of(here)
-            listed = known is not None
-            if known:
+            if known := gpu_of(here):
                 share = rate / GPUS[known]["tflops"] / 1e3
-                rate, how = peak * share, f"{how}, {share:.1%} of its peak"
+                rate, how, listed = peak * share, f"{how}, {share:.1%} of its peak", True
         print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
         print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
         report(own, rate, stages, listed)

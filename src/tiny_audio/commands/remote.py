@@ -20,7 +20,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -271,9 +270,8 @@ def fetch(machine: Machine, args: argparse.Namespace) -> None:
 
 def stop(machine: Machine, args: argparse.Namespace) -> None:
     """Ask the run to save and end, and wait for it."""
-    started = time.monotonic()
     machine.call(STOP, args.run, args.wait)
-    print(f"stopped after {time.monotonic() - started:.0f} s; remote-train continues it")
+    print("stopped; remote-train continues it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
