@@ -233,14 +233,17 @@ def test_silence_is_not_decoded(pipe):
 
 def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
     """Every guard speaks where the text has little CTC probability, and not where it has much."""
-    for confidence, flags in ((0.01, {"repetition", "no_speech"}), (0.9, set())):
+    loops, both = ("okay okay okay okay", "say hehehehehehe"), {"repetition", "no_speech"}
+    cases = [(text, *case) for text in loops for case in ((0.01, both), (0.9, set()))]
+    cases += [(loops[0], 0.4, {"repetition"}), ("okay then", 0.4, set())]
+    for said, confidence, flags in cases:
 
-        def timed(piece, *args, sure=confidence):
-            piece.text, piece.confidence = "okay okay okay okay", sure
+        def timed(piece, *args, text=said, sure=confidence):
+            piece.text, piece.confidence = text, sure
 
         monkeypatch.setattr(pipe, "_time", timed)
         result = pipe(babble(1.5, 3))
-        assert {"repetition", "no_speech"} & result.keys() == flags
+        assert both & result.keys() == flags
         assert bool(flags) == any("over and over" in line for line in result.get("warnings", []))
 
 

@@ -32,7 +32,8 @@ ARGUMENTS = (
 )
 LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split to be tried again
 SILENCE = 1e-3  # a piece whose samples are all below this (-60 dBFS) holds no speech
-UNSUPPORTED = 0.26  # a transcript of less CTC confidence than this is not what was said
+# A transcript of less CTC confidence is not what was said; a loop or a refusal needs more of it.
+UNSUPPORTED, PLAUSIBLE = 0.22, 0.5
 FLAGS = {
     "truncated": "stopped at the limit of tokens for its length",
     "repetition": "says one thing over and over",
@@ -40,7 +41,7 @@ FLAGS = {
     "no_speech": "is not supported by the audio, which may hold no speech",
 }
 RETRIED = {"truncated", "repetition"}  # what may be better in halves
-LOOP = re.compile(r"(?i)\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}")
+LOOP = re.compile(r"(?i)\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}|(\w{1,8}?)\2{5,}")
 REFUSAL = re.compile(r"(?i)\b(as an ai|sorry,? but i|i can('?t|not) (transcribe|hear|help))\b")
 # A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0
@@ -312,10 +313,10 @@ class ASRPipeline(Pipeline):
                 piece.words = [{"text": piece.text, "timestamp": whole, "confidence": None}]
             cut = not ctc_only and self.processor.end_token_id not in row  # by `generate_kwargs`
             piece.flags = ["truncated"] if cut or len(spoken) >= int(limits[i]) else []
-            doubtful = piece.confidence is None or piece.confidence < UNSUPPORTED
+            sure = piece.confidence or 0.0
             for flag, pattern in (("repetition", LOOP), ("refusal", REFUSAL)):
-                piece.flags += [flag] if doubtful and pattern.search(piece.text) else []
-            if piece.text and piece.confidence is not None and doubtful:
+                piece.flags += [flag] if sure < PLAUSIBLE and pattern.search(piece.text) else []
+            if piece.text and piece.confidence is not None and sure < UNSUPPORTED:
                 piece.flags.append("no_speech")
 
     def _emissions(self, audio: dict[str, Any]) -> tuple[list[np.ndarray], float]:
