@@ -27,7 +27,7 @@ format lint type-check check: install
 	$(BIN)/tiny-audio dev $@
 
 bench: install
-	OMP_NUM_THREADS=1 $(BIN)/python bench/training_speed.py
+	$(BIN)/python bench/training_speed.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/data.py
 
 clean:

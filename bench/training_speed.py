@@ -1,7 +1,7 @@
 """Training speed on real clips: audio-seconds per CPU-second, ours against the field's plain way.
 
-    OMP_NUM_THREADS=1 python bench/training_speed.py --clips 64
-    OMP_NUM_THREADS=1 python bench/training_speed.py --table memory
+    python bench/training_speed.py --clips 64
+    python bench/training_speed.py --table memory
 
 Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
 decoder) once on the same clips, drawn from the quickstart's recordings, with the encoder run in the
@@ -13,6 +13,7 @@ own, so that its peak memory is its own.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -70,8 +71,7 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # what is frozen has no gradient
     durations = [example.duration for example in data.examples]
     if variant.get("length_batches"):
-        budget = 64.0 if "ctc" in variant else BATCH_SECONDS
-        batches = list(LengthBatchSampler(durations, budget))
+        batches = list(LengthBatchSampler(durations, 64.0 if "ctc" in variant else BATCH_SECONDS))
     else:
         batches = [list(range(i, min(i + 8, clips))) for i in range(0, clips, 8)]
     audio = padded = started = 0.0
@@ -122,13 +122,14 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     for name in variants:
         command = [sys.executable, __file__, "--only", name, *options.split()]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        one = {**os.environ, "OMP_NUM_THREADS": "1"}
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one).stdout
         rows[name] = json.loads(out.splitlines()[-1])
         print(name, rows[name], flush=True)
     base = next(iter(rows.values()))["speed"]
     lines = [
-        f"Training {args.table}, {date.today()}, CPU, fp32; "
-        f"`OMP_NUM_THREADS=1 python bench/training_speed.py {options}`\n",
+        f"Training {args.table}, {date.today()}, CPU, fp32, one thread; "
+        f"`python bench/training_speed.py {options}`\n",
         HEAD,
         "|---|---|---|---|---|---|---|",
     ]

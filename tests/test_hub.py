@@ -10,6 +10,8 @@ import pytest
 from hub import serve
 from safetensors.torch import load_file
 
+from tiny_audio.hub import model_card
+
 ROOT = Path(__file__).parents[1]
 REPO = "someone/tiny-audio"
 
@@ -112,6 +114,8 @@ def test_the_model_card_tells_what_was_done(hub, trained):
         facts["git_hash"],
     ):  # fmt: skip
         assert said in card, said
+    (stage,) = output.glob("*/final")  # a stage's own folder has a card too
+    assert "# final" in model_card(stage)
 
 
 PIPELINE = """

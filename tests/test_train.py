@@ -191,16 +191,27 @@ def test_fresh_starts_anew(compose, monkeypatch):
 
 
 def test_a_run_that_goes_on_with_other_settings_names_them(compose, monkeypatch, capsys):
+    """Each time, against those it was begun with: the right ones again are not other ones."""
+    settings = {"steps": (3, 1), "save_steps": 1}
     with monkeypatch.context() as patch:
         die_at(patch, 2)
-        with pytest.raises(Killed):
-            recipe.train(compose(steps=(3, 1), save_steps=1))
-    recipe.train(compose("run.seed=7", "run.price_per_hour=2", steps=(3, 1), save_steps=1,
-                         learning_rate=0.5))  # fmt: skip
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(said) == 1 and "align was begun with other settings" in said[0]
-    changed = re.findall(r"[\w.]+: [\w.-]+ -> [\w.-]+", said[0])
-    assert sorted(changed) == ["run.seed: 0 -> 7", "training.learning_rate: 0.002 -> 0.5"]
+        for _ in range(2):
+            with pytest.raises(Killed):
+                recipe.train(compose("+training.adam_epsilon=1e-6", **settings))
+        assert "warning" not in capsys.readouterr().out
+        other = compose("run.seed=7", "run.price_per_hour=2", **settings, learning_rate=0.5)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                recipe.train(other)
+            said = capsys.readouterr().out
+            assert "align was begun with other settings" in said
+            assert sorted(re.findall(r"[\w.]+: [\w.-]+ -> [\w.-]+", said)) == [
+                "run.seed: 0 -> 7",
+                "training.adam_epsilon: 1e-06 -> None",
+                "training.learning_rate: 0.002 -> 0.5",
+            ]
+    recipe.train(compose("+training.adam_epsilon=1e-6", **settings))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):

@@ -236,6 +236,7 @@ def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
     loops, both = ("okay okay okay okay", "say hehehehehehe"), {"repetition", "no_speech"}
     cases = [(text, *case) for text in loops for case in ((0.01, both), (0.9, set()))]
     cases += [(loops[0], 0.4, {"repetition"}), ("okay then", 0.4, set())]
+    cases += [("it costs 1000000", 0.4, set()), ("दादा दादा", 0.4, set())]  # no loops
     for said, confidence, flags in cases:
 
         def timed(piece, *args, text=said, sure=confidence):

@@ -41,7 +41,7 @@ FLAGS = {
     "no_speech": "is not supported by the audio, which may hold no speech",
 }
 RETRIED = {"truncated", "repetition"}  # what may be better in halves
-LOOP = re.compile(r"(?i)\b(\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}|(\w{1,8}?)\2{5,}")
+LOOP = re.compile(r"(?i)(?<!\S)(\S+(?:\s+\S+){0,7}?)(?:\s+\1(?!\S)){3,}|([^\W\d_]{1,8}?)\2{5,}")
 REFUSAL = re.compile(r"(?i)\b(as an ai|sorry,? but i|i can('?t|not) (transcribe|hear|help))\b")
 # A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0

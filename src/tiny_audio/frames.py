@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -62,9 +63,9 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path, wor
     made_of += [str(next(model.encoder.parameters()).dtype)]
     made_of += [data.processor.tail_seconds, data.processor.min_seconds]
     for e in sorted(data.examples, key=lambda e: e.id):
-        made_of += [e.id, str(e.audio)[:200], e.duration]
-        with suppress(OSError, TypeError):  # what is no file of its own
-            made_of.append(Path(e.audio).stat().st_mtime)
+        audio = e.audio if isinstance(e.audio, dict) else {"path": e.audio}
+        with suppress(OSError, TypeError):  # what cannot be read has no frames
+            made_of += [e.id, crc32(audio.get("bytes") or Path(audio["path"]).read_bytes())]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = parent / f"encoder_frames-{digest}"
     if not folder.exists():

@@ -138,6 +138,6 @@ def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:
         name=folder.resolve().name,
         config=config,
         whole=(folder / "training_config.yaml").exists(),
-        **facts,
+        facts=facts,
     )
     return str(card)

@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
             made = isinstance(out, Tensor) and out.untyped_storage()._cdata not in self.owner
-            if made and out.is_meta:  # no view, not in place
+            if made and out.is_meta and not func.is_view:  # nor changed in place
                 KNOWN[key] = form(out)
         if formula := FLOPS.get(func._overloadpacket):
             self.flops[self.part] += formula(*args, **kwargs, out_val=out)

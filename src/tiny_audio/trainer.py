@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -447,17 +448,17 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def keep_recipe(cfg: DictConfig, folder: Path) -> None:
-    """Write a stage's recipe beside it; where it was begun with another one, say what differs."""
+    """Write a stage's recipe beside it; where it goes on with another one, say what differs."""
     path = folder / "training_config.yaml"
-    if path.exists() and any(folder.glob("checkpoint-*")):
-        both: list[Any] = [OmegaConf.to_container(c) for c in (OmegaConf.load(path), cfg)]
-        old, new = map(flatten_dict, both)
-        keys = [k for k in new if not re.match(r"run\.(?!seed)|stages|training\.resume", k)]
-        if changed := [f"{k}: {old.get(k)} -> {new[k]}" for k in keys if old.get(k) != new[k]]:
-            print(f"warning: {folder} was begun with other settings ({', '.join(changed)}); its "
-                  "optimizer and schedule keep theirs, run.fresh=true starts anew")  # fmt: skip
-    if not (folder / "final").exists():
-        OmegaConf.save(cfg, path)
+    if not (path.exists() and [*folder.glob("checkpoint-*"), *folder.glob("final")]):
+        OmegaConf.save(cfg, path, resolve=True)
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
+    keys = [k for k in before | now if not re.match(r"run\.(?!seed)|stages|training\.resume", k)]
+    differing = [key for key in keys if before.get(key) != now.get(key)]
+    if changed := ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in differing):
+        print(f"warning: {folder} was begun with other settings ({changed}); its learning rates "
+              "and optimizer options stay as they were, run.fresh=true starts anew")  # fmt: skip
 
 
 def clock(seconds: float) -> str:

@@ -104,10 +104,7 @@ def run(overrides: list[str]) -> int:
         f"set-up {clock(prepared)}, training {clock(train_seconds)}, total {clock(total)}; "
         f"peak memory {peak_memory():.1f} GB\n\n"
         f"held-out clip {clip.id}\n  said:  {clip.text}\n  heard: {heard}\n\n"
-        f"The model is in {model}. Use it:\n\n"
-        "    from transformers import pipeline\n"
-        f'    asr = pipeline("automatic-speech-recognition", "{model}", trust_remote_code=True)\n'
-        '    print(asr("talk.mp3")["text"])\n\n'
+        f"The model is in {model}; its README.md says how to load it. Use it:\n\n"
         f"    tiny-audio transcribe talk.mp3 --model {model}\n"
         f"    tiny-audio eval {model} --dataset {assets.test}\n"
     )
