@@ -48,7 +48,7 @@ from .trainer import (
     keep_recipe,
     last_checkpoint,
     start_trackers,
-)  # fmt: skip
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
 FINISHED = "finished.json"

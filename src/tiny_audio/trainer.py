@@ -451,7 +451,7 @@ def keep_recipe(cfg: DictConfig, folder: Path) -> None:
     """Write a stage's recipe beside it; where it goes on with another one, say what differs."""
     path = folder / "training_config.yaml"
     if not (path.exists() and [*folder.glob("checkpoint-*"), *folder.glob("final")]):
-        OmegaConf.save(cfg, path, resolve=True)
+        return OmegaConf.save(cfg, path, resolve=True)
     now: Any = OmegaConf.to_container(cfg, resolve=True)
     before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
     keys = [k for k in before | now if not re.match(r"run\.(?!seed)|stages|training\.resume", k)]
