@@ -45,13 +45,13 @@ from transformers import (
 )
 
 from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_ctc import spell
 from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_pipeline import split_blocks
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.commands.transcribe import load_pipeline
-from tiny_audio.train import CONFIGS
+from tiny_audio.data import Example
+from tiny_audio.train import CONFIGS, transcript_ngram
 
 TEXTS = (
     "the cat sat",
@@ -268,15 +268,18 @@ def build_asr(
     )
     torch.manual_seed(seed)
     model = ASRModel.from_base(config).eval()
+    processor.alphabet = config.ctc_alphabet
     if model.characters is not None:
-        spelling, letters = model.characters.spelling, config.ctc_alphabet
-        spelling.copy_(spell(processor.tokenizer, letters, len(spelling), set(letters)))
+        examples = [Example(text, None, text, 1.0) for text in texts]
+        model.ngram = transcript_ngram(processor, examples)
     if not fresh:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if ".lora_B" in key or key.startswith("residual"):
                     parameter.normal_(std=0.1, generator=generator)
+            if model.characters is not None:  # as sure of its letters as a trained one
+                model.characters.output.weight.mul_(100)
             if model.ctc is not None:  # about as loud as the best class: some frames are blank
                 frames = torch.randn(200, parameter_width(model), generator=generator)
                 rows = model.decoder.get_input_embeddings().weight
@@ -360,6 +363,7 @@ def compose_in(tiny_bases, corpus):
                     "model.projector_hidden=32",
                     f"run.output_dir={folder / output}",
                     "training.dataloader_num_workers=0",
+                    "data.disturb=0",  # lengths stay what they are
                     "training.logging_steps=1",
                     "training.save_steps=1000",
                     "training.eval_strategy=no",

@@ -441,7 +441,7 @@ def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, pr
     dropped = Dropped()
     data = SpeechDataset(sources, processor, dropped)
     try:
-        cache_encoder_frames(model, data, tmp_path, 0)
+        cache_encoder_frames(model, data, tmp_path)
     except DataError:
         return  # refusing ids that occur twice is as good
     assert len(data) == 2
@@ -466,13 +466,12 @@ def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monke
         return encode(*args)
 
     monkeypatch.setattr(model, "encode", stopped)
-    monkeypatch.setattr(frames, "LengthBatchSampler", lambda seconds, *_, **__: [
-        [i] for i in range(len(seconds))])  # fmt: skip
+    monkeypatch.setattr(frames, "BATCH_SECONDS", 0.1)  # a batch for each clip
     with pytest.raises(KeyboardInterrupt):
-        cache_encoder_frames(model, data, tmp_path, 0)
+        cache_encoder_frames(model, data, tmp_path)
     assert not glob_frames(tmp_path), "half of it looks whole"
     plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
-    cache_encoder_frames(model, data, tmp_path, 0)
+    cache_encoder_frames(model, data, tmp_path)
     (folder,) = glob_frames(tmp_path)
     for clip, features in plain.items():
         inputs = processor.collate([features])
@@ -500,6 +499,6 @@ def test_a_file_that_was_replaced_is_encoded_anew(tmp_path, build, processor):
         path = write_audio(tmp_path / "a.wav", babble(1.0, seed), 16_000, "pcm_s16le")
         os.utime(path, (1, 1))  # nor does the time tell
         data = SpeechDataset([{"path": str(manifest)}], processor, Dropped())
-        cache_encoder_frames(model, data, tmp_path, 0)
+        cache_encoder_frames(model, data, tmp_path)
         heard.append(data[0]["features"])
     assert not torch.equal(*heard)

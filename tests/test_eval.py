@@ -132,7 +132,7 @@ def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
         assert cli.main([*args, *more]) == 0
         assert len(list(out.glob("results-*.jsonl"))) == 1
     assert len(read(out)[1]) == 3
-    assert cli.main([*args, "--ctc-only"]) == 0
+    assert cli.main([*args, "--decode", "ctc"]) == 0
     assert len(list(out.glob("results-*.jsonl"))) == 2
     greedy = read(out)[1]
     assert cli.main(args) == 0
@@ -144,7 +144,7 @@ def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
 def test_evaluations_do_not_overwrite_one_another(model, tmp_path, monkeypatch):
     """Without --out, each set and way of decoding has a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    for name, more in (("one", []), ("two", []), ("one", ["--ctc-only"])):
+    for name, more in (("one", []), ("two", []), ("one", ["--decode", "ctc"])):
         manifest = make_set(tmp_path / name, 4).rename(tmp_path / name / "test.jsonl")
         assert cli.main(["eval", str(model), "--dataset", str(manifest), *more]) == 0
     found = sorted(path.parent.name for path in tmp_path.glob("outputs/*/summary.json"))

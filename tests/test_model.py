@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import LORAS, TEXTS, build_asr
-from transformers import AutoTokenizer, LlamaConfig, WhisperConfig, WhisperModel
+from transformers import LlamaConfig, WhisperConfig, WhisperModel
 
 from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_ctc import UNSPELLABLE, CharacterHead, CTCHead, CTCPrefixScorer, spell
+from tiny_audio.asr_ctc import CharacterHead, CTCHead
 from tiny_audio.asr_encoder import encode_whisper
 from tiny_audio.asr_modeling import ASRModel
 from tiny_audio.asr_processing import SAMPLE_RATE
@@ -62,11 +62,9 @@ def test_batch_equals_single(build, clips, encoder, bridge):
     processor, model = build(encoder, bridge=bridge, lora="both", stack=stack)
     compare_logits(processor, model, clips, TEXTS[:4], 1e-4)
     said = set()
-    for weight, beams in itertools.product((0.0, 1.0), (1, 2)):
-        said |= set(
-            compare_texts(processor, model, clips, ctc_decode_weight=weight, num_beams=beams)
-        )
-    assert len(said) > len(clips), "all clips gave the same tokens: this shows nothing"
+    for beams in (1, 2):
+        said |= set(compare_texts(processor, model, clips, num_beams=beams))
+    assert len(said) >= len(clips), "all clips gave the same tokens: this shows nothing"
 
 
 @pytest.mark.parametrize("bridge", ["frames", "posteriors"])
@@ -79,8 +77,9 @@ def test_batch_equals_single_on_real_weights(real_bases, real_rows, real_clips, 
     compare_logits(processor, model.double(), real_clips, texts, 1e-4)
     model.float()
     said = set()
-    for weight, beams in ((0.0, 1), (1.0, 2)):
-        options = {"ctc_decode_weight": weight, "num_beams": beams, "max_new_tokens": 4}
+    for beams in (1, 2):
+        # An untrained bridge makes the decoder say line ends alone; the next best words differ.
+        options = {"num_beams": beams, "max_new_tokens": 4, "bad_words_ids": [[198]]}
         said |= set(compare_texts(processor, model, real_clips, **options))
     assert len(said) > 1, "all clips gave the same tokens: this shows nothing"
 
@@ -89,8 +88,8 @@ def test_ctc_transcript_does_not_depend_on_the_batch(build, clips):
     processor, model = build("hubert")
     audio = ("input_features", "input_features_mask")
     batch = processor(clips)
-    together = model.ctc_generate(*(batch[k] for k in audio))
-    alone = [model.ctc_generate(*(processor(c)[k] for k in audio))[0] for c in clips]
+    together = model.ctc_greedy(*model.encode(*(batch[k] for k in audio)))
+    alone = [model.ctc_greedy(*model.encode(*(processor(c)[k] for k in audio)))[0] for c in clips]
     assert together == alone
     assert any(together)
 
@@ -296,182 +295,16 @@ def begins_with(total, prefix):
     return sum(p for text, p in total.items() if text[: len(prefix)] == prefix)
 
 
-# Tokens of a vocabulary of 12 and their spelling in classes 1, 2, 3; the others have none.
-SPELLED = {3: (1,), 5: (2,), 8: (3,), 9: (1, 2), 10: (2, 2), 11: (1, 2, 1), 7: ()}
-
-
-def speller(tokens=tuple(SPELLED)):
-    """A character head over three classes whose vocabulary is `tokens` of `SPELLED`."""
-    config = ASRConfig(
-        audio_config=WhisperConfig(d_model=8),
-        text_config=LlamaConfig(vocab_size=VOCAB, hidden_size=8, num_attention_heads=2),
-        ctc_alphabet=list(b"abc"),
-        ctc_hidden=8,
-    )
-    made = CharacterHead(config)
-    made.spelling[:, 0] = UNSPELLABLE
-    for token in tokens:
-        made.spelling[token] = 0
-        made.spelling[token, : len(SPELLED[token])] = torch.tensor(SPELLED[token])
-    return made
-
-
-def spelling_of(tokens):
-    return tuple(k for token in tokens for k in SPELLED[token])
-
-
-def make_scorer(made, log_probs, lengths, **options):
-    options = {"width": 100, "slack": 1e9, **options}  # nothing is pruned
-    return CTCPrefixScorer(made, log_probs, lengths, END, 1.0, **options)
-
-
-def walk(scorer, prefix, rows=1):
-    """Scores that follow `prefix`, having been asked for each of its prefixes."""
-    for n in range(len(prefix) + 1):
-        ids = torch.tensor([list(prefix[:n])] * rows, dtype=torch.long).view(rows, n)
-        out = scorer(ids, torch.zeros(rows, VOCAB))
-    return out + math.log(VOCAB)  # the decoder is uniform: take its share out again
-
-
-@pytest.mark.parametrize(("frames", "seed"), [(5, 0), (4, 1), (6, 2), (1, 3)])
-def test_prefix_score_is_the_sum_over_all_alignments(frames, seed):
-    made = speller()
-    log_probs = random_log_probs(1, frames, 4, seed)
-    total = texts_by_brute_force(log_probs[0])
-    assert sum(total.values()) == pytest.approx(1)
-    for length in range(3):
-        for prefix in itertools.product(SPELLED, repeat=length):
-            here = begins_with(total, spelling_of(prefix))
-            if prefix[-1:] == (7,):
-                continue  # a silent token: tested below
-            if here < 1e-9:
-                continue  # cannot be reached: needs more frames than there are
-            out = walk(make_scorer(made, log_probs, torch.tensor([frames])), prefix)[0]
-            for token in SPELLED:  # repeated bytes among them
-                expected = begins_with(total, spelling_of((*prefix, token))) / here
-                assert out[token].exp().item() == pytest.approx(expected, abs=1e-6), (prefix, token)
-            ending = total.get(spelling_of(prefix), 0.0) / here
-            assert out[END].exp().item() == pytest.approx(ending, abs=1e-6), prefix
-            others = [t for t in range(VOCAB) if t not in (*SPELLED, END)]
-            assert torch.isinf(out[others]).all(), "tokens that have no spelling"
-
-
-def test_scores_of_single_bytes_and_the_end_sum_to_one():
-    made = speller((3, 5, 8))
-    log_probs = random_log_probs(1, 5, 4, 5)
-    for prefix in [(), (3,), (3, 3), (5, 8), (8, 3, 5)]:
-        out = walk(make_scorer(made, log_probs, torch.tensor([5])), prefix)[0]
-        assert out.exp().sum().item() == pytest.approx(1, abs=1e-6)
-
-
-def test_silent_tokens_never_follow_one_another():
-    made, silent = speller(), 7
-    scorer = make_scorer(made, random_log_probs(2, 6, 4, 3), torch.tensor([6, 6]))
-    out = walk(scorer, (silent,), rows=2)
-    assert torch.isinf(out[:, silent]).all() and out[:, 3].isfinite().all()
-    out = walk(make_scorer(made, random_log_probs(2, 6, 4, 3), torch.tensor([6, 6])), (3,), rows=2)
-    assert out[:, silent].isfinite().all()
-
-
-def test_pruning_keeps_the_best_and_rules_out_the_rest():
-    made = speller()
-    log_probs = random_log_probs(3, 6, 4, 9)
-    lengths = torch.tensor([6, 4, 5])
-    ids = torch.zeros(3, 0, dtype=torch.long)
-    whole = make_scorer(made, log_probs, lengths)(ids, torch.zeros(3, VOCAB))
-    narrow = make_scorer(made, log_probs, lengths, width=1)(ids, torch.zeros(3, VOCAB))
-    steep = make_scorer(made, log_probs, lengths, slack=1.0)(ids, torch.zeros(3, VOCAB))
-    for some in (narrow, steep):
-        kept = some.isfinite()
-        kept[:, END] = kept[:, 7] = False  # the end and the empty spelling are never pruned
-        assert torch.equal(some[kept], whole[kept])
-        assert (kept.sum(1) < 6).all() and kept.any(1).all()
-    best = [t for t in SPELLED if t != 7][int(whole[0, [3, 5, 8]].argmax())]
-    assert narrow[0, best].isfinite()
-    spelled = list(SPELLED)
-    ratio = whole[:, spelled] + math.log(VOCAB)  # log psi(token): what the slack is about
-    assert torch.equal(steep[:, spelled].isfinite(), ratio > -1.0)
-
-
-def greedy(scorer, rows, steps):
-    """Tokens that a uniform decoder and the scorer choose together, until the end token."""
-    ids = torch.zeros(rows, 0, dtype=torch.long)
-    for _ in range(steps):
-        best = scorer(ids, torch.zeros(rows, VOCAB)).argmax(1)
-        done = (ids == END).any(1)
-        ids = torch.cat([ids, torch.where(done, END, best)[:, None]], 1)
-    return [[t for t in row if t != END] for row in ids.tolist()]
-
-
-def test_joint_greedy_with_a_uniform_decoder_is_greedy_prefix_search():
-    tokens = (3, 5, 8)
-    made = speller(tokens)
-    lengths = torch.tensor([5, 3, 4, 1])
-    log_probs = random_log_probs(4, 5, 4, 7)
-    expected = []
-    for row, n in zip(log_probs, lengths.tolist(), strict=True):
-        total = texts_by_brute_force(row[:n])
-        prefix = ()
-        while True:
-            options = {t: begins_with(total, spelling_of((*prefix, t))) for t in tokens}
-            best = max(options, key=options.get)
-            if options[best] <= total.get(spelling_of(prefix), 0.0):
-                break
-            prefix = (*prefix, best)
-        expected.append(list(prefix))
-    # One batch of unequal lengths: the padding frames must not matter, whatever is in them.
-    assert greedy(make_scorer(made, log_probs, lengths), 4, 6) == expected
-    assert len({tuple(t) for t in expected}) > 1
-
-
-def test_rows_that_beam_search_reorders_find_their_parents():
-    made = speller()
-    a, b, c = 3, 10, 9
-    log_probs = random_log_probs(2, 7, 4, 11)
-    lengths = torch.tensor([7, 6])
-    steps = [  # rows 0-2 belong to the first clip, 3-5 to the second
-        [[]] * 6,
-        [[a], [b], [c], [c], [b], [a]],
-        [[b, a], [b, b], [a, a], [a, c], [c, c], [c, a]],
-        [[b, b, a], [b, b, b], [b, a, c], [c, c, a], [a, c, a], [a, c, c]],
-    ]
-    scorer = make_scorer(made, log_probs, lengths)
-    for step in steps:
-        ids = torch.tensor(step, dtype=torch.long).view(6, len(step[0]))
-        out = scorer(ids, torch.zeros(6, VOCAB)) + math.log(VOCAB)
-        for i, prefix in enumerate(step):
-            if not math.isfinite(out[i].max()) or out[i].max() < -50:
-                continue  # no alignment fits so many bytes into the frames
-            clip = i // 3
-            single = make_scorer(made, log_probs[clip : clip + 1], lengths[clip : clip + 1])
-            expected = walk(single, prefix)[0]
-            assert torch.allclose(out[i].exp(), expected.exp(), atol=1e-6), (i, prefix)
-
-
-def test_tokens_are_spelled_by_their_bytes(real_bases):
-    tokenizer = AutoTokenizer.from_pretrained(real_bases.decoder)
-    alphabet = sorted(set("abcdefghijklmnopqrstuvwxyz '\u0159".encode()))
-    written = set(bytes(alphabet).upper() + bytes(alphabet) + b"-,?")
-    table = spell(tokenizer, alphabet, len(tokenizer), written)
-
-    def read(text):
-        rows = table[tokenizer.encode(text)]
-        assert (rows != UNSPELLABLE).all(), text
-        return bytes(alphabet[k - 1] for k in rows.flatten().tolist() if k).decode()
-
-    for text in ("all circuits are busy", "The Don't-Care, OK?", " t\u0159i", "reprehensible"):
-        silent = "".join(c for c in text if c.isalpha() or c in " '")
-        assert read(text) == silent.lower()
-    for text in ("<|im_end|>", "7", "\n", "!", "\u00e9"):
-        assert table[tokenizer.encode(text)][0, 0] == UNSPELLABLE
-
-
 def test_the_character_loss_is_ctc_on_the_spelling():
-    made = speller()
+    config = ASRConfig(
+        audio_config=WhisperConfig(d_model=8), ctc_alphabet=list(b"abc"), ctc_hidden=8,
+        text_config=LlamaConfig(vocab_size=VOCAB, hidden_size=8, num_attention_heads=2),
+    )  # fmt: skip
+    made = CharacterHead(config)
     torch.manual_seed(0)
     hidden, lengths = torch.randn(2, 9, 8), torch.tensor([9, 7])
     hidden[1, 7:] = 0
-    labels = torch.tensor([[-100, 11, 3, 7], [5, 10, 2, -100]])  # 2 has no spelling
+    labels = torch.tensor([[1, 2, 1, 1], [2, 2, 2, 0]])
     log_probs = made(hidden)
     expected = 0.0
     for i, text in enumerate([(1, 2, 1, 1), (2, 2, 2)]):

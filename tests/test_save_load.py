@@ -305,7 +305,7 @@ def alone(saved, inputs, tmp_path_factory):
         handler = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(handler)
         endpoint = handler.EndpointHandler(model)
-        plain = {"ctc_decode_weight": 0.0}
+        plain = {"decode": "generate"}
         again = str(inputs / "saved again")
         pipe.save_pretrained(again, max_shard_size="50GB")  # as push_to_hub calls it
         again = pipeline("automatic-speech-recognition", model=again, trust_remote_code=True)
@@ -335,7 +335,7 @@ def alone(saved, inputs, tmp_path_factory):
         "wav": pipe(str(inputs / "a.wav")),
         "mp3": pipe(load_audio(inputs / "a.mp3")),
         "array": pipe(np.load(inputs / "b.npy")),
-        "decoder": pipe(str(inputs / "a.wav"), ctc_decode_weight=0.0),
+        "decoder": pipe(str(inputs / "a.wav"), decode="generate"),
     }
     return json.loads(out.partition("RESULT")[2]), here
 

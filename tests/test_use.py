@@ -17,15 +17,7 @@ from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
 from tiny_audio.asr_ctc import LAG, align, fits
-from tiny_audio.asr_pipeline import (
-    LOOP,
-    REFUSAL,
-    ASRPipeline,
-    Piece,
-    Recording,
-    chunks,
-    split_blocks,
-)  # fmt: skip
+from tiny_audio.asr_pipeline import LOOP, ASRPipeline, Piece, chunks, split_blocks  # fmt: skip
 from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render
@@ -155,9 +147,8 @@ def emissions(pipe, said: list[tuple[str, int, int]], frames: int) -> np.ndarray
 
 def test_word_times(pipe):
     said = [("the", 10, 20), ("red", 30, 42), ("dog", 90, 99)]
-    ids = pipe.processor.tokenize("the red 42 , dog 7")
-    piece = Piece(5.0, np.zeros(3 * SAMPLE_RATE, np.float32))
-    pipe._time(piece, ids, emissions(pipe, said, 150), pipe.processor.frame_seconds)
+    piece = Piece(5.0, np.zeros(3 * SAMPLE_RATE, np.float32), text="the red 42 , dog 7")
+    pipe._time(piece, emissions(pipe, said, 150))
     assert [w["text"] for w in piece.words] == ["the", "red", "42", ",", "dog", "7"]
     by = {w["text"]: w["timestamp"] for w in piece.words}
     for word, start, end in said:
@@ -218,15 +209,9 @@ def test_what_people_say_is_no_loop(text):
     assert not LOOP.search(text)
 
 
-def test_refusals():
-    for text in ("I'm sorry, but I can't help with that.", "As an AI model I cannot hear audio."):
-        assert REFUSAL.search(text)
-    assert not REFUSAL.search("I am sorry to hear that he cannot come")
-
-
 def test_silence_is_not_decoded(pipe):
     assert pipe(np.zeros(3 * SAMPLE_RATE, np.float32)) == {"text": ""}
-    assert pipe(1e-4 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
+    assert pipe(1e-6 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
     assert pipe(np.zeros(160, np.float32)) == {"text": ""}  # 10 ms
     assert isinstance(pipe(tone(0.01))["text"], str)
 
@@ -248,26 +233,24 @@ def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
         assert bool(flags) == any("over and over" in line for line in result.get("warnings", []))
 
 
-def test_a_piece_that_meets_its_limit_is_split_and_tried_again(pipe, monkeypatch):
-    monkeypatch.setattr(type(pipe.model), "token_limits", staticmethod(lambda n: n * 0))
-    recording = Recording(babble(3.5, 4))
-    final = list(pipe.pieces(recording))
-    assert len(recording.pieces) == 1 and len(final) == 2
-    assert final[0].start == 0.0 and final[1].start == pytest.approx(final[0].seconds)
-    result = pipe.postprocess(recording)
-    assert result["truncated"] and any("limit of tokens" in line for line in result["warnings"])
-    assert sum(piece.seconds for piece in final) == pytest.approx(3.5)
-    short = pipe(babble(1.5, 4))  # too short to be split
-    assert short["truncated"] and len(short["warnings"]) <= 2
+def test_the_level_does_not_matter(pipe):
+    """Down to -70 dBFS: what is faint is decoded like the rest."""
+    clip = babble(2.0, 5)
+    whole = pipe(clip)
+    assert whole["text"]
+    for gain in (1e-3, 0.03, 3.0):
+        assert pipe(gain * clip)["text"] == whole["text"]
 
 
-def test_a_limit_of_tokens_that_is_asked_for_is_flagged_where_it_cuts(pipe, monkeypatch):
-    clip = babble(1.5, 4)
-    whole = pipe(clip)["text"]
-    cut = pipe(clip, generate_kwargs={"max_new_tokens": 2})
+def test_a_limit_of_tokens_is_flagged_where_it_cuts(pipe, monkeypatch):
+    clip, alone = babble(1.5, 4), {"decode": "generate"}
+    whole = pipe(clip, **alone)["text"]
+    cut = pipe(clip, **alone, generate_kwargs={"max_new_tokens": 2})
     assert cut["truncated"] and whole.startswith(cut["text"]) and cut["text"] != whole
     monkeypatch.setattr(pipe.model.generation_config, "max_new_tokens", 2)
-    assert pipe(clip) == cut
+    assert pipe(clip, **alone) == cut
+    with pytest.raises(ValueError, match="generate_kwargs need decode='generate'"):
+        pipe(clip, generate_kwargs={"max_new_tokens": 2})
 
 
 def test_out_of_memory_halves_the_pieces_once(pipe, monkeypatch, caplog):

@@ -1,12 +1,14 @@
 """tiny-audio: train your own speech recogniser. Read asr_config, asr_encoder, asr_ctc,
-asr_modeling, asr_processing, asr_pipeline, handler, data, batches, train, in this order."""
+asr_projector, asr_modeling, asr_ngram, asr_search, asr_decoding, asr_processing, asr_pipeline,
+handler, data, batches, train, in this order."""
 
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from .asr_config import ASRConfig
-from .asr_modeling import ASRModel, AudioProjector
+from .asr_modeling import ASRModel
 from .asr_pipeline import ASRPipeline
 from .asr_processing import ASRProcessor, load_audio
+from .asr_projector import AudioProjector
 
 # With the package installed, folders of ours load through it instead of through their own code.
 AutoConfig.register(ASRConfig.model_type, ASRConfig)

@@ -19,6 +19,22 @@ LORA_DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "target_modules": [],
 }
+# How text is found: see `asr_decoding`. Weights are chosen on the evaluation clips after training.
+DECODING_DEFAULTS: dict[str, Any] = {
+    "beams": 48,  # hypotheses of the CTC search
+    "candidates": 12,  # most likely characters that it tries in a frame
+    "temperature": 1.5,  # flattens the posteriors: sharp ones hide the right word
+    "lexicon": True,  # False: search characters alone, without words
+    "ngram": 0.5,  # weight of the n-gram of the training transcripts
+    "word": 0.5,  # bonus of each word
+    "open_character": 2.5,  # price of each character of a word that the lexicon lacks
+    "proposals": 8,  # texts that the decoder scores, at most
+    "margin": 6.0,  # how far below the best of them a text may lie
+    "decoder": 0.5,  # weight of log p(text | audio), by the trained decoder
+    "language_model": 0.0,  # weight of log p(text), by the decoder as it came
+    "decoder_word": 0.0,  # bonus of each word beside those two, which prefer short texts
+}
+DECODE = ("rescore", "ctc", "generate")
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
 IGNORE = -100  # label positions that carry no target
 BRIDGES = ("frames", "posteriors")
@@ -70,6 +86,12 @@ def lora_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
     return full
 
 
+def decoding_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Fill decoding settings with `DECODING_DEFAULTS`, refusing unknown keys."""
+    check_keys(settings or {}, DECODING_DEFAULTS, "decoding settings")
+    return {**DECODING_DEFAULTS, **(settings or {})}
+
+
 @strict
 class ASRConfig(PreTrainedConfig):
     """Configuration of an encoder -> projector -> decoder speech recogniser.
@@ -94,7 +116,8 @@ class ASRConfig(PreTrainedConfig):
         ctc_alphabet: byte values that the character head knows, in the order of its classes
             1, 2, ...; class 0 is the blank. Empty means that there is no such head.
         ctc_hidden: width of the character head.
-        ctc_decode_weight: weight of the CTC prefix score in decoding; 0 is the decoder alone.
+        decoding: weights and sizes of the search for text, see `DECODING_DEFAULTS`.
+        ngram_file: n-gram of the training transcripts, an ARPA file beside the weights.
         prompt_prefix: text before the audio tokens, special tokens of the chat format included.
         prompt_suffix: text after the audio tokens.
         audio_token_id: id of the token that stands for one projected frame.
@@ -124,7 +147,8 @@ class ASRConfig(PreTrainedConfig):
     ctc_token_ids: Any = None
     ctc_alphabet: Any = None
     ctc_hidden: int = 768
-    ctc_decode_weight: float = 0.0
+    decoding: Any = None
+    ngram_file: str | None = None
     prompt_prefix: str = ""
     prompt_suffix: str = ""
     audio_token_id: int = -1
@@ -132,6 +156,11 @@ class ASRConfig(PreTrainedConfig):
     self_contained: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "ctc_decode_weight" in kwargs:
+            raise ValueError(
+                "this model was saved by an older version, which decoded in another way: train it "
+                "again with its own training_config.yaml, e.g. make quickstart"
+            )
         if self.bridge not in BRIDGES:
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")
         if self.stack < 1:
@@ -144,6 +173,7 @@ class ASRConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**self.text_config)
         self.encoder_lora = lora_settings(self.encoder_lora)
         self.decoder_lora = lora_settings(self.decoder_lora)
+        self.decoding = decoding_settings(self.decoding)
         self.ctc_token_ids = list(self.ctc_token_ids or [])
         self.ctc_alphabet = list(self.ctc_alphabet or [])
         super().__post_init__(**kwargs)

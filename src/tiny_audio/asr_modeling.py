@@ -7,11 +7,15 @@ tokens, d the decoder's hidden size, c CTC classes (class 0 is the blank).
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,42 +25,18 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
-from .asr_ctc import CharacterHead, CTCHead, CTCPrefixScorer, LengthLimit
+from .asr_ctc import CharacterHead, CTCHead, LengthLimit
+from .asr_decoding import TextTree, score_trees
 from .asr_encoder import build_encoder, encoder_class, mask_group_norm, run_encoder
+from .asr_ngram import NGram, load_arpa, save_arpa
+from .asr_projector import AudioProjector
+from .asr_search import PrefixSearch, SearchSettings
 
 WEIGHTS = "model.safetensors"
+NGRAM = "ngram.arpa.gz"  # of the training transcripts, beside the weights
 SPARE_TOKENS = 8  # a clip may have one token for each projected frame, and these
 # Parameters that a checkpoint of the base model may lack: used only by SpecAugment in training.
 MAY_BE_MISSING = {"masked_spec_embed", "encoder.masked_spec_embed"}
-
-
-class AudioProjector(nn.Module):
-    """Stack `stack` frames, then a SwiGLU (Shazeer 2020, arXiv 2002.05202) into decoder space.
-
-    The output norm starts at `projector_scale`, the RMS of the decoder's token embeddings, so that
-    projected frames are as loud as the tokens that they stand among.
-    """
-
-    def __init__(self, config: ASRConfig) -> None:
-        super().__init__()
-        self.stack = config.stack
-        d_in = config.stack * config.audio_config.hidden_size
-        d_out = config.text_config.hidden_size
-        self.input_norm = nn.RMSNorm(d_in, eps=1e-6)
-        self.gate_proj = nn.Linear(d_in, config.projector_hidden, bias=False)
-        self.up_proj = nn.Linear(d_in, config.projector_hidden, bias=False)
-        self.dropout = nn.Dropout(config.projector_dropout)
-        self.down_proj = nn.Linear(config.projector_hidden, d_out, bias=False)
-        self.output_norm = nn.RMSNorm(d_out, eps=1e-6)
-        nn.init.constant_(self.output_norm.weight, config.projector_scale)
-
-    def forward(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, t, d_encoder), zero beyond `lengths` (b,) -> (b, f, d), lengths (b,) in frames."""
-        b, t, _ = hidden.shape
-        hidden = F.pad(hidden.to(self.gate_proj.weight.dtype), (0, 0, 0, -t % self.stack))
-        x = self.input_norm(hidden.view(b, -1, self.input_norm.normalized_shape[0]))
-        x = self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (b, f, hidden)
-        return self.output_norm(self.down_proj(x)), (lengths + self.stack - 1) // self.stack
 
 
 class ASRModel(PreTrainedModel, GenerationMixin):
@@ -84,6 +64,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self.projector = AudioProjector(config)
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
+        self.ngram: NGram | None = None
+        self.last_search: Any = None
         self.residual: Any = None
         if config.bridge == "posteriors":
             if self.ctc is None:
@@ -206,6 +188,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor | None = None,
+        character_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         decoder_loss_weight: float = 1.0,
         ctc_loss_weight: float = 0.0,
@@ -222,6 +205,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             input_ids: (b, s) prompt with one placeholder per projected frame, then the transcript.
             attention_mask: (b, s).
             labels: (b, s) transcript and end token, -100 elsewhere; None gives all logits.
+            character_labels: (b, n) classes of the character head, 0 behind their ends.
             num_items_in_batch: label positions over all accumulated batches and ranks; the loss is
                 their mean.
             decoder_loss_weight: 0 skips the decoder: the cheap alignment stage.
@@ -246,7 +230,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if labels is not None and character_loss_weight:
             if self.characters is None:
                 raise ValueError("character_loss_weight is set but the model has no such head")
-            nll = self.characters.loss(hidden, steps, labels)
+            if character_labels is None:
+                raise ValueError("character_loss_weight is set but the batch has no such labels")
+            nll = self.characters.loss(hidden, steps, character_labels)
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths)
@@ -284,39 +270,29 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         input_features_mask: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        ctc_decode_weight: float | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: list[LogitsProcessor] | None = None,
         encoded: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Transcribe a left-padded batch; returns new token ids only, as (b, new tokens).
+        """Let the decoder alone write what it hears, token by token, for a left-padded batch.
 
         Args:
             input_features, input_features_mask, input_ids, attention_mask: from `ASRProcessor`.
-            ctc_decode_weight: weight of the CTC prefix score; None takes the config's, 0 leaves
-                the decoder alone.
             generation_config: replaces the model's own.
-            logits_processor: further processors, applied before the CTC score.
+            logits_processor: further processors.
             encoded: see `encode`.
             kwargs: any argument of `GenerationMixin.generate` (num_beams, streamer, ...).
 
-        Each row may speak one token per projected frame and `SPARE_TOKENS` more.
+        Returns:
+            New token ids alone, (b, new tokens). Each row may have one token per projected frame
+            and `SPARE_TOKENS` more.
         """
-        weight = self.config.ctc_decode_weight if ctc_decode_weight is None else ctc_decode_weight
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
-        frames, lengths = self.projector(hidden, steps)
-        audio, keep = self.bridge(frames, lengths)
-        embeds, attention_mask, _ = self.embed(input_ids, attention_mask, audio, lengths, keep)
-        end = self.config.end_token_id
-        processors = LogitsProcessorList(logits_processor or [])
-        if weight:
-            if self.characters is None:
-                raise ValueError("ctc_decode_weight is set but the model has no character head")
-            spoken = self.characters(hidden)
-            processors.append(CTCPrefixScorer(self.characters, spoken, steps, end, weight))
+        embeds, attention_mask, lengths = self.prompts(hidden, steps, input_ids, attention_mask)
         limits = self.token_limits(lengths)
-        processors.append(LengthLimit(limits, end))
+        limit = LengthLimit(limits, self.config.end_token_id)
+        processors = LogitsProcessorList([*(logits_processor or []), limit])
         config = copy.deepcopy(generation_config or self.generation_config)
         most = config.max_new_tokens or int(limits.max()) + 1
         kwargs = config.update(**{"max_new_tokens": most, **kwargs})
@@ -333,13 +309,67 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Most new tokens that each clip of `lengths` (b,) projected frames may have."""
         return lengths + SPARE_TOKENS
 
+    def prompts(
+        self, hidden: Tensor, steps: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder frames of a batch and their prompts, from `ASRProcessor`, as the decoder is fed.
+
+        Returns:
+            Embeddings (b, s', d), their attention mask (b, s') and projected frames (b,).
+        """
+        frames, lengths = self.projector(hidden, steps)
+        audio, keep = self.bridge(frames, lengths)
+        embeds, mask, _ = self.embed(input_ids, attention_mask, audio, lengths, keep)
+        return embeds, mask, lengths
+
+    def search(self, settings: dict[str, Any]) -> PrefixSearch:
+        """The search over the character head's output, with `ASRConfig.decoding`'s settings."""
+        if self.characters is None:
+            raise ValueError("this model has no character head: decode='generate' is what it can")
+        names = [field.name for field in fields(SearchSettings)]
+        own = SearchSettings(**{name: settings[name] for name in names})
+        ngram = self.ngram if settings["lexicon"] else None
+        if self.last_search is None or self.last_search[0] != (own, ngram):
+            # Its many small steps suit a CPU; CUDA queues them as fast.
+            device = self.device if self.device.type == "cuda" else torch.device("cpu")
+            search = PrefixSearch(self.config.ctc_alphabet, ngram, own, device)
+            self.last_search = (own, ngram), search  # its lexicon takes a moment to build
+        return self.last_search[1]
+
     @torch.no_grad()
-    def ctc_generate(self, input_features: Tensor, input_features_mask: Tensor) -> list[list[int]]:
-        """Greedy transcript of the CTC head alone: token ids for each clip."""
+    def ctc_greedy(self, hidden: Tensor, steps: Tensor) -> list[list[int]]:
+        """Token ids of each clip by the best path of the CTC head over tokens."""
         if self.ctc is None:
-            raise ValueError("this model has no CTC head")
-        frames, lengths = self.project(input_features, input_features_mask)
+            raise ValueError("this model has no CTC head: decode='generate' is what it can")
+        frames, lengths = self.projector(hidden, steps)
         return self.ctc.greedy(self.ctc(frames, self.get_input_embeddings().weight), lengths)
+
+    @torch.no_grad()
+    def score_texts(
+        self, embeds: Tensor, attention_mask: Tensor, texts: list[list[list[int]]]
+    ) -> list[list[float]]:
+        """Log-probability of each of a clip's texts, token ids without an end, behind its prompt.
+
+        Args:
+            embeds: (b, s, d), from `prompts`.
+            attention_mask: (b, s).
+            texts: of each clip, at least one.
+        """
+        end = self.config.end_token_id
+        trees = [TextTree([[*text, end] for text in some]) for some in texts]
+        return score_trees(self.decoder, embeds, attention_mask, trees)
+
+    @contextmanager
+    def decoder_as_it_came(self) -> Iterator[None]:
+        """The decoder without its LoRA: a language model that was never told of audio."""
+        layers = [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     # -- modes, parts --------------------------------------------------------------------------
 
@@ -395,6 +425,10 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         tensors = {n: state[n].contiguous() for n in self.checkpoint_names(self_contained)}
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
         (folder / (WEIGHTS + ".tmp")).replace(folder / WEIGHTS)
+        self.config.ngram_file = None
+        if self.ngram:
+            self.config.ngram_file = NGRAM
+            save_arpa(self.ngram, folder / NGRAM)
         config = self.config.to_dict()
         config.update(AUTO_MAP, architectures=["ASRModel"], self_contained=self_contained)
         if self_contained:  # no path of this machine travels with the model
@@ -498,6 +532,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             config.projector_scale = scale
         model.load_tensors(tensors, f"{name_or_path}/{WEIGHTS}")
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
+        if config.ngram_file:
+            model.ngram = load_arpa(Path(str(cached_file(name_or_path, config.ngram_file, **hub))))
         config.name_or_path = str(name_or_path)
         if device == "auto":
             device = torch.accelerator.current_accelerator(check_available=True)
@@ -537,7 +573,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 expected[name].copy_(tensor)
 
 
-CODE = "asr_config asr_ctc asr_encoder asr_modeling asr_pipeline asr_processing handler".split()
+CODE = "asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram asr_pipeline".split()
+CODE += ["asr_processing", "asr_projector", "asr_search", "handler"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}

@@ -17,6 +17,7 @@ from transformers import Pipeline
 
 from .asr_config import check_keys
 from .asr_ctc import time_words
+from .asr_decoding import Transcript, transcribe
 from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, read_audio
 
 logger = logging.getLogger(__name__)
@@ -27,22 +28,19 @@ BATCH_SECONDS = 60.0
 # Call arguments, by the step of the pipeline that they go to.
 ARGUMENTS = (
     {"sampling_rate", "limit_seconds", "skip_errors"},
-    {"batch_seconds", "progress", "ctc_decode_weight", "ctc_only", "generate_kwargs"},
+    {"batch_seconds", "progress", "decode", "decoding", "generate_kwargs"},
     {"return_timestamps"},
 )
-LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split to be tried again
-SILENCE = 1e-3  # a piece whose samples are all below this (-60 dBFS) holds no speech
-# A transcript of less CTC confidence is not what was said; a loop or a refusal needs more of it.
+LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split
+SILENCE = 1e-5  # a piece whose samples are all below this (-100 dBFS) holds no speech
+# A transcript of less CTC confidence is not what was said; a loop needs more of it.
 UNSUPPORTED, PLAUSIBLE = 0.22, 0.5
 FLAGS = {
     "truncated": "stopped at the limit of tokens for its length",
     "repetition": "says one thing over and over",
-    "refusal": "is an answer of the language model, not a transcript",
     "no_speech": "is not supported by the audio, which may hold no speech",
 }
-RETRIED = {"truncated", "repetition"}  # what may be better in halves
 LOOP = re.compile(r"(?i)(?<!\S)(\S+(?:\s+\S+){0,7}?)(?:\s+\1(?!\S)){3,}|([^\W\d_]{1,8}?)\2{5,}")
-REFUSAL = re.compile(r"(?i)\b(as an ai|sorry,? but i|i can('?t|not) (transcribe|hear|help))\b")
 # A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0
 
@@ -60,7 +58,7 @@ class Piece:
             the whole text as one, where the model has no CTC head.
         confidence: geometric mean of the CTC probabilities of what the text is spelled with.
         flags: what is wrong with it, keys of `FLAGS`.
-        parts: the pieces that it was split into, to be tried again.
+        parts: the pieces that it was split into, for want of memory.
     """
 
     start: float
@@ -145,8 +143,7 @@ class ASRPipeline(Pipeline):
     Call it with a path, URL, bytes, array, dict or a list of them; it returns a dict, or a list of
     dicts, with `text`, and where there is something to say
     - `chunks`: dicts of `text`, `timestamp` (start, end) in seconds and `confidence`;
-    - `truncated`, `repetition`, `refusal`, `no_speech`: True, see `FLAGS`, with `warnings`, which
-      say where;
+    - `truncated`, `repetition`, `no_speech`: True, see `FLAGS`, with `warnings`, which say where;
     - `missing`: what could not be decoded of a damaged file.
 
     Call arguments:
@@ -156,10 +153,10 @@ class ASRPipeline(Pipeline):
         limit_seconds: longer inputs are refused.
         skip_errors: an input that cannot be read gives `{"text": "", "error": reason}` instead of
             ending the call.
-        ctc_decode_weight: overrides the model's own; 0 is the decoder alone.
-        ctc_only: the greedy transcript of the CTC head instead.
+        decode: "rescore", "ctc" or "generate", see `asr_decoding.transcribe`.
+        decoding: settings that override the config's `decoding`, by name.
         progress: called with the seconds of audio of each batch.
-        generate_kwargs: further arguments of `generate`.
+        generate_kwargs: arguments of `generate`, for decode="generate".
     """
 
     model: Any
@@ -255,8 +252,6 @@ class ASRPipeline(Pipeline):
     ) -> list[Piece]:
         """Fill in the text of each piece, longest first, in batches of `batch_seconds`.
 
-        What ends without an end token or in a loop is split in two and decoded once more.
-
         Returns:
             The final pieces in the order of `pieces`.
         """
@@ -266,7 +261,6 @@ class ASRPipeline(Pipeline):
         for batch in length_batches(loud, batch_seconds):
             try:
                 self._decode(batch, **options)
-                again += [half for p in batch if RETRIED & {*p.flags} for half in p.halve()]
             except RuntimeError as error:
                 if "memory" not in str(error):
                     raise
@@ -285,73 +279,59 @@ class ASRPipeline(Pipeline):
     def _decode(
         self,
         batch: list[Piece],
-        ctc_decode_weight: float | None = None,
-        ctc_only: bool = False,
+        decode: str | None = None,
+        decoding: dict[str, Any] | None = None,
         generate_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Fill in texts, words and flags of a batch; the encoder runs once for all of it."""
-        inputs = self.processor.collate([self.processor.features(piece.samples) for piece in batch])
-        inputs = inputs.to(self.model.device)
-        raw = {k: inputs[k] for k in ("input_features", "input_features_mask")}
-        hidden, steps = self.model.encode(**raw)
-        mask = torch.arange(hidden.shape[1], device=steps.device) < steps[:, None]
-        audio = {"input_features": hidden, "input_features_mask": mask, "encoded": True}
-        if ctc_only:
-            ids = self.model.ctc_generate(**raw)
-        else:
-            audio_and_prompt = {**inputs, **audio, "ctc_decode_weight": ctc_decode_weight}
-            ids = self.model.generate(**audio_and_prompt, **(generate_kwargs or {})).tolist()
-        limits = self.model.token_limits((steps + self.processor.stack - 1) // self.processor.stack)
-        emissions, step = self._emissions(audio)
-        for i, (piece, row) in enumerate(zip(batch, ids, strict=True)):
-            spoken = [t for t in row if t != self.processor.end_token_id]
-            piece.text = self.processor.decode(spoken)
-            if emissions:
-                self._time(piece, spoken, emissions[i], step)
-            elif piece.text:
-                whole = (piece.start, piece.start + piece.seconds)
-                piece.words = [{"text": piece.text, "timestamp": whole, "confidence": None}]
-            cut = not ctc_only and self.processor.end_token_id not in row  # by `generate_kwargs`
-            piece.flags = ["truncated"] if cut or len(spoken) >= int(limits[i]) else []
+        features = [self.processor.features(piece.samples) for piece in batch]
+        inputs = self.processor.collate(features).to(self.model.device)
+        hidden, steps = self.model.encode(inputs.input_features, inputs.input_features_mask)
+        options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
+        found = transcribe(self.model, self.processor, hidden, steps, **options)
+        for piece, transcript, log_probs in zip(
+            batch, found, self._emissions(hidden, steps, found), strict=True
+        ):
+            piece.text = transcript.text
+            self._time(piece, log_probs)
+            piece.flags = ["truncated"] if transcript.truncated else []
             sure = piece.confidence or 0.0
-            for flag, pattern in (("repetition", LOOP), ("refusal", REFUSAL)):
-                piece.flags += [flag] if sure < PLAUSIBLE and pattern.search(piece.text) else []
+            piece.flags += ["repetition"] if sure < PLAUSIBLE and LOOP.search(piece.text) else []
             if piece.text and piece.confidence is not None and sure < UNSUPPORTED:
                 piece.flags.append("no_speech")
 
-    def _emissions(self, audio: dict[str, Any]) -> tuple[list[np.ndarray], float]:
-        """What words are aligned with, of the character head or else of the one over tokens.
-
-        Returns:
-            Log-probabilities (t, c) of each clip, none without a head, and seconds of a frame.
-        """
-        if self.model.ctc is None:
-            return [], 0.0
-        lengths, seconds = audio["input_features_mask"].sum(1), self.processor.frame_seconds
+    def _emissions(
+        self, hidden: torch.Tensor, steps: torch.Tensor, found: list[Transcript]
+    ) -> list[np.ndarray | None]:
+        """What words are aligned with: log-probabilities (t, c) of each clip by the character head
+        or else by the one over tokens; None without a head."""
         if self.model.characters is not None:
-            log_probs = self.model.characters(audio["input_features"])
-        else:
-            frames, lengths = self.model.project(**audio)
-            log_probs = self.model.ctc(frames, self.model.get_input_embeddings().weight)
-            seconds *= self.processor.stack
-        return [row[:n].cpu().numpy() for row, n in zip(log_probs, lengths, strict=True)], seconds
+            return [transcript.log_probs for transcript in found]
+        if self.model.ctc is None:
+            return [None] * len(found)
+        frames, lengths = self.model.projector(hidden, steps)
+        log_probs = self.model.ctc(frames, self.model.get_input_embeddings().weight)
+        return [row[:n].cpu().numpy() for row, n in zip(log_probs, lengths, strict=True)]
 
-    def _time(self, piece: Piece, ids: list[int], log_probs: np.ndarray, step: float) -> None:
-        """Fill in `words` and `confidence` of a piece from its token ids, by forced alignment."""
-        words: list[list[int]] = []
-        names = self.processor.tokenizer.convert_ids_to_tokens(ids)
-        for token, name in zip(ids, names, strict=True):
-            if not words or name.startswith(("Ġ", "▁")):
-                words.append([])
-            words[-1].append(token)
-        words = [word for word in words if self.processor.decode(word)]
-        head, letters = self.model.characters or self.model.ctc, self.model.config.ctc_alphabet
-        spelled = [head.spelled(word) for word in words]
-        space = letters.index(32) + 1 if 32 in letters else 0
+    def _time(self, piece: Piece, log_probs: np.ndarray | None) -> None:
+        """Fill in `words` and `confidence` of a piece by forced alignment."""
+        if log_probs is None:
+            whole = (piece.start, piece.start + piece.seconds)
+            piece.words = [{"text": piece.text, "timestamp": whole, "confidence": None}]
+            piece.words = piece.words if piece.text else []
+            return
+        words, step, space = piece.text.split(), self.processor.frame_seconds, 0
+        if self.model.characters is not None:
+            space = self.processor.space
+            between = [space] if space else []
+            spelled = [between * (i > 0) + self.processor.spell(w) for i, w in enumerate(words)]
+        else:
+            step *= self.processor.stack
+            spelled = [self.model.ctc.spelled(self.processor.tokenize(word)) for word in words]
         edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, piece.seconds)
         spans = (piece.start + edges).round(3).tolist()
         piece.words = [
-            {"text": self.processor.decode(word), "timestamp": tuple(span), "confidence": c}
+            {"text": word, "timestamp": tuple(span), "confidence": c}
             for word, span, c in zip(words, spans, sure, strict=True)
         ]
 

@@ -15,7 +15,9 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .asr_config import IGNORE, encoder_frames
 
-SAMPLE_RATE = 16_000  # Hz
+SAMPLE_RATE = 16_000
+LOUD, LOUD_PERCENTILE = 0.1, 95  # -20 dBFS of the loudest twentieth of a clip
+MOST_GAIN = 1e4  # 80 dB: digital silence stays silent  # Hz
 # A jump of a file's clock within these bounds, in seconds, is audio that is missing.
 LEAST_GAP, MOST_GAP = 0.1, 600.0
 ESTIMATED = ("mp3", "aac")  # containers whose duration is a guess
@@ -183,6 +185,14 @@ def _finite(samples: np.ndarray, name: str) -> np.ndarray:
     return samples
 
 
+def normalise_level(samples: np.ndarray) -> np.ndarray:
+    """Samples (n,) whose loud parts have an RMS of `LOUD`: the encoder need not know the gain."""
+    size = SAMPLE_RATE // 40  # 25 ms
+    frames = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
+    loud = np.percentile(np.sqrt(np.square(frames).mean(1)), LOUD_PERCENTILE)
+    return (samples * min(LOUD / max(loud, 1e-9), MOST_GAIN)).astype(np.float32)
+
+
 class ASRProcessor(ProcessorMixin):
     """Turns audio (and, for training, text) into what `ASRModel` takes, and ids into text.
 
@@ -201,6 +211,7 @@ class ASRProcessor(ProcessorMixin):
         min_seconds: shorter clips are padded with silence to this length.
         tail_seconds: silence appended to every clip, which steadies the last frames.
         max_seconds: longest piece that the model is given; the pipeline splits what is longer.
+        alphabet: byte of each class of the character head from 1 on; empty without such a head.
     """
 
     def __init__(
@@ -216,6 +227,7 @@ class ASRProcessor(ProcessorMixin):
         min_seconds: float = 0.1,
         tail_seconds: float = 0.0,
         max_seconds: float = 30.0,
+        alphabet: Sequence[int] = (),
     ) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]})
         super().__init__(feature_extractor, tokenizer)
@@ -224,7 +236,7 @@ class ASRProcessor(ProcessorMixin):
         self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix
         self.audio_token, self.end_token = audio_token, end_token
         self.min_seconds, self.tail_seconds = min_seconds, tail_seconds
-        self.max_seconds = max_seconds
+        self.max_seconds, self.alphabet = max_seconds, list(alphabet)
         names = [audio_token, end_token]
         self.audio_token_id, self.end_token_id = tokenizer.convert_tokens_to_ids(names)
         if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
@@ -237,6 +249,7 @@ class ASRProcessor(ProcessorMixin):
 
         Each clip is normalised on its own, never with its batch, so a batch changes nothing.
         """
+        samples = normalise_level(samples)
         short = max(0, math.ceil(self.min_seconds * SAMPLE_RATE) - len(samples))
         tail = round(self.tail_seconds * SAMPLE_RATE)
         samples = np.pad(samples, (0, short + tail))
@@ -248,9 +261,13 @@ class ASRProcessor(ProcessorMixin):
             return values[: int(out["attention_mask"][0].sum())]
         return values.T if values.ndim == 2 else values
 
+    def encoder_steps(self, steps: int) -> int:
+        """Encoder frames for `steps` feature steps."""
+        return encoder_frames(SimpleNamespace(**self.encoder), steps)
+
     def frames(self, steps: int) -> int:
         """Projected frames, which is placeholder tokens, for `steps` feature steps."""
-        return math.ceil(encoder_frames(SimpleNamespace(**self.encoder), steps) / self.stack)
+        return math.ceil(self.encoder_steps(steps) / self.stack)
 
     def frames_for_seconds(self, seconds: float) -> int:
         """Projected frames for a clip of so many seconds."""
@@ -274,6 +291,22 @@ class ASRProcessor(ProcessorMixin):
         """
         return self.tokenizer.encode(" " + text, add_special_tokens=False) if text else []
 
+    def spell(self, text: str) -> list[int]:
+        """Transcript -> classes of the character head; what is not in its alphabet is left out."""
+        class_of = {byte: i for i, byte in enumerate(self.alphabet, 1)}
+        return [class_of[byte] for byte in self.spoken(text).encode()]
+
+    @property
+    def space(self) -> int:
+        """The character head's class of the space, 0 where the script has none."""
+        return self.alphabet.index(ord(" ")) + 1 if ord(" ") in self.alphabet else 0
+
+    def spoken(self, text: str) -> str:
+        """Transcript as the character head spells it: in its alphabet, single spaces."""
+        known = {*self.alphabet}
+        heard = bytes(byte for byte in text.lower().encode() if byte in known)
+        return " ".join(heard.decode(errors="ignore").split())
+
     def __call__(  # type: ignore[override]
         self,
         audio: AudioInput | Sequence[AudioInput],
@@ -289,8 +322,8 @@ class ASRProcessor(ProcessorMixin):
 
         Returns:
             `input_features` (b, samples) or (b, mels, frames), `input_features_mask` (b, samples
-            or frames), `input_ids` and `attention_mask` (b, s), and `labels` (b, s) with -100
-            outside the transcripts.
+            or frames), `input_ids` and `attention_mask` (b, s); with transcripts `labels` (b, s),
+            -100 outside them, and `character_labels` (b, n), 0 behind their ends.
 
         Raises:
             AudioError: for a clip that cannot be read.
@@ -300,15 +333,20 @@ class ASRProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if texts is not None and len(texts) != len(clips):
             raise ValueError(f"{len(clips)} clips but {len(texts)} transcripts")
-        return self.collate(features, None if texts is None else [self.tokenize(t) for t in texts])
+        if texts is None:
+            return self.collate(features)
+        targets, spelled = ([f(t) for t in texts] for f in (self.tokenize, self.spell))
+        return self.collate(features, targets, spelled)
 
     def collate(
         self,
         features: list[torch.Tensor],
         targets: list[list[int]] | None = None,
+        spelled: list[list[int]] | None = None,
         encoded: bool = False,
     ) -> BatchFeature:
-        """Pad clips' features (see `features`) and, for training, their token ids to a batch.
+        """Pad clips' features (see `features`) and, for training, their token ids and character
+        classes to a batch.
 
         With `encoded` the features are encoder frames (t, d_encoder), as a cache holds them, and
         `input_features` is (b, t, d_encoder).
@@ -319,15 +357,24 @@ class ASRProcessor(ProcessorMixin):
         batch["input_features"] = values.transpose(1, 2) if is_mel else values
         lengths = torch.tensor([len(f) for f in features])
         batch["input_features_mask"] = torch.arange(values.shape[1]) < lengths[:, None]
+        steps = [len(clip) if encoded else self.encoder_steps(len(clip)) for clip in features]
+        batch.update(self.prompt(steps, targets))
+        if spelled is not None:
+            rows = [torch.tensor(row, dtype=torch.long) for row in spelled]
+            batch["character_labels"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return BatchFeature(batch)
+
+    def prompt(self, steps: Sequence[int], targets: list[list[int]] | None = None) -> BatchFeature:
+        """The left-padded prompts of clips with so many encoder frames, each followed by its token
+        ids, if there are any: `input_ids`, `attention_mask` and then `labels`, all (b, s)."""
         rows, labels = [], []
-        for i, clip in enumerate(features):
-            frames = math.ceil(len(clip) / self.stack) if encoded else self.frames(len(clip))
-            placeholders = [self.audio_token_id] * frames
+        for i, frames in enumerate(steps):
+            placeholders = [self.audio_token_id] * math.ceil(frames / self.stack)
             prompt = self.prefix_ids + placeholders + self.suffix_ids
             target = [] if targets is None else [*targets[i], self.end_token_id]
             rows.append(prompt + target)
             labels.append([IGNORE] * len(prompt) + target)
-        batch["input_ids"] = _left_pad(rows, self.end_token_id)
+        batch = {"input_ids": _left_pad(rows, self.end_token_id)}
         batch["attention_mask"] = _left_pad([[1] * len(row) for row in rows], 0)
         if targets is not None:
             batch["labels"] = _left_pad(labels, IGNORE)

@@ -24,7 +24,7 @@ def cut_batches(
             batches.append(batch)
             batch, longest = [], seconds[i]
         batch.append(int(i))
-    return [*batches, batch]
+    return [*batches, batch] if batch else batches
 
 
 class LengthBatchSampler(Sampler[list[int]]):

@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from transformers import BatchFeature
 
 from .asr_config import check_keys
 from .asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio, open_audio
+from .augment import disturb
 
 # Defaults of a source: where its rows come from and how they are named there.
 SOURCE: dict[str, Any] = {
@@ -292,6 +293,7 @@ class Clips:
         noise: {"path", "share", "snr"}: recordings of a folder are added to a share of the clips,
             at a signal to noise ratio between the two of `snr`, in dB.
         transform: {"_target_": class of any library, ...}; called with `samples` and `sample_rate`.
+        disturb: share of the clips that `augment.disturb` changes.
         mask_time, mask_bands: SpecAugment (Park et al. 2019) on features: two masks, each over at
             most this share of the time; over at most so many mel bands.
         seed: of the augmentation, with the epoch and the example's id.
@@ -308,6 +310,7 @@ class Clips:
     time_mask: int = 0
     noise: Any = None
     transform: Any = None
+    disturb: float = 0.0
     mask_time: float = 0.0
     mask_bands: int = 0
     seed: int = 0
@@ -364,9 +367,10 @@ class Clips:
         return len(example.target) + repeats <= frames
 
     def read(self, example: Example) -> dict[str, Any]:
-        """An example as a dict with `id`, `seconds`, `features` (time first) and `target` (token
-        ids), or with `id`, `reason` and `detail` where it cannot be read."""
+        """An example as a dict with `id`, `seconds`, `features` (time first), `target` (token
+        ids) and `characters` (classes); or `id`, `reason` and `detail` of why it has none."""
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
+        item["characters"] = self.processor.spell(example.text)
         if self.encoded is not None:
             return {**item, "features": self.augment(self.encoded[example.id], example.id)}
         try:
@@ -378,16 +382,20 @@ class Clips:
         if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
             detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
             return {"id": example.id, "reason": "not as long as it says", "detail": detail}
-        features = self.processor.features(self.disturb(samples, example.id))
+        features = self.processor.features(self.disturbed(samples, example))
         return {**item, "features": self.mask(features, example.id)}
 
     def rng(self, example_id: str) -> np.random.Generator:
         """Draws for an example: fixed by (seed, epoch, id), so that a resumed run repeats them."""
         return np.random.default_rng([self.seed, self.epoch, zlib.crc32(example_id.encode())])
 
-    def disturb(self, samples: np.ndarray, example_id: str) -> np.ndarray:
-        """Noise from a folder and the configured transform, on samples (n,) at 16 kHz."""
-        rng = self.rng(example_id)
+    def disturbed(self, samples: np.ndarray, example: Example) -> np.ndarray:
+        """Samples (n,) at 16 kHz with `augment.disturb`, noise from a folder, and the transform."""
+        rng = self.rng(example.id)
+        if rng.random() < self.disturb:
+            changed = disturb(samples, rng)
+            fits = len(changed) <= self.max_seconds * SAMPLE_RATE
+            samples = changed if fits else samples
         if self.noises and rng.random() < self.noise["share"]:
             sound = load_audio(str(self.noises[rng.integers(len(self.noises))]))
             sound = np.roll(sound, -int(rng.integers(len(sound))))
@@ -441,6 +449,7 @@ class Clips:
         batch = self.processor.collate(
             [item["features"] for item in items],
             [item["target"] for item in items],
+            [item["characters"] for item in items],
             encoded=self.encoded is not None,
         )
         batch["ids"] = [item["id"] for item in items]
@@ -463,11 +472,19 @@ class SpeechDataset(Clips, Dataset):
         self.examples: list[Example] = []
         for source in sources:
             for example in self.admitted(source, streaming):
-                self.examples += [example] * example.repeat
+                self.examples += self.repeated(example)
         self.examples = self.examples[: self.max_train_samples]
         if not self.examples:
             raise DataError(f"no usable example in {list(sources)}: {dropped}")
         dropped.check(self.total)
+
+    def repeated(self, example: Example) -> list[Example]:
+        """An example as often as its source says; each time with an id of its own, and so with its
+        own draws, where clips are disturbed."""
+        ids = [
+            f"{example.id}#{i}" if i and self.disturb else example.id for i in range(example.repeat)
+        ]
+        return [replace(example, id=id) for id in ids]
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
         """As `Clips.collate`, also of items that could not be read; they are in `dropped`.
@@ -498,4 +515,7 @@ class SpeechDataset(Clips, Dataset):
         for example in self.examples:
             if example.id not in encoded:
                 self.dropped.add(example.id, "no cached frames")
-        self.examples = [example for example in self.examples if example.id in encoded]
+        self.examples = [e for e in self.examples if e.id in encoded]
+        if self.disturb:  # their lengths are not those of the files any more
+            for example in self.examples:
+                example.duration = encoded.count(example.id) * self.processor.frame_seconds

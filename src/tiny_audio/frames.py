@@ -12,12 +12,14 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .asr_modeling import ASRModel
-from .batches import LengthBatchSampler
+from .asr_processing import ASRProcessor
+from .batches import cut_batches
 from .data import SpeechDataset
+
+READ_TOGETHER, BATCH_SECONDS = 256, 64.0  # clips; and padded audio, of which attention needs memory
 
 
 class Frames:
@@ -33,6 +35,10 @@ class Frames:
     def __contains__(self, clip: str) -> bool:
         return self.path(clip).exists()
 
+    def count(self, clip: str) -> int:
+        """How many frames a clip has; they are not read."""
+        return len(np.load(self.path(clip), mmap_mode="r"))
+
     def __getitem__(self, clip: str) -> torch.Tensor:
         return torch.from_numpy(np.load(self.path(clip)))
 
@@ -45,7 +51,7 @@ def return_freed_memory() -> None:
             libc.malloc_trim(0)
 
 
-def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path, workers: int) -> None:
+def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> None:
     """Run the frozen encoder once over `data`, into a folder of `parent` that is named for what it
     was made of, and have `data` serve its frames.
 
@@ -62,6 +68,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path, wor
     made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]
     made_of += [str(next(model.encoder.parameters()).dtype)]
     made_of += [data.processor.tail_seconds, data.processor.min_seconds]
+    made_of += [data.disturb, data.disturb and data.seed]
     for e in sorted(data.examples, key=lambda e: e.id):
         audio = e.audio if isinstance(e.audio, dict) else {"path": e.audio}
         with suppress(OSError, TypeError):  # what cannot be read has no frames
@@ -72,24 +79,42 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path, wor
         aside = Frames(folder.with_suffix(".tmp"))  # renamed once it is whole
         shutil.rmtree(aside.folder, ignore_errors=True)
         aside.folder.mkdir(parents=True)
-        order = list({example.id: i for i, example in enumerate(data.examples)}.values())
-        seconds = [data.examples[i].duration for i in order]
-        # By length: a batch of long clips would need gigabytes for their attention scores.
-        budget = LengthBatchSampler(seconds, max(64.0, *seconds), shuffle=False)
-        batches = [[order[i] for i in batch] for batch in budget]
-        loader = DataLoader(
-            data, batch_sampler=batches, collate_fn=data.collate, num_workers=workers
-        )
-        bar = tqdm(total=len(order), desc="encoding", unit="clip")
-        with torch.inference_mode(), bar:
-            for batch in loader:
-                for item in batch["dropped"]:
-                    data.dropped.add(item["id"], item["reason"], item["detail"])
-                audio = [batch[k] for k in ("input_features", "input_features_mask")]
-                hidden, lengths = model.encode(*(x.to(model.device) for x in audio))
-                for clip, rows, n in zip(batch["ids"], hidden, lengths, strict=True):
-                    np.save(aside.path(clip), rows[:n].half().cpu().numpy())
-                bar.update(len(batch["ids"]))
-                return_freed_memory()
+        encode_all(model, data, aside)
         aside.folder.replace(folder)
     data.serve_encoded(Frames(folder))
+
+
+def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
+    """Encode every example once into `frames`, long ones first.
+
+    Disturbed clips are longer or shorter than their files, so some hundred are read and then
+    batched by what they have become.
+    """
+    processor = data.processor
+    order = list({example.id: i for i, example in enumerate(data.examples)}.values())
+    order.sort(key=lambda i: -data.examples[i].duration)
+    bar = tqdm(total=len(order), desc="encoding", unit="clip")
+    with torch.inference_mode(), bar:
+        for start in range(0, len(order), READ_TOGETHER):
+            items = [data[i] for i in order[start : start + READ_TOGETHER]]
+            for item in items:
+                if "features" not in item:
+                    data.dropped.add(item["id"], item["reason"], item["detail"])
+            good = [item for item in items if "features" in item]
+            steps = [processor.encoder_steps(len(item["features"])) for item in good]
+            seconds = np.array(steps) * processor.frame_seconds
+            longest_first = np.argsort(-seconds, kind="stable")
+            for rows in cut_batches(seconds, longest_first, BATCH_SECONDS, len(good)):
+                encode_batch(model, processor, [good[row] for row in rows], frames)
+            bar.update(len(items))
+            return_freed_memory()
+
+
+def encode_batch(
+    model: ASRModel, processor: ASRProcessor, items: list[dict[str, Any]], frames: Frames
+) -> None:
+    """Encode some clips together."""
+    batch = processor.collate([item["features"] for item in items]).to(model.device)
+    hidden, lengths = model.encode(batch["input_features"], batch["input_features_mask"])
+    for item, rows, n in zip(items, hidden, lengths, strict=True):
+        np.save(frames.path(item["id"]), rows[:n].half().cpu().numpy())

@@ -17,6 +17,7 @@ from .asr_config import ASRConfig
 logger = logging.getLogger(__name__)
 # What a model folder holds for its users; checkpoints, caches and the optimizer stay at home.
 PUSHED = ["*.json", "*.py", "*.jinja", "*.md", "merges.txt", "*.model", "model.safetensors"]
+PUSHED += ["*.arpa.gz"]
 PUSHED += ["training_config.yaml"]
 KEPT = ["*/*", "trainer_state.json", "summary.json", "finished.json"]
 

@@ -32,8 +32,8 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from .asr_config import ASRConfig, check_keys
-from .asr_ctc import spell
-from .asr_modeling import WEIGHTS, ASRModel
+from .asr_modeling import NGRAM, WEIGHTS, ASRModel
+from .asr_ngram import NGram, build_ngram, load_arpa
 from .asr_processing import ASRProcessor
 from .data import Dropped, Example, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
@@ -49,9 +49,12 @@ from .trainer import (
     last_checkpoint,
     start_trackers,
 )
+from .tuning import TUNED, tune
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
-FINISHED = "finished.json"
+FINISHED, TUNING = "finished.json", "tuning.json"
+LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces
+LEAST_WORD = 3  # letters of a token that is taken for a word
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
@@ -161,18 +164,19 @@ def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] 
 def build_model(
     cfg: DictConfig,
     processor: ASRProcessor,
-    ctc: tuple[list[int], list[int], set[int]] = ([], [], set()),
+    ctc: tuple[list[int], list[int]] = ([], []),
     start: str | None = None,
 ) -> ASRModel:
     """A model on its base models, its trained parts fresh or from the folder `start`.
 
-    `ctc` is what `ctc_vocabulary` returns; an empty list leaves that head out.
+    `ctc` is what `ctc_vocabulary` returns; an empty list leaves that head out. The n-gram of the
+    search comes from `start` too.
 
     Raises:
         ValueError: when `start` holds tensors that this config has no place for.
     """
     own = "stack projector_hidden projector_dropout bridge encoder_revision decoder_revision "
-    own += "ctc_decode_weight ctc_hidden prompt_prefix prompt_suffix"
+    own += "decoding ctc_hidden prompt_prefix prompt_suffix"
     config = ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
@@ -187,23 +191,38 @@ def build_model(
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
-    model.generation_config.num_beams = cfg.model.num_beams
-    if model.characters is not None:
-        spelling = model.characters.spelling
-        spelling.copy_(spell(processor.tokenizer, ctc[1], len(spelling), ctc[2]))
+    processor.alphabet = list(ctc[1])
     if start:
+        words = Path(start) / NGRAM
+        model.ngram = load_arpa(words) if words.exists() else None
         model.load_tensors(load_file(Path(start) / WEIGHTS), str(start), fresh_lora=True)
     return model
 
 
-def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int], set[int]]:
-    """What occurs in the training transcripts: token ids, lower-case bytes but punctuation (', the
-    apostrophe, is a letter), and bytes as written."""
+def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
+    """What occurs in the training transcripts: token ids, and lower-case bytes but punctuation
+    (', the apostrophe, is a letter)."""
     examples = list(examples)
     tokens = {token for example in examples for token in example.target}
     written = {byte for example in examples for byte in f" {example.text}".encode()}
     spoken = set(bytes(written).lower()) - set(string.punctuation.encode())
-    return sorted(tokens), sorted(spoken | (written & set(b"'"))), written
+    return sorted(tokens), sorted(spoken | (written & set(b"'")))
+
+
+def transcript_ngram(processor: ASRProcessor, examples: Iterable[Example]) -> NGram | None:
+    """The n-gram of the training transcripts, as the character head spells them.
+
+    Its vocabulary holds the decoder's whole words too: tokens of lower-case letters with a space
+    before them. None for a script that puts no spaces between words.
+    """
+    sentences = [processor.spoken(example.text).split() for example in examples]
+    words = [word for sentence in sentences for word in sentence]
+    if not words or sum(map(len, words)) > LONGEST_MEAN_WORD * len(words):
+        return None
+    tokens = (token[1:] for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
+    known = {*processor.alphabet}
+    whole = (token for token in tokens if len(token) >= LEAST_WORD and token.isalpha())
+    return build_ngram(sentences, {word for word in whole if {*word.encode()} <= known})
 
 
 def fit_device(training: DictConfig) -> None:
@@ -268,12 +287,14 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     with place.main_process_first():  # it fills the cache of `datasets`
         data, evaluation = read_data(cfg, settings, processor, dropped)
     streamed = isinstance(data, SpeechStream)
-    texts = data.texts(cfg.data.vocabulary_rows) if streamed else data.examples
-    tokens, alphabet, written = ctc_vocabulary(texts)
-    if previous:  # its own spelling comes with its weights
+    texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
+    tokens, alphabet = ctc_vocabulary(texts)
+    if previous:
         tokens, alphabet = previous.ctc_token_ids, previous.ctc_alphabet
-    heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [], written)
+    heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
     model = build_model(cfg, processor, heads, start)
+    if model.characters is not None and model.ngram is None:
+        model.ngram = transcript_ngram(processor, texts)
     freeze_idle(model, settings)
     print(describe(model))
     gflop, cost = expected_cost(model, settings, [] if streamed else data.examples)
@@ -304,7 +325,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         if streamed:
             raise ValueError("training.cache_encoder needs data.streaming=false")
         with place.main_process_first():
-            cache_encoder_frames(model, data, folder.parent, settings["dataloader_num_workers"])
+            cache_encoder_frames(model, data, folder.parent)
         dropped.check(data.total)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     for row in read_log(Path(resume) / f"dropped{rank}.jsonl") if resume else ():
@@ -351,6 +372,23 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     return final
 
 
+def finish(cfg: DictConfig, start: str, output: Path) -> None:
+    """Write the last stage's model into `output`, its decoding tuned on the evaluation clips."""
+    model, processor = ASRModel.from_pretrained(start), ASRProcessor.from_pretrained(start)
+    if cfg.model.tune and model.characters is not None and cfg.data.eval:
+        model.to(PartialState().device)  # type: ignore[arg-type]
+        limits = {k: cfg.data[k] for k in ("min_seconds", "max_seconds", "lowercase", "streaming")}
+        clips = SpeechDataset(cfg.data.eval, processor, Dropped(), **limits)
+        print(f"\n== decoding, chosen on {len(clips)} clips")
+        found = tune(model, processor, clips, cfg.training.language)
+        for name, choice in found.items():
+            print(f"{name}: expected WER {choice['expected_wer']:.2f} %")
+        print({name: model.config.decoding[name] for name in TUNED})
+        (output / TUNING).write_text(json.dumps(found, indent=2) + "\n")
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
 def train(cfg: DictConfig) -> Path:
     """Run every stage of a composed config; returns the folder of the finished model."""
     check_config(cfg)
@@ -377,8 +415,7 @@ def train(cfg: DictConfig) -> Path:
         return_freed_memory()
     if not PartialState().is_main_process:
         return output
-    ASRModel.from_pretrained(start).save_pretrained(output)
-    ASRProcessor.from_pretrained(start).save_pretrained(output)
+    finish(cfg, start, output)
     OmegaConf.save(cfg, output / "training_config.yaml")
     stages = [json.loads((output / s.name / "final" / FINISHED).read_text()) for s in cfg.stages]
     facts = {key: max(stage[key] for stage in stages) for key in ("parameters", "trained")}

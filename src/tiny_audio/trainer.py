@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import flatten_dict
 
 from .asr_config import IGNORE
+from .asr_decoding import transcribe
 from .asr_modeling import WEIGHTS
 from .batches import LengthBatchSampler
 from .data import ENOUGH, DataError, Dropped, read_log
@@ -146,8 +147,7 @@ class ASRTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss and WER (percent) on the evaluation clips; draws nothing, so training goes on alike.
 
-        Decoded greedily, joined with the CTC score where the model's own decoding is; by the token
-        CTC head alone in a stage that does not train the decoder's loss.
+        By the decoder where its loss is trained, by the CTC head alone in other stages.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -155,6 +155,7 @@ class ASRTrainer(Trainer):
         loss, labels = 0.0, 0
         said: list[str] = []
         heard: list[str] = []
+        decode = None if self.settings["decoder_loss_weight"] else "ctc"
         lengths = [example.duration for example in data.examples]
         budget = max(self.settings["batch_seconds"], *lengths)
         for rows in LengthBatchSampler(lengths, budget, shuffle=False):
@@ -170,11 +171,9 @@ class ASRTrainer(Trainer):
             prompt = self.processing_class.collate(features).to(model.device)
             with self.compute_loss_context_manager():
                 loss, labels = loss + n * float(self.compute_loss(model, batch)), labels + n
-                if self.settings["decoder_loss_weight"]:
-                    ids = model.generate(**prompt, num_beams=1)
-                else:
-                    ids = model.ctc_generate(prompt.input_features, prompt.input_features_mask)
-            heard += [self.processing_class.decode(row) for row in ids]
+                hidden, steps = model.encode(prompt.input_features, prompt.input_features_mask)
+                found = transcribe(model, self.processing_class, hidden, steps, decode)
+            heard += [transcript.text for transcript in found]
             said += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
                      "features" in i]  # fmt: skip
         model.train()

@@ -13,11 +13,12 @@ from typing import Any
 
 import gradio as gr
 
+from ..asr_config import DECODE
 from ..asr_pipeline import Recording
 from ..asr_processing import AudioError
 from . import parser_of
 from .formats import render
-from .transcribe import load_pipeline
+from .transcribe import DECODE_HELP, load_pipeline
 
 MAX_SIZE, MAX_SECONDS = "200mb", 3600.0
 KEEP = 7200  # seconds until an upload is deleted
@@ -60,13 +61,13 @@ def player(result: dict[str, Any], source: Path) -> str:
     return out
 
 
-def transcribe(source: str | None, model: str) -> Iterator[str]:
+def transcribe(source: str | None, model: str, decode: str | None = None) -> Iterator[str]:
     """The page's HTML, again and again while the text comes in."""
     if not source:
         yield page("Choose a file, record something or take an example first.")
         return
     yield page("Listening ...")
-    pipe, began = load(model), time.perf_counter()
+    pipe, began = load(model, decode), time.perf_counter()
     recording, done = Recording(source), []
     try:
         for piece in pipe.pieces(recording, limit_seconds=MAX_SECONDS):
@@ -85,12 +86,12 @@ def transcribe(source: str | None, model: str) -> Iterator[str]:
 
 
 @functools.lru_cache(1)
-def load(model: str) -> Any:
+def load(model: str, decode: str | None = None) -> Any:
     """The pipeline of the model that was used last."""
-    return load_pipeline(model)
+    return load_pipeline(model, decode=decode)
 
 
-def build(models: list[str], examples: list[str]) -> gr.Blocks:
+def build(models: list[str], examples: list[str], decode: str | None = None) -> gr.Blocks:
     """The page for a choice of models and example recordings."""
     with gr.Blocks(title="tiny-audio", delete_cache=(300, KEEP)) as blocks:
         gr.Markdown("# tiny-audio\nUpload or record speech; the text appears as it is decoded.")
@@ -100,7 +101,7 @@ def build(models: list[str], examples: list[str]) -> gr.Blocks:
         out = gr.HTML(elem_id="result", js_on_load=JS)
         if examples:
             gr.Examples(examples, audio, cache_examples=False)
-        button.click(transcribe, [audio, choice], out)
+        button.click(functools.partial(transcribe, decode=decode), [audio, choice], out)
     return blocks
 
 
@@ -109,15 +110,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of("demo", __doc__)
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
     parser.add_argument("--examples", nargs="*", default=[], help="recordings to offer")
+    parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     models = args.models or [str(p.parent) for p in sorted(Path("outputs").glob("*/config.json"))]
     if not models:
         parser.error("no model in outputs: name a folder or Hub id")
-    load(models[0])
+    load(models[0], args.decode)
     try:
-        build(models, args.examples).launch(
+        build(models, args.examples, args.decode).launch(
             server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, css=CSS
         )
     except OSError as error:

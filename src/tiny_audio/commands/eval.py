@@ -27,6 +27,7 @@ import torch
 from huggingface_hub import dataset_info
 from tqdm import tqdm
 
+from ..asr_config import DECODE
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
 from ..batches import cut_batches
 from ..data import SOURCE, DataError, Example, read_log, read_source
@@ -35,6 +36,7 @@ from ..scoring import count, normalizer, score
 from . import parser_of
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
 from .report import write_report
+from .transcribe import DECODE_HELP
 
 Row = dict[str, Any]  # of results.jsonl; also options and summaries
 PACKAGES = ["torch", "transformers", "datasets", "jiwer", "whisper-normalizer", "numpy"]
@@ -223,16 +225,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="audio decoded together")
     parser.add_argument("--out", type=Path, help="default: outputs/eval_<model>_<dataset>...")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
-    parser.add_argument("--decoder-only", action="store_true", help="leave out the CTC score")
-    parser.add_argument("--ctc-only", action="store_true", help="the CTC head's greedy transcript")
+    parser.add_argument("--decode", choices=DECODE, help=f"of a model of ours: {DECODE_HELP}")
     args = parser.parse_args(argv)
     if args.max_samples is not None and args.max_samples < 1:
         parser.error(f"--max-samples {args.max_samples}: at least one is needed")
-    options = {"batch_seconds": args.batch_seconds, "ctc_only": args.ctc_only}
-    options |= {"ctc_decode_weight": 0.0} if args.decoder_only else {}
-    data, how = Path(args.dataset), "ctc" * args.ctc_only or "decoder" * args.decoder_only
+    options = {"batch_seconds": args.batch_seconds}
+    options |= {"decode": args.decode} if args.decode else {}
+    data = Path(args.dataset)
     what = f"{data.resolve().parent.name}_{data.stem}" if data.is_file() else data.name
-    parts = ["eval", Path(args.model).name, what, args.name, args.split, how]
+    parts = ["eval", Path(args.model).name, what, args.name, args.split, args.decode]
     out = args.out or Path("outputs", "_".join(filter(None, parts)))
     try:
         examples, about = read_examples(args)

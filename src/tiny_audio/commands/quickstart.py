@@ -19,48 +19,74 @@ from transformers.utils import logging
 
 from ..data import read_source
 from ..hub import git_hash, model_card
-from ..train import FINISHED, compose_recipe, train
+from ..train import FINISHED, TUNING, compose_recipe, train
 from ..trainer import clean_exit, clock
+from ..tuning import SECOND_PASS
 from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
 from .recognisers import load_recogniser
 from .transcribe import load_pipeline
 
-# Rows of the table: name, options of the pipeline, and which model reads the clips.
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "joint": ("this model (joint CTC/decoder decoding)", {}),
-    "decoder": (
-        "  its decoder alone, greedy",
-        {"ctc_decode_weight": 0.0, "generate_kwargs": {"num_beams": 1}},
-    ),
-    "ctc": ("  its CTC head alone, greedy", {"ctc_only": True}),
-    "baseline": ("Whisper tiny.en", {}),
+# Rows of the table: each adds a part of decoding to the one before, and Whisper beside them.
+ROWS = {
+    "model": "this model",
+    "greedy": "  characters alone, greedy",
+    "lexicon": "  + lexicon",
+    "ngram": "  + n-gram",
+    "language_model": "  + untrained decoder",
+    "decoder": "  + trained decoder, which listens",
+    "baseline": "Whisper tiny.en",
 }
+
+
+def row_options(model: Path) -> dict[str, dict[str, Any]]:
+    """The pipeline's arguments for each row; the weights of two are those that tuning found."""
+    found = json.loads((model / TUNING).read_text())
+    chosen = {
+        name: {k: found[name][k] for k in SECOND_PASS} for name in ("language_model", "decoder")
+    }
+    return {
+        "model": {},
+        "greedy": {"decode": "ctc", "decoding": {"lexicon": False, "beams": 1}},
+        "lexicon": {"decode": "ctc", "decoding": {"ngram": 0.0}},
+        "ngram": {"decode": "ctc"},
+        "language_model": {"decoding": chosen["language_model"]},
+        "decoder": {"decoding": chosen["decoder"]},
+        "baseline": {},
+    }
 
 
 def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]]]:
     """Summaries by row of `ROWS` and by set: "test" (the held-out clips) and "librivox"."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
-    for row, (_, options) in ROWS.items():
-        folder = assets.whisper if row == "baseline" else model
-        pipe = load_recogniser(str(folder))
+    pipe = load_recogniser(str(model))
+    for row, options in row_options(model).items():
+        if row == "baseline":
+            pipe = load_recogniser(str(assets.whisper))
+        elif (
+            row != "model"
+            and options.get("decoding", {}).items() <= pipe.model.config.decoding.items()
+            and "decode" not in options
+        ):
+            out[row] = out["model"]  # what tuning chose
+            continue
         out[row] = {}
         for name in ("test", "librivox"):
             manifest = getattr(assets, name)
-            about = {"model": folder.name, "dataset": f"quickstart {name}"}
+            about = {"model": row, "dataset": f"quickstart {name}"}
             examples = list(read_source({"path": str(manifest)}))
+            print(f"\n{ROWS[row].strip()}, {name}", flush=True)
             results = model / "eval" / f"{row}_{name}"
-            print(f"\n{ROWS[row][0].strip()}, {name}", flush=True)
             out[row][name] = evaluate(pipe, examples, results, options, about)
     return out
 
 
 def table(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The closing table: WER in percent with its 95 % interval, per row and set."""
-    n, words = scores["joint"]["test"]["utterances"], scores["joint"]["test"]["words"]
+    n, words = scores["model"]["test"]["utterances"], scores["model"]["test"]["words"]
     lines = [f"{'WER %':<42}{f'{n} held-out clips, {words} words':<36}LibriVox, 5 clips"]
-    for row, (label, _) in ROWS.items():
+    for row, label in ROWS.items():
         cells = [
             f"{s['wer']:5.1f}  [{s['wer_low']:.1f}, {s['wer_high']:.1f}]"
             for s in (scores[row]["test"], scores[row]["librivox"])
@@ -85,8 +111,8 @@ def run(overrides: list[str]) -> int:
     test = {row: sets["test"] for row, sets in scores.items()}
     total = time.monotonic() - started
     summary = {
-        **{k: test["joint"][k] for k in "wer wer_low wer_high rtfx utterances words".split()},
-        **{f"{row}_wer": test[row]["wer"] for row in ("decoder", "ctc", "baseline")},
+        **{k: test["model"][k] for k in "wer wer_low wer_high rtfx utterances words".split()},
+        **{f"{row}_wer": test[row]["wer"] for row in ROWS if row != "model"},
         **{f"librivox_{row}_wer": scores[row]["librivox"]["wer"] for row in ROWS},
         "errors": sum(s["errors"] for sets in scores.values() for s in sets.values()),
         "seed": cfg.run.seed,

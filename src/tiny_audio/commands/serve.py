@@ -18,11 +18,12 @@ import uvicorn
 from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from ..asr_config import DECODE
 from ..asr_pipeline import Piece, Recording
 from ..asr_processing import AudioError
 from . import parser_of
 from .formats import render
-from .transcribe import load_pipeline
+from .transcribe import DECODE_HELP, load_pipeline
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
@@ -195,11 +196,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+    parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--queue", type=int, default=64, help="requests taken in at once")
     parser.add_argument("--max-mb", type=int, default=200, help="of an upload")
     parser.add_argument("--max-minutes", type=float, default=240, help="of a recording")
     args = parser.parse_args(argv)
-    pipe, name = load_pipeline(args.model, args.device), Path(args.model).resolve().name
+    pipe, name = (
+        load_pipeline(args.model, args.device, args.decode),
+        Path(args.model).resolve().name,
+    )
     app = create_app(pipe, name, args.queue, args.max_mb, 60 * args.max_minutes)
     print(f"http://{args.host}:{args.port}/docs", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")

@@ -10,14 +10,18 @@ from tqdm import tqdm
 from transformers import AutoConfig, pipeline
 from transformers.utils import logging
 
-from ..asr_config import ASRConfig
+from ..asr_config import DECODE, ASRConfig
 from ..asr_pipeline import ASRPipeline
 from . import parser_of
 from .formats import FORMATS, render
 
+DECODE_HELP = "rescore (the decoder chooses among proposals), ctc, or generate (it writes alone)"
 
-def load_pipeline(model: str, device: str | None = None) -> Any:
+
+def load_pipeline(model: str, device: str | None = None, decode: str | None = None) -> Any:
     """The ASR pipeline of a trained folder or Hub id, on the best device unless one is named.
+
+    `decode` is for models of ours: see `asr_decoding.transcribe`.
 
     Raises:
         SystemExit: with one line, when `model` is no model of ours or does not exist.
@@ -28,6 +32,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         sys.exit(
             f"error: {model} has no config.json: no finished model (make quickstart trains one)"
         )
+    chosen: Any = {"decode": decode} if decode else {}
     try:
         kind = AutoConfig.from_pretrained(model).model_type
         ours = ASRPipeline if kind == ASRConfig.model_type else None  # not the folder's copy of it
@@ -37,6 +42,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
             device=device,
             pipeline_class=ours,
             trust_remote_code=ours is not None,
+            **(chosen if ours else {}),
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -60,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+    parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--format", choices=FORMATS, default="txt", help="default: %(default)s")
     parser.add_argument("--words", action="store_true", help="times of words, not of subtitles")
     parser.add_argument(
@@ -81,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{done} of {len(targets)} done before", file=sys.stderr)
     if not todo:
         return 0
-    pipe = load_pipeline(args.model, args.device)
+    pipe = load_pipeline(args.model, args.device, args.decode)
     options = {"return_timestamps": kind != "txt" and ("word" if args.words else True)}
     failed = False
     sources = (spool() if name == "-" else name for name in todo)

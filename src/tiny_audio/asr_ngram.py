@@ -1,0 +1,227 @@
+"""Words for the CTC search: a lexicon as a prefix tree and an n-gram of the training transcripts.
+
+Both are tensors, so that a search looks up a whole batch of hypotheses at once. Saved as a plain
+ARPA file beside the weights: any toolkit's n-gram may take its place.
+"""
+
+import gzip
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+START, END, UNKNOWN = "<s>", "</s>", "<unk>"
+LOG10 = math.log(10.0)
+# An n-gram of more than this many entries is cut down to the most frequent ones.
+MOST_WORDS, MOST_NGRAMS = 200_000, 2_000_000
+
+
+@dataclass
+class Table:
+    """The entries of a backoff n-gram (Katz 1987), by word ids; log-probabilities are natural.
+
+    Attributes:
+        number: of each context, which is a tuple of word ids; the empty one is 0.
+        backoff: log weight of each context.
+        arcs: (number of a context, word) -> log-probability.
+    """
+
+    number: dict[tuple[int, ...], int] = field(default_factory=lambda: {(): 0})
+    backoff: list[float] = field(default_factory=lambda: [0.0])
+    arcs: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def add(self, context: tuple[int, ...], backoff: float, after: dict[int, float]) -> None:
+        """Add a context, its weight, and the words behind it."""
+        self.number[context] = len(self.backoff)
+        self.arcs.update({(len(self.backoff), word): value for word, value in after.items()})
+        self.backoff.append(backoff)
+
+    def log_prob(self, context: tuple[int, ...], word: int) -> float:
+        """Log-probability of a word behind a context."""
+        at = self.number.get(context)
+        if at is None:
+            return self.log_prob(context[1:], word)
+        if (at, word) in self.arcs:
+            return self.arcs[at, word]
+        return self.backoff[at] + self.log_prob(context[1:], word)
+
+    def longest(self, words: tuple[int, ...]) -> int:
+        """The number of the longest context that `words` end with."""
+        while words not in self.number:
+            words = words[1:]
+        return self.number[words]
+
+
+class NGram:
+    """A backoff n-gram of words whose lookups take whole tensors.
+
+    Args:
+        words: the vocabulary; a word's id is its place. `</s>` and `<unk>` are among them.
+        table: every word of it but `<s>` must have an arc from the empty context.
+    """
+
+    def __init__(self, words: Sequence[str], table: Table) -> None:
+        self.words, self.table = list(words), table
+        self.id_of = {word: i for i, word in enumerate(self.words)}
+        self.end, self.unknown = self.id_of[END], self.id_of[UNKNOWN]
+        self.start = table.longest((self.id_of[START],))
+        contexts = list(table.number)
+        self.order = 1 + max(map(len, contexts))
+        self.backoff = torch.tensor(table.backoff)
+        self.shorter = torch.tensor([table.longest(context[1:]) for context in contexts])
+        arcs = sorted(table.arcs)
+        self.keys = torch.tensor([at * len(self.words) + word for at, word in arcs])
+        self.log_probs = torch.tensor([table.arcs[arc] for arc in arcs])
+        self.next = torch.tensor([table.longest((*contexts[at], word)) for at, word in arcs])
+
+    def to(self, device: Any) -> "NGram":
+        """Move the tables to a device, in place."""
+        for name in ("backoff", "shorter", "keys", "log_probs", "next"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def score(self, context: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
+        """Contexts and word ids (any one shape) -> log-probabilities, and the contexts behind.
+
+        Every word of the vocabulary has an arc from the empty context, so backing off ends there.
+        """
+        weight = torch.zeros_like(context, dtype=self.log_probs.dtype)
+        for _ in range(self.order):
+            key = context * len(self.words) + word
+            at = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
+            missing = self.keys[at] != key
+            weight = weight + torch.where(missing, self.backoff[context], 0.0)
+            context = torch.where(missing, self.shorter[context], context)
+        return weight + self.log_probs[at], self.next[at]
+
+    def score_text(self, words: Sequence[str]) -> float:
+        """Log-probability of a sentence, its end included."""
+        total, context = 0.0, torch.tensor([self.start], device=self.keys.device)
+        for word in [*words, END]:
+            i = torch.full_like(context, self.id_of.get(word, self.unknown))
+            log_prob, context = self.score(context, i)
+            total += float(log_prob)
+        return total
+
+
+def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter]:
+    """Counts of the 1-grams to `order`-grams of sentences, their starts and ends included.
+
+    While there are more than twice `MOST_NGRAMS` of an order, the rare ones are forgotten (lossy
+    counting, Manku and Motwani 2002), so that 25,000 hours of transcripts fit into memory.
+    """
+    counts: list[Counter] = [Counter() for _ in range(order)]
+    for sentence in sentences:
+        padded = (START, *sentence, END)
+        for n, counter in enumerate(counts, 1):
+            counter.update(zip(*(padded[i:] for i in range(n)), strict=False))
+            if len(counter) > 2 * MOST_NGRAMS:
+                counts[n - 1] = Counter(dict(counter.most_common(MOST_NGRAMS)))
+    return counts
+
+
+def build_ngram(
+    sentences: Iterable[Sequence[str]],
+    extra_words: Iterable[str] = (),
+    order: int = 2,
+    discount: float = 0.75,
+) -> NGram:
+    """Estimate an n-gram with interpolated absolute discounting (Ney, Essen and Kneser 1994).
+
+    Args:
+        sentences: the transcripts, in words.
+        extra_words: further words of the vocabulary, which share what the discount leaves over.
+        order: longest n-gram, in words.
+        discount: taken off every count, and given to the words that were not seen.
+    """
+    counts = count_ngrams(sentences, order)
+    seen = {word for (word,), _ in counts[0].most_common(MOST_WORDS)} - {START}
+    words = [*sorted(seen | {*extra_words} | {END, UNKNOWN}), START]
+    id_of = {word: i for i, word in enumerate(words)}
+    total = sum(counts[0][word,] for word in seen)
+    left = discount * len(seen) / total if total else 1.0
+    table = Table()
+    for word in words[:-1]:  # a sentence starts once: no word is followed by its start
+        kept = max(counts[0][word,] - discount, 0.0) / max(total, 1)
+        table.arcs[0, id_of[word]] = math.log(kept + left / (len(words) - 1))
+    for n in range(2, order + 1):
+        following: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+        for ngram, count in counts[n - 1].most_common(MOST_NGRAMS):
+            if id_of.keys() >= {*ngram}:
+                following.setdefault(ngram[:-1], []).append((ngram[-1], count))
+        for history, after in following.items():
+            total = counts[n - 2][history]
+            left = 1 - sum(count - discount for _, count in after) / total
+            context = tuple(id_of[word] for word in history)
+            found = {}
+            for word, count in after:
+                lower = table.log_prob(context[1:], id_of[word])
+                found[id_of[word]] = math.log((count - discount) / total + left * math.exp(lower))
+            table.add(context, math.log(left), found)
+    return NGram(words, table)
+
+
+def save_arpa(ngram: NGram, path: Path) -> None:
+    """Write an n-gram in the ARPA format, gzipped."""
+    table, words = ngram.table, ngram.words
+    contexts = list(table.number)
+    by_order: list[list[str]] = [[] for _ in range(ngram.order)]
+    for (at, word), value in table.arcs.items():
+        ids = (*contexts[at], word)
+        weight = table.backoff[table.number[ids]] if ids in table.number else None
+        by_order[len(ids) - 1].append(_arpa_line(value, [words[i] for i in ids], weight))
+    start = ngram.id_of[START]
+    weight = table.backoff[table.number[start,]] if (start,) in table.number else None
+    by_order[0].append(_arpa_line(-99 * LOG10, [START], weight))
+    with gzip.open(path, "wt", encoding="utf-8", compresslevel=6) as file:
+        counts = (f"ngram {n}={len(rows)}" for n, rows in enumerate(by_order, 1))
+        file.write("\n".join(["\\data\\", *counts]) + "\n")
+        for n, rows in enumerate(by_order, 1):
+            file.write("\n".join([f"\n\\{n}-grams:", *rows]) + "\n")
+        file.write("\n\\end\\\n")
+
+
+def _arpa_line(log_prob: float, words: Sequence[str], backoff: float | None) -> str:
+    columns = [f"{log_prob / LOG10:.6g}", " ".join(words)]
+    return "\t".join(columns + ([] if backoff is None else [f"{backoff / LOG10:.6g}"]))
+
+
+def load_arpa(path: Path) -> NGram:
+    """Read an n-gram in the ARPA format, gzipped or not.
+
+    Raises:
+        ValueError: naming the line that cannot be read.
+    """
+    words: list[str] = []
+    id_of: dict[str, int] = {}
+    table, order = Table(), 0
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            line = line.strip("\n")
+            if line.startswith("\\"):
+                order = int(line[1 : line.index("-")]) if line.endswith("-grams:") else 0
+            elif line and order:
+                columns = line.split("\t")
+                text = columns[1].split(" ") if len(columns) > 1 else []
+                if len(text) != order:
+                    raise ValueError(f"{path}, line {number}: no {order}-gram: {line[:60]!r}")
+                if order == 1:
+                    id_of[text[0]] = len(words)
+                    words += text
+                ids = tuple(id_of[word] for word in text)
+                if text != [START]:
+                    if ids[:-1] not in table.number:  # no backoff column: a weight of one
+                        table.add(ids[:-1], 0.0, {})
+                    at = table.number[ids[:-1]]
+                    table.arcs[at, ids[-1]] = float(columns[0]) * LOG10
+                if len(columns) > 2:
+                    table.add(ids, float(columns[2]) * LOG10, {})
+    if missing := {START, END, UNKNOWN} - id_of.keys():
+        raise ValueError(f"{path}: no ARPA file of a whole n-gram, it lacks {sorted(missing)}")
+    return NGram(words, table)

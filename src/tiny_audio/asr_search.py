@@ -1,0 +1,338 @@
+"""The first pass: N-best search over the character head's posteriors.
+
+Prefix beam search with the words and the n-gram of the training transcripts. It cannot loop, and
+cannot say more than the audio has room for.
+
+Shapes: b clips, t encoder frames, k beams, c classes of characters (class 0 is the blank).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .asr_ngram import NGram
+
+NEVER = -1e30  # log of "impossible", finite so that sums of it stay comparable
+SPACE = 32  # the byte between words
+NO_TEXT, NO_PARENT = -2, -1  # hashes that no text has
+OPEN = -1  # node of a word that the lexicon does not hold
+
+
+@dataclass
+class SearchSettings:
+    """How the first pass weighs what it hears against what it knows; natural logarithms.
+
+    Attributes:
+        beams: hypotheses that are kept in every frame.
+        temperature: the posteriors are flattened by it; sharp ones hide the right word.
+        ngram: weight of the n-gram.
+        word: bonus of every word.
+        open_character: price of each character of a word that the lexicon does not hold.
+        candidates: most likely characters that are tried in a frame.
+    """
+
+    beams: int = 48
+    temperature: float = 1.5
+    ngram: float = 0.5
+    word: float = 0.5
+    open_character: float = 2.5
+    candidates: int = 12
+
+
+@dataclass
+class Proposal:
+    """A text that the search proposes for a clip.
+
+    Attributes:
+        text: as it is spelled.
+        ctc: log-probability of the characters, at the search's temperature.
+        prior: what n-gram, word bonus and the price of unknown words add to it.
+        score: both together; the best comes first.
+    """
+
+    text: str
+    ctc: float
+    prior: float
+
+    @property
+    def score(self) -> float:
+        """Of the first pass."""
+        return self.ctc + self.prior
+
+
+class Lexicon:
+    """Words as a prefix tree over character classes.
+
+    `child` (nodes, c) is the node that a class leads to, `OPEN` for none; node 0 is the root.
+    `word` (nodes,) is the n-gram's id of the word that ends in a node, its `<unk>` for none.
+    """
+
+    def __init__(self, ngram: NGram, alphabet: Sequence[int]) -> None:
+        class_of = {byte: i for i, byte in enumerate(alphabet, 1)}
+        children: list[dict[int, int]] = [{}]
+        words = [ngram.unknown]
+        for i, word in enumerate(ngram.words):
+            spelled = [class_of.get(byte, 0) for byte in word.encode()]
+            if i in (ngram.end, ngram.unknown, ngram.id_of["<s>"]) or not all(spelled):
+                continue
+            node = 0
+            for character in spelled:
+                if character not in children[node]:
+                    children[node][character] = len(children)
+                    children.append({})
+                    words.append(ngram.unknown)
+                node = children[node][character]
+            words[node] = i
+        self.child = torch.full((len(children), len(alphabet) + 1), OPEN)
+        for node, after in enumerate(children):
+            for character, target in after.items():
+                self.child[node, character] = target
+        self.word = torch.tensor(words)
+
+    def to(self, device: Any) -> "Lexicon":
+        """Move the tables to a device, in place."""
+        self.child, self.word = self.child.to(device), self.word.to(device)
+        return self
+
+
+@dataclass
+class Beams:
+    """Hypotheses of a batch of clips, all tensors (b, k)."""
+
+    blank: Tensor  # log-probability of the paths that end in a blank
+    label: Tensor  # ... and in the last character
+    prior: Tensor  # see Proposal
+    hash: Tensor  # of all characters
+    parent: Tensor  # hash of all characters but the last
+    last: Tensor  # class of the last character, 0 at the start
+    node: Tensor  # of the lexicon, within the current word
+    depth: Tensor  # characters of the current word
+    context: Tensor  # of the n-gram, before the current word
+
+    @property
+    def score(self) -> Tensor:
+        """(b, k): what the hypotheses are ranked by."""
+        return torch.logaddexp(self.blank, self.label) + self.prior
+
+    def take(self, index: Tensor) -> "Beams":
+        """The hypotheses at `index` (b, k)."""
+        return Beams(**{name: value.gather(1, index) for name, value in vars(self).items()})
+
+
+def _hash(parent: Tensor, character: Tensor) -> Tensor:
+    """Hash of a text with one character more; 64 bits, which wrap around."""
+    return (parent + character + 1) * 6364136223846793005 + 1442695040888963407
+
+
+class PrefixSearch:
+    """Prefix beam search (Hannun et al. 2014, arXiv 1408.2873) over a batch of posteriors.
+
+    All clips and hypotheses move together, frame by frame, as a few tensor operations; a text is
+    one hypothesis, however many paths spell it. Words of the lexicon are scored by the n-gram when
+    they end; a word outside it is allowed at a price for each of its characters. Without an n-gram
+    (scripts that put no spaces between words) characters alone count.
+
+    Args:
+        alphabet: byte of each class from 1 on.
+        ngram: of the training transcripts, or None.
+        settings: weights and sizes.
+        device: where the search runs.
+    """
+
+    def __init__(
+        self,
+        alphabet: Sequence[int],
+        ngram: NGram | None,
+        settings: SearchSettings,
+        device: Any = "cpu",
+    ) -> None:
+        self.alphabet, self.settings, self.device = list(alphabet), settings, device
+        self.ngram = ngram.to(device) if ngram else None
+        self.lexicon = Lexicon(ngram, alphabet).to(device) if ngram else None
+        self.space = self.alphabet.index(SPACE) + 1 if SPACE in self.alphabet else 0
+
+    def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
+        """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
+        log_probs, lengths = log_probs.to(self.device), lengths.to(self.device)
+        scaled = (log_probs.double() / self.settings.temperature).log_softmax(-1)
+        frames, dropped = squeeze_blanks(scaled, lengths)
+        beams = self.start(len(frames), frames.device)
+        history: list[tuple[Tensor, Tensor]] = []
+        for t in range(frames.shape[1]):
+            beams, origin, added = self.step(beams, frames[:, t])
+            history.append((origin, added))
+        beams = self.finish(beams)
+        return self.read(beams, history, dropped)
+
+    def start(self, clips: int, device: torch.device) -> Beams:
+        """The empty text, once for each clip; the other beams are impossible."""
+        shape = (clips, self.settings.beams)
+        zero = torch.zeros(shape, dtype=torch.long, device=device)
+        blank = torch.full(shape, NEVER, dtype=torch.double, device=device)
+        blank[:, 0] = 0.0
+        context = zero + (self.ngram.start if self.ngram else 0)
+        return Beams(
+            blank=blank,
+            label=torch.full_like(blank, NEVER),
+            prior=torch.zeros_like(blank),
+            hash=torch.where(blank == 0.0, 0, NO_TEXT),
+            parent=zero + NO_PARENT,
+            last=zero,
+            node=zero if self.lexicon else zero + OPEN,
+            depth=zero,
+            context=context,
+        )
+
+    def step(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor, Tensor]:
+        """One frame (b, c) further.
+
+        Returns:
+            The best hypotheses, where each comes from (b, k), and the character that it gained
+            (b, k), 0 for none.
+        """
+        b, k = beams.last.shape
+        c = frame.shape[1]
+        total = torch.logaddexp(beams.blank, beams.label)
+        # A hypothesis stays as it is by a blank, or by its last character once more ...
+        again = frame.gather(1, beams.last)
+        stay_blank, stay_label = total + frame[:, :1], beams.label + again
+        # ... or another one, its parent, reaches it by gaining its last character.
+        is_parent = beams.parent[:, :, None] == beams.hash[:, None]  # (b, k, k)
+        double = beams.last[:, :, None] == beams.last[:, None]  # needs a blank between
+        reached = torch.where(double, beams.blank[:, None], total[:, None])
+        reached = torch.where(is_parent, reached, NEVER).amax(2) + again
+        stay_label = torch.logaddexp(stay_label, reached)
+        taken = is_parent.any(2)
+        place = is_parent.int().argmax(2) * c + beams.last
+        merged = torch.zeros(b, k * c, device=frame.device).scatter_add(1, place, taken.float())
+        # Every other one gains a character.
+        new = frame[:, 1:].topk(min(self.settings.candidates, c - 1)).indices + 1  # (b, n)
+        new = new[:, None].expand(-1, k, -1)
+        double = new == beams.last[..., None]
+        label = torch.where(double, beams.blank[..., None], total[..., None])
+        label = label + frame[:, None].expand(-1, k, -1).gather(2, new)
+        label = label.masked_fill(merged.view(b, k, c).gather(2, new) > 0, NEVER)
+        grown = self.extend(beams, new, label)
+        stay = replace(beams, blank=stay_blank, label=stay_label)
+        both = {name: torch.cat([one, vars(grown)[name].flatten(1)], 1)
+                for name, one in vars(stay).items()}  # fmt: skip
+        everything = Beams(**both)  # (b, k + k n)
+        best = everything.score.topk(k, 1).indices
+        gained = torch.where(best < k, 0, everything.last.gather(1, best))
+        origin = torch.where(best < k, best, (best - k) // new.shape[2])
+        beams = everything.take(best)
+        beams.hash = beams.hash.masked_fill(dead := beams.score < NEVER / 2, NO_TEXT)
+        beams.parent = beams.parent.masked_fill(dead, NO_PARENT)
+        return beams, origin, gained
+
+    def extend(self, beams: Beams, new: Tensor, label: Tensor) -> Beams:
+        """Each hypothesis with each of the characters `new` (b, k, n): tensors (b, k, n)."""
+        old = Beams(**{name: value[..., None] for name, value in vars(beams).items()})
+        prior, context = old.prior.expand_as(label), old.context.expand_as(new)
+        node, depth = torch.full_like(new, OPEN), (old.depth + 1).expand_as(new)
+        if self.lexicon:
+            is_open = old.node == OPEN
+            child = self.lexicon.child[beams.node.clamp(min=0)].gather(2, new)
+            node = torch.where(is_open, OPEN, child)
+            leaves = (node == OPEN) & ~is_open
+            prices = torch.where(leaves, depth, (node == OPEN).long())
+            prior = prior - self.settings.open_character * prices
+        if self.lexicon and self.space:
+            is_space = new == self.space
+            ended, behind = self.end_word(beams)
+            prior = torch.where(is_space, ended[..., None], prior)
+            context = torch.where(is_space, behind[..., None], context)
+            label = label.masked_fill(is_space & (old.depth == 0), NEVER)
+            node, depth = node.masked_fill(is_space, 0), depth.masked_fill(is_space, 0)
+        return Beams(
+            blank=torch.full_like(label, NEVER),
+            label=label,
+            prior=prior,
+            hash=_hash(old.hash, new),
+            parent=old.hash.expand_as(new),
+            last=new,
+            node=node,
+            depth=depth,
+            context=context,
+        )
+
+    def end_word(self, beams: Beams) -> tuple[Tensor, Tensor]:
+        """The prior and the n-gram's context (b, k) behind the current word, if it ended here."""
+        assert self.ngram and self.lexicon
+        word = self.lexicon.word[beams.node.clamp(min=0)]
+        word = word.masked_fill(beams.node == OPEN, self.ngram.unknown)
+        log_prob, context = self.ngram.score(beams.context, word)
+        unfinished = (word == self.ngram.unknown) & (beams.node != OPEN)
+        price = self.settings.open_character * unfinished * beams.depth
+        return beams.prior + self.settings.ngram * log_prob + self.settings.word - price, context
+
+    def finish(self, beams: Beams) -> Beams:
+        """End the last word and the text."""
+        if not self.ngram:
+            return beams
+        ended, behind = self.end_word(beams)
+        inside = beams.depth > 0
+        prior = torch.where(inside, ended, beams.prior)
+        context = torch.where(inside, behind, beams.context)
+        log_prob, _ = self.ngram.score(context, torch.full_like(context, self.ngram.end))
+        return replace(beams, prior=prior + self.settings.ngram * log_prob)
+
+    def read(
+        self, beams: Beams, history: list[tuple[Tensor, Tensor]], constant: Tensor
+    ) -> list[list[Proposal]]:
+        """Follow the hypotheses back to their texts; `constant` (b,) is added to each score."""
+        at = torch.arange(beams.last.shape[1], device=beams.last.device).expand_as(beams.last)
+        gained = []
+        for origin, character in reversed(history):
+            gained.append(character.gather(1, at))
+            at = origin.gather(1, at)
+        characters = torch.stack(gained[::-1], -1).cpu().numpy() if gained else None
+        ctc = (torch.logaddexp(beams.blank, beams.label) + constant[:, None]).tolist()
+        prior = beams.prior.tolist()
+        found = []
+        for i in range(len(ctc)):
+            texts: dict[str, Proposal] = {}
+            for j, heard in enumerate(ctc[i]):
+                if heard < NEVER / 2:
+                    continue
+                row = characters[i, j] if characters is not None else ()
+                text = bytes(self.alphabet[x - 1] for x in row if x).decode(errors="ignore").strip()
+                if text in texts:  # with and without a space at its end
+                    heard = float(np.logaddexp(texts[text].ctc, heard))
+                texts[text] = Proposal(text, heard, prior[i][j])
+            found.append(sorted(texts.values(), key=lambda proposal: -proposal.score))
+        return found
+
+
+def squeeze_blanks(
+    log_probs: Tensor, lengths: Tensor, sure: float = 0.999
+) -> tuple[Tensor, Tensor]:
+    """Leave out frames that are surely blank, all but the first of each run.
+
+    Args:
+        log_probs: (b, t, c).
+        lengths: (b,) in frames.
+        sure: probability of the blank above which a frame is left out.
+
+    Returns:
+        Frames (b, t', c) of which those behind a clip's own can only be blank, and the
+        log-probability (b,) of what was left out.
+    """
+    t = log_probs.shape[1]
+    inside = torch.arange(t, device=log_probs.device) < lengths[:, None]
+    is_blank = log_probs[..., 0] > math.log(sure)
+    drop = is_blank & F.pad(is_blank, (1, 0))[:, :-1] & inside
+    keep = inside & ~drop
+    width = int(keep.sum(1).max())
+    order = (~keep).long().argsort(dim=1, stable=True)[:, :width]
+    frames = log_probs.gather(1, order[..., None].expand(-1, -1, log_probs.shape[2]))
+    beyond = ~keep.gather(1, order)
+    frames = frames.masked_fill(beyond[..., None], NEVER)
+    frames[..., 0] = frames[..., 0].masked_fill(beyond, 0.0)
+    return frames, (log_probs[..., 0] * drop).sum(1)

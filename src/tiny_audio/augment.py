@@ -1,0 +1,126 @@
+"""What happens to speech on its way to a microphone: pauses, noise, music, rooms, telephones.
+
+`disturb` changes one clip at random. Samples are mono at 16 kHz, (n,) float32; noise is drawn, so
+no recordings are needed. Every random number comes from the generator that is handed in.
+"""
+
+import numpy as np
+
+from .asr_processing import SAMPLE_RATE
+
+# How probable each disturbance is; several may meet in one clip.
+SHARES = {
+    "speed": 0.5,
+    "pause": 0.4,
+    "reverberation": 0.25,
+    "telephone": 0.1,
+    "noise": 0.4,
+    "clipping": 0.05,
+}
+SPEED = (0.88, 1.14)  # of playback: the pitch moves with it
+PAUSE_SECONDS = 0.7  # mean of an exponential: most are short, a few are long
+LONGEST_PAUSE = 6.0
+DECAY = (0.15, 0.6)  # seconds in which a room's echo falls by 60 dB
+DIRECT = (0.2, 0.7)  # level of the echo beside the direct sound
+SNR = (3.0, 30.0)  # dB
+OVERDRIVE = (2.0, 10.0)  # gain before samples are clipped
+
+
+def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A clip as it might have been recorded elsewhere; its words stay the same.
+
+    Its length changes with speed and pauses. The level does not matter: `ASRProcessor.features`
+    normalises it.
+    """
+    does = {name: rng.random() < share for name, share in SHARES.items()}
+    if does["speed"]:
+        samples = resample(samples, rng.uniform(*SPEED))
+    level = rms(samples)
+    if does["reverberation"]:
+        samples = reverberate(samples, rng)
+    if does["pause"]:
+        before, behind = (silence(rng) if rng.random() < 0.7 else np.zeros(0) for _ in range(2))
+        samples = np.concatenate([before, samples, behind])
+    if does["telephone"]:
+        samples = band_pass(samples, rng.uniform(100, 350), rng.uniform(3000, 3800))
+    if does["noise"]:
+        kind = (coloured_noise, coloured_noise, hum, music)[rng.integers(4)]
+        sound = kind(len(samples), rng)
+        samples = samples + sound * level * 10 ** (-rng.uniform(*SNR) / 20) / rms(sound)
+    if does["clipping"]:
+        peak = np.abs(samples).max(initial=0.0)
+        limit = peak / rng.uniform(*OVERDRIVE)
+        samples = np.clip(samples, -limit, limit)
+    return samples.astype(np.float32)
+
+
+def rms(samples: np.ndarray) -> float:
+    """Root mean square, never zero."""
+    return float(np.sqrt(np.square(samples).mean() + 1e-12)) if len(samples) else 1e-6
+
+
+def silence(rng: np.random.Generator) -> np.ndarray:
+    """Silence of a random length."""
+    seconds = min(rng.exponential(PAUSE_SECONDS), LONGEST_PAUSE)
+    return np.zeros(int(seconds * SAMPLE_RATE))
+
+
+def resample(samples: np.ndarray, speed: float) -> np.ndarray:
+    """Played `speed` times as fast."""
+    at = np.arange(int(len(samples) / speed)) * speed
+    return np.interp(at, np.arange(len(samples)), samples)
+
+
+def coloured_noise(n: int, rng: np.random.Generator) -> np.ndarray:
+    """n samples of white, pink or brown noise."""
+    spectrum = np.fft.rfft(rng.standard_normal(n))
+    frequency = np.maximum(np.fft.rfftfreq(n), 1 / n)
+    return np.fft.irfft(spectrum / frequency ** (rng.integers(3) / 2), n)
+
+
+def hum(n: int, rng: np.random.Generator) -> np.ndarray:
+    """n samples of mains hum with harmonics."""
+    seconds = np.arange(n) / SAMPLE_RATE
+    base = rng.choice([50.0, 60.0]) * rng.uniform(0.99, 1.01)
+    total = np.zeros(n)
+    for harmonic in range(1, rng.integers(2, 9)):
+        phase = rng.uniform(0, 2 * np.pi)
+        total += rng.random() / harmonic * np.sin(2 * np.pi * base * harmonic * seconds + phase)
+    return total
+
+
+def music(n: int, rng: np.random.Generator) -> np.ndarray:
+    """n samples of chords that change now and then, each of plucked notes with harmonics."""
+    total = np.zeros(n)
+    at = 0
+    while at < n:
+        length = min(n - at, int(rng.uniform(0.2, 1.2) * SAMPLE_RATE))
+        seconds = np.arange(length) / SAMPLE_RATE
+        fade = np.exp(-rng.uniform(0.5, 5.0) * seconds)
+        for note in rng.integers(-24, 24, rng.integers(1, 5)):  # half tones from the a above c
+            pitch = 440.0 * 2 ** (note / 12)
+            for harmonic in range(1, 6):
+                total[at : at + length] += (
+                    fade * np.sin(2 * np.pi * pitch * harmonic * seconds) / harmonic**1.5
+                )
+        at += length
+    return total
+
+
+def reverberate(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """In a room whose echo is decaying noise."""
+    n = int(rng.uniform(*DECAY) * SAMPLE_RATE)
+    echo = rng.standard_normal(n) * np.exp(-np.log(1000) * np.arange(n) / n)
+    echo *= rng.uniform(*DIRECT) / np.sqrt(np.square(echo).sum())
+    echo[0] = 1.0
+    size = len(samples) + n
+    product = np.fft.rfft(samples, size) * np.fft.rfft(echo, size)
+    return np.fft.irfft(product, size)[: len(samples)]
+
+
+def band_pass(samples: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Frequencies between two, in Hz."""
+    spectrum = np.fft.rfft(samples)
+    frequency = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
+    spectrum[(frequency < low) | (frequency > high)] = 0.0
+    return np.fft.irfft(spectrum, len(samples))

@@ -1,0 +1,136 @@
+"""The weights of decoding, chosen on clips that the model was not trained on.
+
+Each candidate text of a clip gets a share by its score; a setting costs the word errors that are
+expected under these shares (minimum word error rate, Prabhavalkar et al. 2018, arXiv 1712.01818).
+That moves less by chance than the errors of the best texts alone, which few clips decide.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .asr_decoding import Candidate, rescore
+from .batches import LengthBatchSampler
+from .data import SpeechDataset
+from .scoring import count, normalizer
+
+# What is tried, in this order: first the search alone, then the decoder on what it proposes.
+FIRST_PASS = {
+    "temperature": (1.0, 1.5, 2.0),
+    "ngram": (0.3, 0.5, 0.7),
+    "word": (0.0, 0.5, 1.0),
+    "open_character": (1.5, 2.5, 4.0),
+}
+SECOND_PASS = {
+    "decoder": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
+    "language_model": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
+    "decoder_word": (0.0, 0.5, 1.0, 1.5, 2.0),
+}
+TUNED = (*FIRST_PASS, *SECOND_PASS)
+WORTH = 0.1  # points of expected WER
+
+
+def tune(
+    model: Any, processor: Any, data: SpeechDataset, language: str = "en", batch_seconds: float = 60
+) -> dict[str, dict[str, float]]:
+    """Choose the weights in `model.config.decoding`, in place.
+
+    Args:
+        model, processor: a trained model with a character head, and its processor.
+        data: clips with transcripts, not of the training set.
+        language: texts are normalised for it before their errors are counted.
+        batch_seconds: padded audio that is encoded together.
+
+    Returns:
+        `expected_wer` in percent by what is used beside the search: nothing ("first_pass"), the
+        decoder as it came ("language_model"), the trained one ("decoder") or "both", with the best
+        weights of each. Both are chosen only if they gain `WORTH` points: they cost two passes.
+    """
+    settings, normal = model.config.decoding, normalizer(language)
+    clips = list(encoded(model, data, batch_seconds))
+    said = [normal(example.text) for example in data.examples]
+    total = max(1, sum(len(text.split()) for text in said))
+
+    def errors(row: int, text: str) -> int:
+        return count(said[row], normal(text)).errors
+
+    def search(trial: dict[str, Any]) -> float:
+        found = 0.0
+        for rows, hidden, steps in clips:
+            texts = model.search(trial)(model.characters(hidden), steps)
+            for row, proposals in zip(rows, texts, strict=True):
+                near = proposals[: trial["proposals"]]
+                wrong = np.array([errors(row, p.text) for p in near])
+                found += expected(np.array([p.score for p in near]), wrong)
+        return 100 * found / total
+
+    with torch.inference_mode():
+        best = search(settings)
+        for name, values in FIRST_PASS.items():  # one after the other
+            for value in values:
+                cost = search({**settings, name: value})
+                if cost < best:
+                    best, settings[name] = cost, value
+        scored = list(candidates(model, processor, clips, settings))
+    wrong = [np.array([errors(row, c.proposal.text) for c in some]) for row, some in scored]
+    parts = [score_parts(some) for _, some in scored]
+    costs = {}
+    for weights in product(*SECOND_PASS.values()):
+        by_weight = np.array([1.0, *weights])
+        found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
+        costs[weights] = 100 * found / total
+    choices = {"first_pass": {"expected_wer": best}}
+    for name, ruled_out in (("language_model", 0), ("decoder", 1), ("both", None)):
+        allowed = [w for w in costs if ruled_out is None or not w[ruled_out]]
+        weights = min(allowed, key=costs.__getitem__)
+        choices[name] = dict(zip(SECOND_PASS, weights, strict=True))
+        choices[name]["expected_wer"] = costs[weights]
+    order = sorted(("language_model", "decoder"), key=lambda n: choices[n]["expected_wer"])
+    gain = choices[order[0]]["expected_wer"] - choices["both"]["expected_wer"]
+    chosen = choices["both" if gain > WORTH else order[0]]
+    settings.update({name: chosen[name] for name in SECOND_PASS})
+    return choices
+
+
+def expected(scores: np.ndarray, errors: np.ndarray) -> float:
+    """Word errors of a clip, each candidate's weighted by its share: softmax of `scores` (n,)."""
+    shares = np.exp(scores - scores.max())
+    return float(shares @ errors / shares.sum())
+
+
+def score_parts(some: list[Candidate]) -> np.ndarray:
+    """What `Candidate.score` adds up, of n candidates: (n, 4)."""
+    rows = [
+        (c.proposal.score, c.decoder, c.language_model, len(c.proposal.text.split())) for c in some
+    ]
+    return np.array(rows, float)
+
+
+def encoded(
+    model: Any, data: SpeechDataset, batch_seconds: float
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Rows of the data with their encoder frames (b, t, d) and lengths (b,)."""
+    lengths = [example.duration for example in data.examples]
+    for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
+        items = [data[row] for row in rows]
+        rows = [row for row, item in zip(rows, items, strict=True) if "features" in item]
+        features = [item["features"] for item in items if "features" in item]
+        if not rows:
+            continue
+        batch: Any = data.processor.collate(features).to(model.device)
+        with torch.inference_mode():
+            yield rows, *model.encode(batch["input_features"], batch["input_features_mask"])
+
+
+def candidates(
+    model: Any, processor: Any, clips: list[Any], settings: dict[str, Any]
+) -> Iterator[tuple[int, list[Candidate]]]:
+    """Each row with its proposals, scored by the decoder with and without the audio."""
+    both = {**settings, "decoder": 1.0, "language_model": 1.0}
+    for rows, hidden, steps in clips:
+        found = model.search(settings)(model.characters(hidden), steps)
+        yield from zip(rows, rescore(model, processor, hidden, steps, found, both), strict=True)

@@ -1,0 +1,216 @@
+"""The search over the character head, the decoder's choice, the n-gram: against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, babble
+
+from tiny_audio.asr_config import DECODE, ASRConfig
+from tiny_audio.asr_decoding import TextTree, score_trees, transcribe
+from tiny_audio.asr_ngram import build_ngram, load_arpa, save_arpa
+from tiny_audio.asr_pipeline import ASRPipeline
+from tiny_audio.asr_processing import SAMPLE_RATE
+from tiny_audio.asr_search import PrefixSearch, SearchSettings
+
+ALPHABET = list(b" ab")
+NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], ["bb"])
+WHOLE = SearchSettings(  # nothing is pruned
+    beams=400, temperature=1.0, candidates=3, ngram=0.7, word=0.3, open_character=0.9
+)
+
+
+def random_log_probs(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
+
+
+# -- search --------------------------------------------------------------------------------------
+
+
+def by_brute_force(log_probs, ngram):
+    """Every text with its score, best first, over all paths of log-probs (t, 4)."""
+    ctc = {}
+    for path in itertools.product(range(4), repeat=len(log_probs)):
+        text = "".join(" ab"[c - 1] for c, _ in itertools.groupby(path) if c)
+        if ngram and (text.startswith(" ") or "  " in text):
+            continue  # with words, a space ends one
+        score = sum(float(log_probs[t, c]) for t, c in enumerate(path))
+        ctc[text.strip()] = np.logaddexp(ctc.get(text.strip(), -np.inf), score)
+    scores = {}
+    for text, score in ctc.items():
+        words = text.split() if ngram else []
+        scores[text] = score + WHOLE.word * len(words)
+        if ngram:
+            scores[text] += WHOLE.ngram * ngram.score_text(words)
+        unknown = [word for word in words if word not in ngram.id_of]
+        scores[text] -= WHOLE.open_character * sum(map(len, unknown))
+    return sorted(((score, text) for text, score in scores.items()), reverse=True)
+
+
+@pytest.mark.parametrize("ngram", [NGRAM, None], ids=["words", "characters"])
+def test_the_search_finds_what_all_paths_add_up_to(ngram):
+    """Clips of unequal lengths in one batch: what lies behind their ends does not matter."""
+    log_probs, lengths = random_log_probs(3, 5, 4), torch.tensor([5, 3, 4])
+    found = PrefixSearch(ALPHABET, ngram, WHOLE)(log_probs, lengths)
+    for row, n, proposals in zip(log_probs, lengths.tolist(), found, strict=True):
+        wanted = by_brute_force(row[:n], ngram)
+        assert len(proposals) == len(wanted)
+        assert [p.score for p in proposals] == pytest.approx([s for s, _ in wanted], abs=1e-6)
+        assert [p.text for p in proposals[:6]] == [text for _, text in wanted[:6]]
+
+
+def test_sure_blanks_cost_nothing_and_change_nothing():
+    log_probs = random_log_probs(1, 6, 4)
+    blank = torch.full((1, 40, 4), -30.0)
+    blank[..., 0] = 0.0
+    long = torch.cat([blank, log_probs[:, :3], blank, log_probs[:, 3:], blank], 1)
+    search = PrefixSearch(ALPHABET, NGRAM, WHOLE)
+    alone = search(
+        torch.cat([log_probs[:, :3], blank[:, :1], log_probs[:, 3:]], 1), torch.tensor([7])
+    )
+    within = search(long, torch.tensor([long.shape[1]]))
+    assert [p.text for p in within[0][:5]] == [p.text for p in alone[0][:5]]
+    assert within[0][0].score == pytest.approx(alone[0][0].score, abs=1e-3)
+
+
+def test_an_unknown_word_is_dear_by_its_length():
+    """Nothing but blanks and one sure text: what the price is for each letter."""
+    text = "ab aab"  # the second is no word
+    path = [c for letter in text for c in (0, " ab".index(letter) + 1)]
+    log_probs = torch.full((1, len(path), 4), -1000.0)
+    log_probs[0, torch.arange(len(path)), torch.tensor(path)] = 0.0
+    best = PrefixSearch(ALPHABET, NGRAM, WHOLE)(log_probs, torch.tensor([len(path)]))[0][0]
+    assert best.text == text
+    known = WHOLE.ngram * NGRAM.score_text(text.split()) + 2 * WHOLE.word
+    assert best.prior == pytest.approx(known - 3 * WHOLE.open_character, abs=1e-5)
+
+
+def test_empty_audio_is_empty_text():
+    log_probs = torch.full((2, 4, 4), -1000.0)
+    log_probs[..., 0] = 0.0
+    found = PrefixSearch(ALPHABET, NGRAM, WHOLE)(log_probs, torch.tensor([4, 1]))
+    assert [proposals[0].text for proposals in found] == ["", ""]
+
+
+# -- n-gram --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_ngram_sums_to_one_and_is_kept_by_its_file(tmp_path, order):
+    sentences = [text.lower().split() for text in TEXTS]
+    ngram = build_ngram(sentences, ["unseen"], order)
+    ids = torch.tensor([i for i, word in enumerate(ngram.words) if word != "<s>"])
+    for context in range(len(ngram.backoff)):
+        log_probs, _ = ngram.score(torch.full_like(ids, context), ids)
+        assert float(log_probs.exp().sum()) == pytest.approx(1, abs=1e-4)
+    save_arpa(ngram, tmp_path / "n.arpa.gz")
+    again = load_arpa(tmp_path / "n.arpa.gz")
+    for sentence in [*sentences, ["unseen", "never", "seen"], []]:
+        assert again.score_text(sentence) == pytest.approx(ngram.score_text(sentence), abs=1e-3)
+
+
+def test_a_file_that_is_no_ngram_is_named(tmp_path):
+    path = tmp_path / "n.arpa"
+    path.write_text("\\data\\\n\\1-grams:\n-1.0\tone two\n")
+    with pytest.raises(ValueError, match=r"n\.arpa, line 3: no 1-gram"):
+        load_arpa(path)
+    path.write_text("\\data\\\n\\1-grams:\n-1.0\tone\n")
+    with pytest.raises(ValueError, match="it lacks"):
+        load_arpa(path)
+
+
+# -- the decoder's choice ------------------------------------------------------------------------
+
+
+def test_a_tree_of_texts_is_scored_as_each_alone(build, clips):
+    """Against the decoder's plain forward, one text at a time, with its audio and without LoRA."""
+    processor, model = build("whisper", bridge="posteriors", lora="decoder")
+    texts = [[processor.tokenize(t) for t in some] for some in (TEXTS[:3], TEXTS[1:2], TEXTS[4:6])]
+    texts[0].append(texts[0][0][:2])  # another's beginning
+    batch = processor(clips[:3])
+    hidden, steps = model.encode(batch["input_features"], batch["input_features_mask"])
+    prompt = processor.prompt(steps.tolist())
+    with torch.no_grad():
+        embeds, mask, _ = model.prompts(hidden, steps, **prompt)
+        found = model.score_texts(embeds, mask, texts)
+        for i, some in enumerate(texts):
+            own = embeds[i : i + 1, -int(mask[i].sum()) :]
+            for text, score in zip(some, found[i], strict=True):
+                ids = torch.tensor([[*text, processor.end_token_id]])
+                whole = torch.cat([own, model.get_input_embeddings()(ids)], 1)
+                logits = model.decoder(inputs_embeds=whole).logits[0, own.shape[1] - 1 : -1]
+                wanted = logits.log_softmax(-1).gather(1, ids.T).sum()
+                assert score == pytest.approx(float(wanted), abs=1e-3)
+        with model.decoder_as_it_came():
+            bare = score_trees(model.decoder, embeds, mask, [TextTree(some) for some in texts])
+        assert bare[0][0] != pytest.approx(found[0][0], abs=1e-3), "LoRA made no difference"
+
+
+def decode_all(model, processor, clips, **options):
+    batch = processor.collate([processor.features(clip) for clip in clips])
+    hidden, steps = model.encode(batch["input_features"], batch["input_features_mask"])
+    return [t.text for t in transcribe(model, processor, hidden, steps, **options)]
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+@pytest.mark.parametrize("decode", DECODE)
+@torch.no_grad()
+def test_batch_equals_single(build, clips, encoder, decode):
+    processor, model = build(encoder, bridge="posteriors", lora="decoder")
+    options = {"decode": decode, "decoding": {"language_model": 0.5}}
+    together = decode_all(model, processor, clips, **options)
+    assert together == [decode_all(model, processor, [clip], **options)[0] for clip in clips]
+    assert len({*together}) > 2
+
+
+@torch.no_grad()
+def test_one_proposal_is_the_first_pass(build, clips):
+    processor, model = build("whisper")
+    first = decode_all(model, processor, clips, decode="ctc")
+    assert decode_all(model, processor, clips, decoding={"proposals": 1}) == first
+    nothing = {"decoder": 0.0, "language_model": 0.0, "margin": 1e9}
+    assert decode_all(model, processor, clips, decoding=nothing) == first
+    chosen = decode_all(model, processor, clips, decoding={"decoder": 5.0, "margin": 1e9})
+    assert chosen != first, "the decoder changed nothing: this shows nothing"
+
+
+def test_saved_is_loaded(build, clips, tmp_path):
+    processor, model = build("whisper")
+    model.config.decoding["ngram"] = 0.9
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    here = [r["text"] for r in ASRPipeline(model=model, processor=processor)(clips)]
+    again = type(model).from_pretrained(tmp_path)
+    there = type(processor).from_pretrained(tmp_path)
+    assert there.alphabet == processor.alphabet and again.ngram.words == model.ngram.words
+    assert [r["text"] for r in ASRPipeline(model=again, processor=there)(clips)] == here
+
+
+def test_refusals(build, clips):
+    processor, model = build("whisper", ctc=False)
+    pipe = ASRPipeline(model=model, processor=processor)
+    assert pipe(clips[0])["text"] == pipe(clips[0], decode="generate")["text"]
+    with pytest.raises(ValueError, match="no character head"):
+        pipe(clips[0], decode="rescore")
+    with pytest.raises(ValueError, match="no CTC head"):
+        pipe(clips[0], decode="ctc")
+    processor, model = build("whisper")
+    pipe = ASRPipeline(model=model, processor=processor)
+    with pytest.raises(ValueError, match="one of rescore, ctc, generate"):
+        pipe(clips[0], decode="beam")
+    with pytest.raises(ValueError, match="did you mean 'proposals'"):
+        pipe(clips[0], decoding={"proposal": 3})
+    with pytest.raises(ValueError, match=r"saved by an older version.*make quickstart"):
+        ASRConfig(ctc_decode_weight=0.5)
+
+
+def test_a_clip_of_60_ms_and_no_known_word(build):
+    processor, model = build("whisper")
+    model.ngram = build_ngram([["zzz"]])  # a lexicon that nothing in the audio is near to
+    pipe = ASRPipeline(model=model, processor=processor)
+    assert isinstance(pipe(babble(0.06, 0))["text"], str)
+    assert pipe(babble(2.0, 1))["text"]
+    model.ngram = None  # a script without spaces
+    assert pipe(babble(2.0, 1))["text"]
+    assert pipe(np.zeros(SAMPLE_RATE, np.float32)) == {"text": ""}
