@@ -375,7 +375,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
 def finish(cfg: DictConfig, start: str, output: Path) -> None:
     """Write the last stage's model into `output`, its decoding tuned on the evaluation clips."""
     model, processor = ASRModel.from_pretrained(start), ASRProcessor.from_pretrained(start)
-    if cfg.model.tune and model.characters is not None and cfg.data.eval:
+    evaluated = cfg.data.eval and cfg.training.eval_strategy != "no"
+    if cfg.model.tune and model.characters is not None and evaluated:
         model.to(PartialState().device)  # type: ignore[arg-type]
         limits = {k: cfg.data[k] for k in ("min_seconds", "max_seconds", "lowercase", "streaming")}
         clips = SpeechDataset(cfg.data.eval, processor, Dropped(), **limits)

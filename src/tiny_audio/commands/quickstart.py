@@ -42,10 +42,13 @@ ROWS = {
 
 def row_options(model: Path) -> dict[str, dict[str, Any]]:
     """The pipeline's arguments for each row; the weights of two are those that tuning found."""
-    found = json.loads((model / TUNING).read_text())
     chosen = {
-        name: {k: found[name][k] for k in SECOND_PASS} for name in ("language_model", "decoder")
+        "language_model": {"decoder": 0.0, "language_model": 1.0},
+        "decoder": {"decoder": 1.0, "language_model": 0.0},
     }
+    if (model / TUNING).exists():  # not where nothing is evaluated
+        found = json.loads((model / TUNING).read_text())
+        chosen = {name: {k: found[name][k] for k in SECOND_PASS} for name in chosen}
     return {
         "model": {},
         "greedy": {"decode": "ctc", "decoding": {"lexicon": False, "beams": 1}},
