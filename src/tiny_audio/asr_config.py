@@ -116,6 +116,7 @@ class ASRConfig(PreTrainedConfig):
         ctc_alphabet: byte values that the character head knows, in the order of its classes
             1, 2, ...; class 0 is the blank. Empty means that there is no such head.
         ctc_hidden: width of the character head.
+        ctc_direct: the character head started from the encoder's own CTC head; None: not known yet.
         decoding: weights and sizes of the search for text, see `DECODING_DEFAULTS`.
         ngram_file: n-gram of the training transcripts, an ARPA file beside the weights.
         prompt_prefix: text before the audio tokens, special tokens of the chat format included.
@@ -147,6 +148,7 @@ class ASRConfig(PreTrainedConfig):
     ctc_token_ids: Any = None
     ctc_alphabet: Any = None
     ctc_hidden: int = 768
+    ctc_direct: bool | None = None
     decoding: Any = None
     ngram_file: str | None = None
     prompt_prefix: str = ""

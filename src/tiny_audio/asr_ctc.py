@@ -98,6 +98,8 @@ class CharacterHead(nn.Module):
     A few dozen classes need little speech, so it spells words that no training text holds, where
     a head over tokens can only say words that it was shown. `asr_decoding` searches its output
     for words. Class 0 is the blank, classes 1.. are the bytes of `ctc_alphabet`.
+
+    With `ctc_direct` a linear map of the frames is added, which starts as the encoder's own head.
     """
 
     def __init__(self, config: ASRConfig) -> None:
@@ -108,12 +110,25 @@ class CharacterHead(nn.Module):
         self.gate_proj = nn.Linear(d, hidden, bias=False)
         self.up_proj = nn.Linear(d, hidden, bias=False)
         self.output = nn.Linear(hidden, len(config.ctc_alphabet) + 1)
+        self.direct = nn.Linear(d, len(config.ctc_alphabet) + 1) if config.ctc_direct else None
+
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as another head over the same frames and classes: (c, d) and (c,)."""
+        assert self.direct is not None
+        with torch.no_grad():
+            self.direct.weight.copy_(weight)
+            self.direct.bias.copy_(bias)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Encoder frames (b, t, d), zero beyond each clip -> log-probabilities (b, t, c)."""
         hidden = hidden.to(self.output.weight.dtype)
         x = self.norm(hidden + self.context(hidden.transpose(1, 2)).transpose(1, 2))
-        return self.output(F.silu(self.gate_proj(x)) * self.up_proj(x)).float().log_softmax(-1)
+        logits = self.output(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.direct is not None:
+            logits = logits + self.direct(hidden)
+        return logits.float().log_softmax(-1)
 
     def loss(self, hidden: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
         """Summed negative log-likelihood of `targets` (b, n), classes padded with 0."""

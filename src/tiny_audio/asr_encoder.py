@@ -1,17 +1,25 @@
 """What an encoder family needs beyond its transformers class.
 
 Whisper runs at the real length; the group norm of the smaller HuBERT and wav2vec2 models takes its
-statistics from real samples alone; Parakeet comes out of its CTC model. Shapes: b clips, n input
-steps, t encoder frames, c channels, d the encoder's hidden size.
+statistics from real samples alone, and their fine-tuned ones bring a CTC head; Parakeet comes out
+of its CTC model. Shapes: b clips, n input steps, t encoder frames, c channels, d the encoder's
+hidden size.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, ParakeetEncoder
+from transformers import AutoModel, AutoModelForCTC, AutoTokenizer, ParakeetEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from .asr_config import WAVEFORM_ENCODERS
+
+logger = logging.getLogger(__name__)
+UNHEARD = -15.0  # logit of a character that the encoder's own head does not know
 
 
 class WhisperEncoderHalf(WhisperEncoder):
@@ -59,7 +67,50 @@ def encoder_class(base: Any) -> tuple[Any, dict[str, Any]]:
         config = vars(base).get("encoder_config", base)
         config.layerdrop = 0.0  # trained without; the published configs say 0.1 all the same
         return ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}, "config": config}
-    return AutoModel, {}
+    return (AutoModelForCTC if has_ctc_head(base) else AutoModel), {}
+
+
+def has_ctc_head(base: Any) -> bool:
+    """Whether a base model was fine-tuned to spell: HuBERT-ls960-ft and its like.
+
+    Parakeet's head knows pieces of words at 12.5 Hz, which no head over characters can start from.
+    """
+    named = any(name.endswith("ForCTC") for name in base.architectures or ())
+    return named and base.model_type in WAVEFORM_ENCODERS
+
+
+def read_ctc_head(
+    model: Any, alphabet: Sequence[int], name: str, **where: Any
+) -> tuple[Tensor, Tensor]:
+    """The CTC head of a fine-tuned encoder, its rows in the order of our classes.
+
+    Args:
+        model: `HubertForCTC`, `Wav2Vec2ForCTC` or `WavLMForCTC`.
+        alphabet: byte of each class from 1 on; class 0 is the blank.
+        name: Hub id or folder, where its vocabulary lies too.
+        where: `revision`, and other arguments that say where.
+
+    Returns:
+        Weights (c, d) and biases (c,).
+
+    Raises:
+        ValueError: when the vocabulary is missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError, TypeError) as error:  # TypeError: no vocab.json
+        raise ValueError(f"{name} has a CTC head, but no vocabulary beside it: {error}") from error
+    row_of = {token.lower(): row for token, row in tokenizer.get_vocab().items()}
+    row_of[" "] = row_of[tokenizer.word_delimiter_token.lower()]
+    weight = torch.zeros(len(alphabet) + 1, model.lm_head.in_features)
+    bias = torch.full((len(alphabet) + 1,), UNHEARD)
+    rows = [model.config.pad_token_id, *(row_of.get(chr(byte), -1) for byte in alphabet)]
+    known = torch.tensor(rows) >= 0
+    weight[known] = model.lm_head.weight.detach().float()[rows][known]
+    bias[known] = model.lm_head.bias.detach().float()[rows][known]
+    if unknown := [chr(byte) for byte, row in zip(alphabet, rows[1:], strict=True) if row < 0]:
+        logger.warning("the CTC head of %s does not know %s: they are learned", name, unknown)
+    return weight, bias
 
 
 def build_encoder(audio_config: Any) -> nn.Module:

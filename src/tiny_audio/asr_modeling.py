@@ -27,7 +27,14 @@ from transformers.utils import cached_file
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_decoding import TextTree, score_trees
-from .asr_encoder import build_encoder, encoder_class, mask_group_norm, run_encoder
+from .asr_encoder import (
+    build_encoder,
+    encoder_class,
+    has_ctc_head,
+    mask_group_norm,
+    read_ctc_head,
+    run_encoder,
+)
 from .asr_ngram import NGram, load_arpa, save_arpa
 from .asr_projector import AudioProjector
 from .asr_search import PrefixSearch, SearchSettings
@@ -461,7 +468,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             OSError: when a base model is not found.
             ValueError: when a base model lacks weights.
         """
-        loaded = []
+        loaded, own_head = [], None
         where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
         for part in ("encoder", "decoder"):
             name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
@@ -482,13 +489,24 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             )
             if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
                 raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
+            if part == "encoder" and has_ctc_head(base):
+                if config.ctc_alphabet and config.ctc_direct is None:
+                    own_head = read_ctc_head(
+                        model, config.ctc_alphabet, name, revision=revision, **where
+                    )
+                model = model.base_model
             loaded.append(model)
             setattr(config, f"{part}_revision", revision)
         encoder, decoder = loaded
         config.audio_config, config.text_config = encoder.config, decoder.config
         embeddings = decoder.get_input_embeddings().weight.detach()
         config.projector_scale = embeddings.float().pow(2).mean().sqrt().item()
-        return cls(config, encoder, decoder)
+        if config.ctc_direct is None:
+            config.ctc_direct = own_head is not None
+        made = cls(config, encoder, decoder)
+        if own_head:
+            made.characters.start_from(*own_head)
+        return made
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
