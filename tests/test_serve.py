@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import openai
 import psutil
@@ -115,9 +116,8 @@ def test_stream(endpoint, talk, pipe):
         (b"this is no recording" * 9, {}, openai.BadRequestError, "not readable"),
         (b"", {}, openai.BadRequestError, "not readable"),
         (b"junk" * 9, {"stream": True}, openai.BadRequestError, "not readable"),
-        (None, {"temperature": 0.7}, openai.BadRequestError, "not supported"),
-        (None, {"prompt": "names"}, openai.BadRequestError, "not supported"),
-        (None, {"response_format": "xml"}, openai.UnprocessableEntityError, "422"),
+        (None, {"stream": True, "response_format": "srt"}, openai.BadRequestError, "stream needs"),
+        (None, {"response_format": "xml"}, openai.BadRequestError, "response_format: .*'json'"),
         (bytes(3_000_000), {}, openai.APIStatusError, "at most 2 MB"),
     ],
 )
@@ -126,6 +126,66 @@ def test_bad_requests_are_4xx_with_a_reason(endpoint, talk, content, options, ki
     with pytest.raises(kind, match=says) as caught:
         ask(endpoint.client(), file, **options)
     assert 400 <= caught.value.status_code < 500
+
+
+def test_errors_have_the_form_that_clients_read(endpoint, talk):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(endpoint.client(), talk, response_format="xml")
+    body = caught.value.body
+    assert body["param"] == "response_format" and body["type"] == "invalid_request_error"
+    assert body["code"] == "400"
+    for path, status in (("/v1/nothing", 404), ("/v1/models/other", 404)):
+        answer = httpx.get(endpoint.url + path)
+        assert answer.status_code == status
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_what_other_programs_send_has_no_effect_and_is_said(endpoint, talk, pipe):
+    said = ask(endpoint.client(), talk, temperature=0.2, prompt="Names: Ada, Grace")
+    assert said.text == pipe(str(talk))["text"]
+    assert said.warnings[:2] == ["prompt has no effect", "temperature has no effect"]
+    plain = ask(endpoint.client(), talk).to_dict().get("warnings", [])
+    assert not [line for line in plain if "no effect" in line]
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes(endpoint, talk, pipe):
+    def upload(content: bytes) -> httpx.Response:
+        form = httpx.Request(
+            "POST", endpoint.url, data={"model": "tiny"}, files={"file": ("a.mp3", content)}
+        )
+        body = form.read()
+        parts = (body[at : at + 50_000] for at in range(0, len(body), 50_000))
+        kind = {"content-type": form.headers["content-type"]}
+        url = f"{endpoint.url}/v1/audio/transcriptions"
+        return httpx.post(url, content=parts, headers=kind, timeout=60)
+
+    assert upload(talk.read_bytes()).json()["text"] == pipe(str(talk))["text"]
+    refused = upload(bytes(3_000_000))
+    assert refused.status_code == 413 and "at most 2 MB" in refused.json()["error"]["message"]
+
+
+def test_the_model_and_the_root_answer(endpoint):
+    assert endpoint.client().models.retrieve("tiny").id == "tiny"
+    assert "/docs" in httpx.get(endpoint.url).text
+
+
+def test_pages_of_named_origins_may_call(pipe, endpoint, monkeypatch):
+    asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    url = "/v1/audio/transcriptions"
+    monkeypatch.setenv("TINY_AUDIO_API_KEY", "secret")
+    running = Running(create_app(pipe, "tiny", cors=["https://page.example"]))
+    allowed = httpx.options(running.url + url, headers=asked)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    refused = httpx.post(running.url + url, headers=asked)  # readable for the page, though refused
+    assert refused.status_code == 401 and "access-control-allow-origin" in refused.headers
+    other = httpx.options(running.url + url, headers={**asked, "origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
+    running.stop()
+    assert (
+        "access-control-allow-origin"
+        not in httpx.options(endpoint.url + url, headers=asked).headers
+    )
 
 
 def test_wrong_model_and_too_long(endpoint, tmp_path):

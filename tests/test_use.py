@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
@@ -209,10 +210,15 @@ def test_what_people_say_is_no_loop(text):
     assert not LOOP.search(text)
 
 
-def test_silence_is_not_decoded(pipe):
-    assert pipe(np.zeros(3 * SAMPLE_RATE, np.float32)) == {"text": ""}
+def test_silence_is_not_decoded_and_said(pipe):
+    said = {
+        "text": "",
+        "silent": True,
+        "warnings": ["0.0-3.0 s: holds no sound, and was not decoded"],
+    }
+    assert pipe(np.zeros(3 * SAMPLE_RATE, np.float32)) == said
     assert pipe(1e-6 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
-    assert pipe(np.zeros(160, np.float32)) == {"text": ""}  # 10 ms
+    assert pipe(np.zeros(160, np.float32))["silent"]  # 10 ms
     assert isinstance(pipe(tone(0.01))["text"], str)
 
 
@@ -358,6 +364,31 @@ def test_command_line_writes_subtitles_and_continues(model_folder, files, tmp_pa
     assert "1 of 2 done before" in capsys.readouterr().err
     assert (out / "talk.srt").read_text() == "kept" and (out / "meeting.srt").exists()
     assert sorted(p.name for p in out.iterdir()) == ["meeting.srt", "talk.srt"]
+
+
+def test_several_files_as_json_are_json_lines(model_folder, files, tmp_path, capsys, pipe):
+    (tmp_path / "broken.wav").write_text("no audio")
+    names = [*files, str(tmp_path / "broken.wav")]
+    assert transcribe.main([*names, "--model", str(model_folder), "--format", "json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.pop("file") for row in rows] == names
+    assert [row["text"] for row in rows[:2]] == [result["text"] for result in pipe(files)]
+    assert "not readable" in rows[2]["error"]
+
+
+def test_channels_that_cancel_are_said(tmp_path, pipe, caplog):
+    clip = babble(2.0, 5)
+    expected = pipe(clip)["text"]
+    path = tmp_path / "inverted.wav"
+    soundfile.write(path, np.stack([clip, -clip], 1), SAMPLE_RATE, subtype="FLOAT")
+    for source in (str(path), np.stack([clip, -clip])):
+        result = pipe(source)
+        assert result["text"] == expected
+        assert "the channels cancel each other: the louder one is read" in result["warnings"]
+    assert np.abs(load_audio(path) - clip).max() < 1e-6
+    assert f"{path}: the channels cancel" in caplog.text
+    beside = pipe(np.stack([clip, np.zeros_like(clip)]))
+    assert beside["text"] == expected and "warnings" not in beside
 
 
 def test_command_line_refuses_two_inputs_for_one_output(files, tmp_path, capsys):

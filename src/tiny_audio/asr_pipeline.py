@@ -38,7 +38,8 @@ UNSUPPORTED, PLAUSIBLE = 0.22, 0.5
 FLAGS = {
     "truncated": "stopped at the limit of tokens for its length",
     "repetition": "says one thing over and over",
-    "no_speech": "is not supported by the audio, which may hold no speech",
+    "no_speech": "may hold no speech",
+    "silent": "holds no sound, and was not decoded",
 }
 LOOP = re.compile(r"(?i)(?<!\S)(\S+(?:\s+\S+){0,7}?)(?:\s+\1(?!\S)){3,}|([^\W\d_]{1,8}?)\2{5,}")
 # A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
@@ -93,12 +94,14 @@ class Recording:
         source: see `read_audio`.
         pieces: what it was cut into so far.
         missing: what could not be decoded.
+        notes: what else should be known of it.
         error: why it cannot be read at all.
     """
 
     source: Any
     pieces: list[Piece] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     error: str = ""
 
 
@@ -143,7 +146,8 @@ class ASRPipeline(Pipeline):
     Call it with a path, URL, bytes, array, dict or a list of them; it returns a dict, or a list of
     dicts, with `text`, and where there is something to say
     - `chunks`: dicts of `text`, `timestamp` (start, end) in seconds and `confidence`;
-    - `truncated`, `repetition`, `no_speech`: True, see `FLAGS`, with `warnings`, which say where;
+    - `truncated`, `repetition`, `no_speech`, `silent`: True, see `FLAGS`, with `warnings`, which
+      say where;
     - `missing`: what could not be decoded of a damaged file.
 
     Call arguments:
@@ -236,7 +240,7 @@ class ASRPipeline(Pipeline):
         Raises:
             AudioError: see `read_audio`; or for more than `limit_seconds`.
         """
-        blocks = read_audio(recording.source, sampling_rate, recording.missing)
+        blocks = read_audio(recording.source, sampling_rate, recording.missing, recording.notes)
         for at, samples in split_blocks(blocks, self.processor.max_seconds):
             if (at + len(samples)) / SAMPLE_RATE > limit_seconds:
                 raise AudioError(f"longer than the limit of {limit_seconds:.0f} s")
@@ -255,7 +259,12 @@ class ASRPipeline(Pipeline):
         Returns:
             The final pieces in the order of `pieces`.
         """
-        loud = [p for p in pieces if np.abs(p.samples).max(initial=0.0) >= SILENCE]
+        loud: list[Piece] = []
+        for piece in pieces:
+            if np.abs(piece.samples).max(initial=0.0) >= SILENCE:
+                loud.append(piece)
+            else:
+                piece.flags = ["silent"]
         progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
         again: list[Piece] = []
         for batch in length_batches(loud, batch_seconds):
@@ -297,8 +306,8 @@ class ASRPipeline(Pipeline):
             piece.flags = ["truncated"] if transcript.truncated else []
             sure = piece.confidence or 0.0
             piece.flags += ["repetition"] if sure < PLAUSIBLE and LOOP.search(piece.text) else []
-            if piece.text and piece.confidence is not None and sure < UNSUPPORTED:
-                piece.flags.append("no_speech")
+            unsupported = piece.confidence is not None and sure < UNSUPPORTED
+            piece.flags += ["no_speech"] if unsupported or not piece.text else []
 
     def _emissions(
         self, hidden: torch.Tensor, steps: torch.Tensor, found: list[Transcript]
@@ -346,6 +355,8 @@ class ASRPipeline(Pipeline):
         if return_timestamps:
             result["duration"] = round(pieces[-1].start + pieces[-1].seconds, 3)
             result["chunks"] = chunks(pieces, return_timestamps == "word")
+        if recording.notes:
+            result["warnings"] = list(recording.notes)
         for piece in pieces:
             for flag in piece.flags:
                 where = f"{piece.start:.1f}-{piece.start + piece.seconds:.1f} s"

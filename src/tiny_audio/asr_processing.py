@@ -1,6 +1,7 @@
 """Audio file -> 16 kHz mono -> features; text -> prompt, placeholder tokens, labels."""
 
 import io
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .asr_config import IGNORE, encoder_frames
 
-SAMPLE_RATE = 16_000
+logger = logging.getLogger(__name__)
+SAMPLE_RATE = 16_000  # Hz
 LOUD, LOUD_PERCENTILE = 0.1, 95  # -20 dBFS of the loudest twentieth of a clip
-MOST_GAIN = 1e4  # 80 dB: digital silence stays silent  # Hz
+MOST_GAIN = 1e4  # 80 dB: digital silence stays silent
+CANCELLED = 0.1  # of the loudest channel's level: a mix below it has lost what they share
 # A jump of a file's clock within these bounds, in seconds, is audio that is missing.
 LEAST_GAP, MOST_GAP = 0.1, 600.0
 ESTIMATED = ("mp3", "aac")  # containers whose duration is a guess
@@ -39,7 +42,10 @@ def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarr
 
 
 def read_audio(
-    source: AudioInput, sampling_rate: int = SAMPLE_RATE, missing: list[str] | None = None
+    source: AudioInput,
+    sampling_rate: int = SAMPLE_RATE,
+    missing: list[str] | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[np.ndarray]:
     """The samples of `load_audio` in blocks, so that a file of any length takes little memory.
 
@@ -53,6 +59,7 @@ def read_audio(
         sampling_rate: Hz, of an array that does not say its own.
         missing: is given a line for each stretch that cannot be decoded, which is silence in the
             blocks. None: damage is an error.
+        notes: is given a line for what else should be known. None: it is logged.
 
     Raises:
         AudioError: for anything that holds no decodable, finite audio.
@@ -62,21 +69,50 @@ def read_audio(
         found = [source[key] for key in keys if source.get(key) is not None]
         if not found:
             raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
-        yield from read_audio(found[0], source.get("sampling_rate") or sampling_rate, missing)
+        rate = source.get("sampling_rate") or sampling_rate
+        yield from read_audio(found[0], rate, missing, notes)
         return
+    name = str(source) if isinstance(source, str | Path) else "audio"
+    mixer = Mixer(name, notes)
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        samples = _resample(source, sampling_rate)
+        samples = _resample(source, sampling_rate, mixer)
         # in seconds: each piece cut from it in one would keep a copy of all the rest alive
         yield from np.split(samples, range(SAMPLE_RATE, len(samples), SAMPLE_RATE))
         return
-    name = str(source) if isinstance(source, str | Path) else "audio"
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         source = _fetch(source)
     elif isinstance(source, str | Path):
         source = str(Path(source).expanduser())
-    yield from _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name, missing)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    yield from _decode(file, name, missing, mixer)
+
+
+class Mixer:
+    """Mixes channels down, and notices where they cancel each other.
+
+    A channel that is another one inverted (a balanced line, a wrong plug) leaves nothing of a mean:
+    the loudest is taken there instead.
+    """
+
+    def __init__(self, name: str, notes: list[str] | None) -> None:
+        self.name, self.notes, self.said = name, notes, False
+
+    def __call__(self, channels: np.ndarray) -> np.ndarray:
+        """(channels, n) -> (n,)."""
+        mono = channels.mean(0)
+        power = np.square(channels, dtype=np.float64).mean(1)
+        if not np.square(mono, dtype=np.float64).mean() < CANCELLED**2 * power.max():
+            return mono
+        if not self.said:
+            self.said = True
+            line = "the channels cancel each other: the louder one is read"
+            if self.notes is None:
+                logger.warning("%s: %s", self.name, line)
+            else:
+                self.notes.append(line)
+        return channels[power.argmax()]
 
 
 def _fetch(url: str) -> bytes:
@@ -99,13 +135,15 @@ def open_audio(source: str | IO[bytes]) -> Any:
     return av.open(source, mode="r", options={"protocol_whitelist": "none"})
 
 
-def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> Iterator[np.ndarray]:
+def _decode(
+    source: str | IO[bytes], name: str, missing: list[str] | None, mixer: Mixer
+) -> Iterator[np.ndarray]:
     done = 0
     try:
         with open_audio(source) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
-            for block in _blocks(container, missing):
+            for block in _blocks(container, missing, mixer):
                 done += len(block)
                 yield _finite(block, name)
             stream = container.streams.audio[0]
@@ -122,7 +160,7 @@ def _decode(source: str | IO[bytes], name: str, missing: list[str] | None) -> It
         raise AudioError(f"{name}: {'; '.join(['holds no samples', *(missing or [])])}")
 
 
-def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
+def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator[np.ndarray]:
     """Decode packet by packet, so that the packets behind a damaged one are still read."""
     resampler, form = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), None  # keeps the channels
     packets = container.demux(container.streams.audio[0])
@@ -135,7 +173,7 @@ def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
             for frame in [None] if packet is None else packet.decode():
                 now = frame and (frame.layout.name, frame.format.name, frame.sample_rate)
                 if now != form:  # the end, or a part of other channels or rate, of files joined
-                    blocks += [block.to_ndarray().mean(0) for block in resampler.resample(None)]
+                    blocks += [mixer(block.to_ndarray()) for block in resampler.resample(None)]
                     resampler, form = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), now
                 if frame is None:
                     break
@@ -146,7 +184,7 @@ def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
                         if done:  # else the sound of a video begins after its picture
                             missing.append(f"nothing from {at:.1f} to {at + gap:.1f} s")
                         blocks.append(np.zeros(round(gap * SAMPLE_RATE), np.float32))
-                blocks += [block.to_ndarray().mean(0) for block in resampler.resample(frame)]
+                blocks += [mixer(block.to_ndarray()) for block in resampler.resample(frame)]
         except (av.FFmpegError, ValueError) as error:
             if missing is None:
                 raise
@@ -157,7 +195,7 @@ def _blocks(container: Any, missing: list[str] | None) -> Iterator[np.ndarray]:
             yield block
 
 
-def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
+def _resample(samples: np.ndarray, rate: int, mixer: Mixer) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
     if samples.ndim > 2 or samples.size == 0:
         raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
@@ -167,7 +205,7 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
         samples = (samples.astype(np.float64) - middle) / (limits.max - middle)
     samples = _finite(samples.astype(np.float32), "array")
     if samples.ndim == 2:
-        samples = samples.mean(0 if samples.shape[0] <= samples.shape[1] else 1)
+        samples = mixer(samples if samples.shape[0] <= samples.shape[1] else samples.T)
     if rate != SAMPLE_RATE:
         frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
         frame.sample_rate = rate

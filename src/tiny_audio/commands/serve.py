@@ -9,14 +9,17 @@ import hmac
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteError
 
 from ..asr_config import DECODE
 from ..asr_pipeline import Piece, Recording
@@ -109,8 +112,69 @@ def event(**data: Any) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
+def refusal(message: str, status: int, param: str | None = None, headers: Any = None) -> Response:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": param, "code": str(status)}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form, those that FastAPI finds by itself too."""
+
+    @app.exception_handler(StarletteError)
+    def failed(request: Request, error: StarletteError) -> Response:
+        return refusal(error.detail, error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return refusal(f"{name}: {first['msg']}", 400, param=name)
+
+
+class Gate:
+    """Looks at the key and the size of a request before `app` reads its body.
+
+    Args:
+        app: what answers the requests that pass.
+        key: that requests must bear; "" asks for none.
+        most: bytes of a body, whether its length is stated or not.
+    """
+
+    def __init__(self, app: Any, key: str, most: int) -> None:
+        self.app, self.key, self.most = app, key, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request; an ASGI application."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        headers, size = Request(scope).headers, 0
+        given, stated = (headers.get(k, "") for k in ("authorization", "content-length"))
+        too_large = f"at most {self.most / 1e6:.0f} MB can be sent"
+        if self.key and not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
+            return await refusal("wrong or no bearer key", 401)(scope, receive, send)
+        if stated.isdigit() and int(stated) > self.most:
+            return await refusal(too_large, 413)(scope, receive, send)
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise HTTPException(413, too_large)
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def create_app(
-    pipe: Any, name: str, queue: int = 64, max_mb: int = 200, limit_seconds: float = 14_400
+    pipe: Any,
+    name: str,
+    queue: int = 64,
+    max_mb: int = 200,
+    limit_seconds: float = 14_400,
+    cors: Sequence[str] = (),
 ) -> Any:
     """The endpoint of one model, an ASGI application.
 
@@ -120,14 +184,16 @@ def create_app(
         queue: requests that may wait or be decoded; more are answered 429.
         max_mb: larger uploads are answered 413.
         limit_seconds: longer recordings are answered 400.
+        cors: origins of web pages that may call this endpoint; "*" means every one.
     """
-    worker, key = Worker(pipe, limit_seconds, queue), os.environ.get("TINY_AUDIO_API_KEY", "")
-
+    worker = Worker(pipe, limit_seconds, queue)
+    about = {"id": name, "object": "model", "created": 0, "owned_by": "tiny-audio"}
     app = FastAPI(title="tiny-audio")
+    add_error_handlers(app)
 
-    @app.exception_handler(HTTPException)
-    def failed(request: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": {"message": error.detail}}, error.status_code, error.headers)
+    @app.get("/", response_class=PlainTextResponse)
+    def root() -> str:
+        return f"tiny-audio, model {name}: how to use it is in /docs\n"
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -135,8 +201,16 @@ def create_app(
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "tiny-audio"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [about]}
+
+    @app.get("/v1/models/{model}")
+    def one_model(model: str) -> dict[str, Any]:
+        check_model(model)
+        return about
+
+    def check_model(model: str) -> None:
+        if model not in (name, "whisper-1"):
+            raise HTTPException(404, f"no model {model!r} here; this one is {name!r}")
 
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(
@@ -150,11 +224,13 @@ def create_app(
         temperature: Annotated[float, Form()] = 0.0,
         by: Annotated[list[Unit], Form(alias="timestamp_granularities[]")] = [],  # noqa: B006
     ) -> Response:
-        if model not in (name, "whisper-1"):
-            raise HTTPException(404, f"no model {model!r} here; this one is {name!r}")
-        if prompt or temperature or (stream and response_format != "json"):
-            raise HTTPException(400, "prompt, temperature, streams other than json: not supported")
-        pieces = worker.pieces(recording := Recording(file.file), request)
+        check_model(model)
+        if stream and response_format != "json":
+            raise HTTPException(400, "stream needs response_format=json")
+        recording = Recording(file.file)
+        for key, value in (("prompt", prompt), ("temperature", temperature)):
+            recording.notes += [f"{key} has no effect"] if value else []
+        pieces = worker.pieces(recording, request)
         first = await anext(pieces)  # what cannot be read is a 400, not a stream
         if not stream:
             async for _ in pieces:
@@ -173,20 +249,8 @@ def create_app(
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def gate(scope: Any, receive: Any, send: Any) -> None:
-        """Look at key and size before a byte of the body is read."""
-        reply: Any = app
-        if scope["type"] == "http" and scope["method"] == "POST":
-            request = Request(scope)
-            given, size = (request.headers.get(k, "") for k in ("authorization", "content-length"))
-            if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-                reply = failed(request, HTTPException(401, "wrong or no bearer key"))
-            elif not size.isdigit() or int(size) > max_mb * 1_000_000:
-                reason = f"the body's length must be stated, and at most {max_mb} MB"
-                reply = failed(request, HTTPException(413, reason))
-        await reply(scope, receive, send)
-
-    return gate
+    gate = Gate(app, os.environ.get("TINY_AUDIO_API_KEY", ""), max_mb * 1_000_000)
+    return CORSMiddleware(gate, cors, allow_methods=["*"], allow_headers=["*"]) if cors else gate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,12 +264,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queue", type=int, default=64, help="requests taken in at once")
     parser.add_argument("--max-mb", type=int, default=200, help="of an upload")
     parser.add_argument("--max-minutes", type=float, default=240, help="of a recording")
-    args = parser.parse_args(argv)
-    pipe, name = (
-        load_pipeline(args.model, args.device, args.decode),
-        Path(args.model).resolve().name,
+    parser.add_argument(
+        "--cors", nargs="+", metavar="ORIGIN", default=[], help="web pages that may call; * is all"
     )
-    app = create_app(pipe, name, args.queue, args.max_mb, 60 * args.max_minutes)
+    args = parser.parse_args(argv)
+    pipe = load_pipeline(args.model, args.device, args.decode)
+    name = Path(args.model).resolve().name
+    app = create_app(pipe, name, args.queue, args.max_mb, 60 * args.max_minutes, args.cors)
     print(f"http://{args.host}:{args.port}/docs", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0

@@ -1,5 +1,6 @@
 """`tiny-audio transcribe FILE...`: audio in, text or subtitles out."""
 
+import json
 import shutil
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def spool() -> IO[bytes]:
 def main(argv: list[str] | None = None) -> int:
     """Write the text of recordings, or subtitles. What cannot be read is named, the rest goes on,
     and the exit code is 1. After an interruption the same command with --output-dir continues.
+    Several files as json are JSON lines, an object for each file.
     """
     parser = parser_of("transcribe", main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--words gives times: choose srt, vtt or json as --format")
     if folder and len({*targets.values()}) < len(targets):
         parser.error("two of the files would be written to one: their names differ in suffix only")
-    if len(targets) > 1 and kind != "txt" and not folder:
+    if len(targets) > 1 and kind not in ("txt", "json") and not folder:
         parser.error(f"several files as {kind} need --output-dir")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,17 +92,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     pipe = load_pipeline(args.model, args.device, args.decode)
     options = {"return_timestamps": kind != "txt" and ("word" if args.words else True)}
+    lines = len(targets) > 1 and kind == "json" and not folder
     failed = False
     sources = (spool() if name == "-" else name for name in todo)
     with tqdm(unit="s", unit_scale=True, desc="audio", disable=None) as bar:
         results = pipe.stream(sources, skip_errors=True, progress=bar.update, **options)
         for (name, target), result in zip(todo.items(), results, strict=True):
+            if lines:
+                print(json.dumps({"file": name, **result}), flush=True)
             if "error" in result:
                 failed = True
                 tqdm.write(f"error: {result['error']}", sys.stderr)
                 continue
             for line in [*result.get("warnings", []), *result.get("missing", [])]:
                 tqdm.write(f"warning: {name}: {line}", sys.stderr)
+            if lines:
+                continue
             text = render(result, kind)
             if target:
                 target.with_name(target.name + ".tmp").write_text(text)
