@@ -113,7 +113,7 @@ def toy_run(cached: assets.Assets, folder: Path) -> list[str]:
 
 def until(command: list[str], word: str) -> float:
     """Run until a line has that word, then kill; seconds since `continuing from` was said."""
-    command = [sys.executable, "-u", str(CONFIGS.parents[1] / "src/train.py"), *command]
+    command = [sys.executable, "-u", str(CONFIGS.parents[3] / "src/train.py"), *command]
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout or ():

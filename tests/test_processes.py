@@ -44,7 +44,7 @@ def losses(tiny_bases, corpus, tmp_path):
             launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
             launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
         command = [
-            *launch, str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+            *launch, str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32",
             "encoder_lora.r=0", "peft.r=2", f"data.train=[{{path: {corpus}}}]",

@@ -445,7 +445,7 @@ def test_an_override_that_a_stage_shadows_is_not_ignored_in_silence(tiny_bases, 
     rate = 7.77e-5
     command = [
         sys.executable,
-        str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+        str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
         "+experiments=quickstart",
         f"model.encoder_model_name={tiny_bases / 'whisper'}",
         f"model.decoder_model_name={tiny_bases / 'decoder'}",

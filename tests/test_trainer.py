@@ -162,7 +162,7 @@ def command(tiny_bases, corpus, tmp_path):
     def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess:
         parts = [
             sys.executable,
-            str(recipe.CONFIGS.parents[1] / "src" / "train.py"),
+            str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}",
             "model.projector_hidden=32",

@@ -4,6 +4,7 @@ Every example that cannot be used is skipped with a reason, counted and named; n
 fit.
 """
 
+import csv
 import io
 import json
 import random
@@ -48,8 +49,17 @@ SOURCE: dict[str, Any] = {
     "silence": False,  # its clips hold no speech: an empty transcript is meant
     "weight": 1.0,  # of a stream: how often it is drawn from, beside the others
 }
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
-            ".arrow": "arrow", ".tar": "webdataset"}  # fmt: skip
+# What reads a file, by its ending. JSON lines are read as text: `datasets` would take an id that
+# looks like a date for one, and write it in another way.
+BUILDERS = {".jsonl": "text", ".json": "json", ".csv": "csv", ".tsv": "csv",
+            ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # fmt: skip
+SEPARATORS = ",;\t|"  # of a table: the one that its first line has most of
+# Columns that are taken for the audio and the text where there is none of the usual name.
+USUAL_COLUMNS = {
+    "audio": ("path", "file", "file_name", "filename", "audio_path", "audio_filepath", "wav"),
+    "text": ("sentence", "transcription", "transcript", "normalized_text", "raw_text"),
+}
+AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # beside a manifest, where its files may lie
 # Slower than anybody reads, faster than anybody speaks.
 CHARACTERS_PER_SECOND = (0.3, 40.0)
 GLOBAL_DRAWS = threading.Lock()
@@ -151,28 +161,31 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
 def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Path]:
     """Rows of one source as `datasets` reads them, and the folder that paths are relative to.
 
+    The audio and text columns of `source` are set to those that were found.
+
     Raises:
         DataError: when the source, its split or one of its columns does not exist.
     """
     path = Path(source["path"]).expanduser()
+    columns: list[str] = []
     if path.suffix in BUILDERS:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         what: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": str(path)}
         what["split"] = "train"
-        if path.suffix == ".csv":  # as written: "007" is no number, and "None" is a word
-            what["converters"] = {source[f"{key}_column"]: str for key in ("id", "audio", "text")}
-            what |= {"keep_default_na": False, "na_values": [""]}
+        if path.suffix in (".csv", ".tsv", ".jsonl"):
+            columns, options = read_header(path)
+            what |= options
+    elif path.is_file():
+        raise DataError(f"{path}: not read; the endings that are: {', '.join(BUILDERS)}")
     else:
         what = {key: source[key] for key in ("path", "name", "revision", "split")}
     try:
         rows: Any = load_dataset(**what, streaming=streaming)
     except DatasetsError as error:
         raise DataError(f"{source['path']}: {error.__cause__ or error}") from error
-    columns = rows.column_names or list(next(iter(rows), {}))
-    for key in ("audio_column", "text_column"):
-        if source[key] not in columns:
-            raise DataError(f"{source['path']}: no column {source[key]!r}; has {columns}")
+    columns = columns or rows.column_names or list(next(iter(rows), {}))
+    choose_columns(source, columns)
     features = rows.features or {}
     if isinstance(features.get(source["audio_column"]), Audio):
         rows = rows.cast_column(source["audio_column"], Audio(decode=False))
@@ -182,6 +195,48 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
         elif n < len(rows):
             rows = rows.shuffle(seed=0).select(range(n))
     return rows, path.parent
+
+
+def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """Names of the columns of a table or of JSON lines, and how `load_dataset` is to read it.
+
+    Raises:
+        DataError: when the first line is none of either.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        first = file.readline().rstrip("\n")
+    if path.suffix == ".jsonl":
+        try:
+            return list(json.loads(first)), {"encoding": "utf-8-sig"}
+        except ValueError as error:
+            raise DataError(f"{path}, line 1 is no JSON object: {error}") from error
+    separator = max(SEPARATORS, key=first.count)
+    columns = next(csv.reader([first], delimiter=separator), [])
+    # Every value as it is written: "007" is no number, and "None" is a word.
+    options = {"converters": dict.fromkeys(columns, str), "sep": separator}
+    if separator == "\t":  # nothing is quoted in tables of Common Voice
+        options["quoting"] = csv.QUOTE_NONE
+    return columns, {**options, "keep_default_na": False, "na_values": [""]}
+
+
+def choose_columns(source: dict[str, Any], columns: Sequence[str]) -> None:
+    """Set the audio and text columns of a source to usual names where the given ones are missing.
+
+    Raises:
+        DataError: naming the setting that says which column it is.
+    """
+    for key, usual in USUAL_COLUMNS.items():
+        setting = f"{key}_column"
+        if (wanted := source[setting]) in columns:
+            continue
+        found = next((name for name in usual if name in columns), None)
+        if wanted != SOURCE[setting] or found is None:
+            raise DataError(
+                f"{source['path']}: no column {wanted!r}; has {list(columns)}. Name it with "
+                f"{setting}=..."
+            )
+        source[setting] = found
+        print(f"{source['path']}: the {key} is read from column {found!r}")
 
 
 class Reader:
@@ -220,23 +275,38 @@ class Reader:
     def read(self) -> Example | None:
         """The next example, None at the end; its duration is -1 where no header says it."""
         row, source = next(self.iterator, None), self.source
+        if source["path"].endswith(".jsonl"):
+            while row is not None and not row["text"].strip():  # an empty line
+                row = next(self.iterator, None)
+            row = row and self.parse(row["text"])
         if row is None:
             self.over = True
             return None
         audio = row[source["audio_column"]]
         if isinstance(audio, str):
-            audio = str(self.folder / audio)
+            places = [self.folder / folder / audio for folder in AUDIO_FOLDERS]
+            audio = str(next((place for place in places if place.is_file()), places[0]))
         duration, speaker = row.get(source["duration_column"]), row.get(source["speaker_column"])
         self.count += 1
         return Example(
             id=str(row.get(source["id_column"]) or f"{Path(source['path']).stem}-{self.count - 1}"),
             audio=audio,
             text=str(row[source["text_column"]] or ""),
-            duration=header_seconds(audio) if duration is None else float(duration),
+            duration=header_seconds(audio) if duration in (None, "") else float(duration),
             silence=source["silence"],
             speaker=None if speaker is None else str(speaker),
             repeat=int(source["repeat"]),
         )
+
+    def parse(self, line: str) -> dict[str, Any]:
+        """A row from a line of JSON."""
+        wanted = self.source["audio_column"], self.source["text_column"]
+        try:
+            row = json.loads(line)
+            return {**dict.fromkeys(wanted), **row}
+        except (ValueError, TypeError) as error:
+            where = f"{self.source['path']}, row {self.count + 1}"
+            raise DataError(f"{where} is no JSON object: {error}") from error
 
 
 def read_source(source: Any) -> Iterator[Example]:

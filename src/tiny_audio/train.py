@@ -51,7 +51,7 @@ from .trainer import (
 )
 from .tuning import TUNED, tune
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "hydra"
+CONFIGS = Path(__file__).resolve().parent / "configs" / "hydra"
 FINISHED, TUNING = "finished.json", "tuning.json"
 LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces
 LEAST_WORD = 3  # letters of a token that is taken for a word

@@ -52,7 +52,7 @@ from ..asr_processing import SAMPLE_RATE, load_audio
 
 SYNTHETIC_HOURS = 3.0  # about 3,500 sentences
 DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, room to build aside
-SPLIT_FILE = Path(__file__).parents[3] / "configs" / "quickstart_split.json"
+SPLIT_FILE = Path(__file__).parents[1] / "configs" / "quickstart_split.json"
 HELD_OUT = ("dev", "test", "librivox")
 REAL_SPLITS = ("train", *HELD_OUT)
 
