@@ -12,12 +12,12 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .asr_modeling import ASRModel
 from .asr_processing import ASRProcessor
 from .batches import cut_batches
 from .data import SpeechDataset
+from .progress import progress_bar
 
 READ_TOGETHER, BATCH_SECONDS = 256, 64.0  # clips; and padded audio, of which attention needs memory
 
@@ -93,7 +93,7 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     processor = data.processor
     order = list({example.id: i for i, example in enumerate(data.examples)}.values())
     order.sort(key=lambda i: -data.examples[i].duration)
-    bar = tqdm(total=len(order), desc="encoding", unit="clip")
+    bar = progress_bar(total=len(order), desc="encoding", unit="clip")
     with torch.inference_mode(), bar:
         for start in range(0, len(order), READ_TOGETHER):
             items = [data[i] for i in order[start : start + READ_TOGETHER]]

@@ -39,6 +39,7 @@ from .data import Dropped, Example, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
+from .progress import quiet_libraries
 from .stream import SpeechStream
 from .trainer import (
     ASRTrainer,
@@ -393,6 +394,7 @@ def finish(cfg: DictConfig, start: str, output: Path) -> None:
 def train(cfg: DictConfig) -> Path:
     """Run every stage of a composed config; returns the folder of the finished model."""
     check_config(cfg)
+    quiet_libraries()
     output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
     if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
         raise ValueError("name the stage: stages.N.training.resume_from_checkpoint")

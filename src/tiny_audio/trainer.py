@@ -32,6 +32,7 @@ from .data import ENOUGH, DataError, Dropped, read_log
 from .frames import return_freed_memory
 from .hub import PushError, one_line
 from .plan import GPUS, gpu_of
+from .progress import clock
 from .scoring import score
 from .stream import SpeechStream
 
@@ -458,13 +459,6 @@ def keep_recipe(cfg: DictConfig, folder: Path) -> None:
     if changed := ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in differing):
         print(f"warning: {folder} was begun with other settings ({changed}); its learning rates "
               "and optimizer options stay as they were, run.fresh=true starts anew")  # fmt: skip
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def part_of(name: str) -> str:

@@ -42,13 +42,13 @@ import soundfile
 import torch
 from filelock import FileLock
 from rapidfuzz.distance import Levenshtein
-from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.whisper import WhisperConfig, WhisperFeatureExtractor, WhisperProcessor
 from transformers.models.whisper import modeling_whisper as whisper
 from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 
 from ..asr_processing import SAMPLE_RATE, load_audio
+from ..progress import progress_bar, quiet_libraries
 
 SYNTHETIC_HOURS = 3.0  # about 3,500 sentences
 DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, room to build aside
@@ -519,7 +519,7 @@ def synthesize(
             samples = model.from_phonemes(phonemes, speed / pitch, seed=seed)
             return texts[at], british, load_audio(samples, round(model.sample_rate * pitch))
 
-        bar = tqdm(total=hours * 3600, desc="synthetic speech", unit="s", unit_scale=True)
+        bar = progress_bar(total=hours * 3600, desc="synthetic speech", unit="s", unit_scale=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
             while seconds < hours * 3600:
                 ahead = range(len(rows), len(rows) + 64)
@@ -533,6 +533,7 @@ def synthesize(
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     try:
         for made in astuple(prepare()):
             print(made)

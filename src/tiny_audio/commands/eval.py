@@ -25,13 +25,13 @@ import httpx2 as httpx
 import numpy as np
 import torch
 from huggingface_hub import dataset_info
-from tqdm import tqdm
 
 from ..asr_config import DECODE
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
 from ..batches import cut_batches
 from ..data import SOURCE, DataError, Example, read_log, read_source
 from ..hub import git_hash, one_line
+from ..progress import progress_bar
 from ..scoring import count, normalizer, score
 from . import parser_of
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
@@ -132,7 +132,7 @@ def evaluate(
     lengths = np.array([max(1.0, clip.duration) for clip in left])
     order = np.argsort(-lengths, kind="stable")
     cuts = cut_batches(lengths, order, options["batch_seconds"], len(left)) if left else []
-    bar = tqdm(total=lengths.sum() + 1e-3, unit="s", unit_scale=True, desc="audio")
+    bar = progress_bar(total=lengths.sum() + 1e-3, unit="s", unit_scale=True, desc="audio")
     with work.open("a") as file, bar:
         for batch in cuts:
             for row in decode(pipe, [left[i] for i in batch], options):

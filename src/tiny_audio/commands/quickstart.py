@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from ..data import read_source
 from ..hub import git_hash, model_card
+from ..progress import clock, quiet_libraries
 from ..train import FINISHED, TUNING, compose_recipe, train
-from ..trainer import clean_exit, clock
+from ..trainer import clean_exit
 from ..tuning import SECOND_PASS
 from . import parser_of
 from .assets import AssetError, Assets, prepare
@@ -102,6 +103,7 @@ def run(overrides: list[str]) -> int:
     """Everything that the module's docstring says; returns the exit code."""
     started = time.monotonic()
     logging.set_verbosity_error()
+    quiet_libraries()
     cfg = compose_recipe(["+experiments=quickstart", *overrides])
     assets = prepare()
     prepared = time.monotonic() - started

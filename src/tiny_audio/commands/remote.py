@@ -23,8 +23,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..progress import clock
 from ..train import compose_recipe
-from ..trainer import clock
 from . import parser_of
 from .assets import cache_dir
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..asr_config import DECODE, ASRConfig
 from ..asr_pipeline import ASRPipeline
+from ..progress import quiet_libraries
 from . import parser_of
 from .formats import FORMATS, render
 
@@ -28,6 +29,7 @@ def load_pipeline(model: str, device: str | None = None, decode: str | None = No
         SystemExit: with one line, when `model` is no model of ours or does not exist.
     """
     logging.set_verbosity_error()
+    quiet_libraries()
     folder = Path(model).exists() or model.startswith((".", "/", "outputs/"))  # or a Hub id
     if folder and not (Path(model) / "config.json").is_file():
         sys.exit(
