@@ -46,6 +46,7 @@ from .trainer import (
     StepLine,
     clean_exit,
     freeze_idle,
+    full_disk_is_said,
     keep_recipe,
     last_checkpoint,
     start_trackers,
@@ -411,14 +412,15 @@ def train(cfg: DictConfig) -> Path:
         sys.stdout = io.StringIO()  # one process speaks for all
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
-    for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
-        print(f"\n== stage {stage.name}")
-        start = str(run_stage(merged, output / stage.name, start, hub_id))
-        gc.collect()  # the trainer and its callbacks hold one another, and the model with them
-        return_freed_memory()
-    if not PartialState().is_main_process:
-        return output
-    finish(cfg, start, output)
+    with full_disk_is_said(output):
+        for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
+            print(f"\n== stage {stage.name}")
+            start = str(run_stage(merged, output / stage.name, start, hub_id))
+            gc.collect()  # the trainer and its callbacks hold one another, and the model with them
+            return_freed_memory()
+        if not PartialState().is_main_process:
+            return output
+        finish(cfg, start, output)
     OmegaConf.save(cfg, output / "training_config.yaml")
     stages = [json.loads((output / s.name / "final" / FINISHED).read_text()) for s in cfg.stages]
     facts = {key: max(stage[key] for stage in stages) for key in ("parameters", "trained")}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -39,6 +40,7 @@ from .stream import SpeechStream
 # Passed to `forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
 LOG = "log.jsonl"
+NO_SPACE = 2**20  # bytes left on a disk on which nothing can be saved
 
 
 class ASRTrainer(Trainer):
@@ -433,6 +435,36 @@ def clean_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def full_disk_is_said(output: Path) -> Iterator[None]:
+    """Turns what a full disk makes of a save into one line; what was half written is removed.
+
+    Raises:
+        OSError: naming the disk, what a checkpoint needs and what is safe.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(output).free
+        if "No space left" not in str(error) and free > NO_SPACE:
+            raise
+        sizes = [folder_size(path) for path in output.glob("*/checkpoint-*")]
+        whole = [last_checkpoint(stage) for stage in output.iterdir() if stage.is_dir()]
+        for path in output.rglob("*.tmp*"):
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        needed = f", a checkpoint takes {max(sizes) / 1e6:.0f} MB or more" if sizes else ""
+        kept = ", ".join(path for path in whole if path) or "nothing yet"
+        raise OSError(
+            f"the disk of {output} is full ({free / 1e6:.0f} MB free{needed}). Safe: {kept}. Make "
+            "room, and the same command continues"
+        ) from error
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def last_checkpoint(folder: Path) -> str | None:
