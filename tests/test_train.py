@@ -226,6 +226,23 @@ def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
     assert start.exists()
 
 
+def test_fresh_keeps_the_old_run_where_the_data_cannot_be_found(compose, tmp_path):
+    output = recipe.train(compose(steps=(1, 1)))
+    cfg = compose("run.fresh=true", steps=(1, 1))
+    cfg.data.train[0].path = str(tmp_path / "mistyped.jsonl")
+    with pytest.raises(DataError, match=r"mistyped\.jsonl: no such file"):
+        recipe.train(cfg)
+    assert (output / recipe.FINISHED).exists()
+
+
+def test_a_finished_run_names_the_settings_that_differ(compose, capsys):
+    recipe.train(compose(steps=(1, 1)))
+    recipe.train(compose(steps=(1, 1)))
+    assert "other settings" not in capsys.readouterr().out
+    recipe.train(compose("peft.r=4", steps=(1, 1)))
+    assert "other settings (peft.r: 16 -> 4)" in capsys.readouterr().out
+
+
 def test_mended_data_is_trained_on(compose, corpus, tmp_path):
     """What was dropped in a run that ended with an error is not held against the next one."""
     folder = tmp_path / "holes"

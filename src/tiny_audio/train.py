@@ -35,7 +35,7 @@ from .asr_config import ASRConfig, check_keys
 from .asr_modeling import NGRAM, WEIGHTS, ASRModel
 from .asr_ngram import NGram, build_ngram, load_arpa
 from .asr_processing import ASRProcessor
-from .data import Dropped, Example, SpeechDataset, read_log
+from .data import Dropped, Example, Reader, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
@@ -44,6 +44,7 @@ from .stream import SpeechStream
 from .trainer import (
     ASRTrainer,
     StepLine,
+    changed_settings,
     clean_exit,
     freeze_idle,
     full_disk_is_said,
@@ -404,9 +405,14 @@ def train(cfg: DictConfig) -> Path:
             needed = start and Path(start).resolve().is_relative_to(output.resolve())
             if needed or not any((output / stage.name).exists() for stage in cfg.stages):
                 raise ValueError(f"{output} holds no run of this recipe, or what it starts from")
+            for stage in stage_configs(cfg):  # a mistyped path must not cost the old run
+                for source in [*stage.data.train, *stage.data.eval]:
+                    Reader(source, stage.data.streaming)
             shutil.rmtree(output)
     if (output / FINISHED).exists():
-        print(f"{output} is finished; run.fresh=true starts anew")
+        changed = changed_settings(cfg, output / "training_config.yaml", r"run\.(?!seed)")
+        others = f"; it was trained with other settings ({changed})" if changed else ""
+        print(f"{output} is finished, run.fresh=true starts anew{others}")
         return output
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = io.StringIO()  # one process speaks for all

@@ -484,13 +484,18 @@ def keep_recipe(cfg: DictConfig, folder: Path) -> None:
     path = folder / "training_config.yaml"
     if not (path.exists() and [*folder.glob("checkpoint-*"), *folder.glob("final")]):
         return OmegaConf.save(cfg, path, resolve=True)
-    now: Any = OmegaConf.to_container(cfg, resolve=True)
-    before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
-    keys = [k for k in before | now if not re.match(r"run\.(?!seed)|stages|training\.resume", k)]
-    differing = [key for key in keys if before.get(key) != now.get(key)]
-    if changed := ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in differing):
+    if changed := changed_settings(cfg, path, r"run\.(?!seed)|stages|training\.resume"):
         print(f"warning: {folder} was begun with other settings ({changed}); its learning rates "
               "and optimizer options stay as they were, run.fresh=true starts anew")  # fmt: skip
+
+
+def changed_settings(cfg: DictConfig, path: Path, unlike: str) -> str:
+    """What differs between a recipe and the one in a file, but for keys that `unlike` matches."""
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
+    keys = [key for key in before | now if not re.match(unlike, key)]
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys
+                     if before.get(key) != now.get(key))  # fmt: skip
 
 
 def part_of(name: str) -> str:
