@@ -255,9 +255,9 @@ def test_a_measured_rate_predicts_another_run(real_bases):
             overrides = [
                 "+experiments=quickstart", "training.cache_encoder=false",
                 f"data.train=[{{path: {real_bases.train}}}]",
-                f"stages.1.training.batch_seconds={batch}",
+                f"stages.2.training.batch_seconds={batch}",
             ]  # fmt: skip
-            rates.append(measure(plan_stage(recipe_stages(overrides)[1], own), 2.7, steps=8))
+            rates.append(measure(plan_stage(recipe_stages(overrides)[2], own), 2.7, steps=8))
         ratios.append(rates[0] / rates[1])
     assert median(ratios) == pytest.approx(1, abs=0.25), ratios
 

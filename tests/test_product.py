@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text()
 SHORT = (
     "data.max_train_samples=90 'data.train=[{{path: {manifest}}}]' training.logging_steps=5 "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
-    "stages.1.training.max_steps=6 "
+    "stages.1.training.max_steps=10 stages.2.training.max_steps=6 "
 )
 
 
@@ -67,9 +67,9 @@ def logged(workplace: Path, stage: str) -> list[dict]:
 
 
 def test_short_run_learns(workplace):
-    losses = [row["loss"] for row in logged(workplace, "align")]
+    losses = [row["loss"] for row in logged(workplace, "characters")]
     assert losses[-1] < 0.7 * losses[0]
-    for stage in ("align", "decoder"):
+    for stage in ("characters", "align", "decoder"):
         for row in logged(workplace, stage):
             assert 0 < row["grad_norm"] < float("inf")
             assert 0 <= row["padding"] < 0.5
@@ -216,7 +216,7 @@ def test_readme_remote_overrides_are_accepted():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.learning_rate=1", "overruled by stage align: set stages.0.training"),
+        ("training.learning_rate=1", "overruled by stage characters: set stages.0.training"),
         ("training.lerning_rate=1", "did you mean 'learning_rate'"),
     ],
 )
@@ -258,7 +258,7 @@ def test_the_quickstart_is_told_to_stop_and_saves(workplace, real_bases, tmp_pat
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 75, said[-2000:]
     assert "SIGTERM: saved; the same command continues" in said and "Traceback" not in said
-    assert list((tmp_path / "run/align").glob("checkpoint-*"))
+    assert list((tmp_path / "run/characters").glob("checkpoint-*"))
 
 
 @pytest.fixture(scope="session")

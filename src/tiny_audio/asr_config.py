@@ -30,6 +30,7 @@ DECODING_DEFAULTS: dict[str, Any] = {
     "open_character": 2.5,  # price of each character of a word that the lexicon lacks
     "proposals": 8,  # texts that the decoder scores, at most
     "margin": 6.0,  # how far below the best of them a text may lie
+    "prior": 0.4,  # weight of n-gram, word bonus and prices beside the decoder's scores
     "decoder": 0.5,  # weight of log p(text | audio), by the trained decoder
     "language_model": 0.0,  # weight of log p(text), by the decoder as it came
     "decoder_word": 0.0,  # bonus of each word beside those two, which prefer short texts

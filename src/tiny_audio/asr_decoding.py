@@ -126,9 +126,10 @@ class Candidate:
     def score(self, weights: dict[str, Any]) -> float:
         """All of it, with `ASRConfig.decoding`'s weights."""
         words = len(self.proposal.text.split())
+        heard = self.proposal.ctc + weights["prior"] * self.proposal.prior
         fluent = weights["decoder"] * self.decoder
         fluent += weights["language_model"] * self.language_model
-        return self.proposal.score + fluent + weights["decoder_word"] * words
+        return heard + fluent + weights["decoder_word"] * words
 
 
 @dataclass

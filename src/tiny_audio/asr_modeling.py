@@ -225,7 +225,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             `loss` (scalar) and `logits`: (label positions, vocab), or (b, s, vocab).
         """
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
-        frames, lengths = self.projector(hidden, steps)
+        if ctc_loss_weight or decoder_loss_weight or labels is None:
+            frames, lengths = self.projector(hidden, steps)
         embedding = self.get_input_embeddings().weight
         losses: list[Tensor] = []
         logits: Any = None

@@ -515,6 +515,7 @@ def freeze_idle(model: Any, settings: dict[str, Any]) -> None:
     decoded, posteriors = settings["decoder_loss_weight"], model.config.bridge == "posteriors"
     idle = {"characters": not settings["character_loss_weight"], "residual": not decoded}
     idle["ctc"] = not settings["ctc_loss_weight"] and not (posteriors and decoded)
+    idle["projector"] = not settings["ctc_loss_weight"] and not decoded
     for name, parameter in model.named_parameters():
         if not rates[part_of(name)] or idle.get(name.split(".")[0]):
             parameter.requires_grad_(False)

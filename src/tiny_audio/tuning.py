@@ -26,12 +26,13 @@ FIRST_PASS = {
     "open_character": (1.5, 2.5, 4.0),
 }
 SECOND_PASS = {
+    "prior": (0.2, 0.4, 0.6, 0.8, 1.0),
     "decoder": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
     "language_model": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
     "decoder_word": (0.0, 0.5, 1.0, 1.5, 2.0),
 }
 TUNED = (*FIRST_PASS, *SECOND_PASS)
-WORTH = 0.1  # points of expected WER
+WORTH = 0.75  # points of expected WER: a second pass of the decoder takes as long as the first
 
 
 def tune(
@@ -48,7 +49,7 @@ def tune(
     Returns:
         `expected_wer` in percent by what is used beside the search: nothing ("first_pass"), the
         decoder as it came ("language_model"), the trained one ("decoder") or "both", with the best
-        weights of each. Both are chosen only if they gain `WORTH` points: they cost two passes.
+        weights of each. Both are chosen only if they gain `WORTH` points.
     """
     settings, normal = model.config.decoding, normalizer(language)
     clips = list(encoded(model, data, batch_seconds))
@@ -84,7 +85,7 @@ def tune(
         found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
         costs[weights] = 100 * found / total
     choices = {"first_pass": {"expected_wer": best}}
-    for name, ruled_out in (("language_model", 0), ("decoder", 1), ("both", None)):
+    for name, ruled_out in (("language_model", 1), ("decoder", 2), ("both", None)):
         allowed = [w for w in costs if ruled_out is None or not w[ruled_out]]
         weights = min(allowed, key=costs.__getitem__)
         choices[name] = dict(zip(SECOND_PASS, weights, strict=True))
@@ -103,9 +104,16 @@ def expected(scores: np.ndarray, errors: np.ndarray) -> float:
 
 
 def score_parts(some: list[Candidate]) -> np.ndarray:
-    """What `Candidate.score` adds up, of n candidates: (n, 4)."""
+    """What `Candidate.score` adds up, of n candidates: (n, 5)."""
     rows = [
-        (c.proposal.score, c.decoder, c.language_model, len(c.proposal.text.split())) for c in some
+        (
+            c.proposal.ctc,
+            c.proposal.prior,
+            c.decoder,
+            c.language_model,
+            len(c.proposal.text.split()),
+        )
+        for c in some
     ]
     return np.array(rows, float)
 
