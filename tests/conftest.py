@@ -364,6 +364,7 @@ def compose_in(tiny_bases, corpus):
                     f"run.output_dir={folder / output}",
                     "training.dataloader_num_workers=0",
                     "data.disturb=0",  # lengths stay what they are
+                    "data.words=null",
                     "training.logging_steps=1",
                     "training.save_steps=1000",
                     "training.eval_strategy=no",

@@ -13,9 +13,11 @@ from tiny_audio.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import SAMPLE_RATE
 from tiny_audio.asr_search import PrefixSearch, SearchSettings
+from tiny_audio.data import DataError
+from tiny_audio.train import read_words
 
 ALPHABET = list(b" ab")
-NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], ["bb"])
+NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})
 WHOLE = SearchSettings(  # nothing is pruned
     beams=400, temperature=1.0, candidates=3, ngram=0.7, word=0.3, open_character=0.9
 )
@@ -99,7 +101,7 @@ def test_empty_audio_is_empty_text():
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_ngram_sums_to_one_and_is_kept_by_its_file(tmp_path, order):
     sentences = [text.lower().split() for text in TEXTS]
-    ngram = build_ngram(sentences, ["unseen"], order)
+    ngram = build_ngram(sentences, {"unseen": 5, "rarer": 1}, order)
     ids = torch.tensor([i for i, word in enumerate(ngram.words) if word != "<s>"])
     for context in range(len(ngram.backoff)):
         log_probs, _ = ngram.score(torch.full_like(ids, context), ids)
@@ -108,6 +110,24 @@ def test_the_ngram_sums_to_one_and_is_kept_by_its_file(tmp_path, order):
     again = load_arpa(tmp_path / "n.arpa.gz")
     for sentence in [*sentences, ["unseen", "never", "seen"], []]:
         assert again.score_text(sentence) == pytest.approx(ngram.score_text(sentence), abs=1e-3)
+
+
+def test_words_from_elsewhere_share_by_their_counts():
+    ngram = build_ngram([["go", "on"], ["go"]], {"muted": 30, "unmuted": 10, "on": 1})
+    once = {word: ngram.score_text([word]) for word in ("muted", "unmuted", "on")}
+    assert np.exp(once["muted"] - once["unmuted"]) == pytest.approx(3, abs=1e-3)
+    assert once["on"] > once["muted"]  # what was said counts for more
+
+
+def test_a_list_of_words_is_checked(tmp_path):
+    path = tmp_path / "words.tsv"
+    path.write_text("muted\t30\nbluetooth\t7\n")
+    assert read_words(path) == {"muted": 30.0, "bluetooth": 7.0}
+    path.write_text("muted\t30\nbluetooth\n")
+    with pytest.raises(DataError, match=r"words\.tsv, line 2 is no word, tab and count"):
+        read_words(path)
+    with pytest.raises(DataError, match="no such file"):
+        read_words(tmp_path / "none.tsv")
 
 
 def test_a_file_that_is_no_ngram_is_named(tmp_path):
@@ -169,7 +189,7 @@ def test_one_proposal_is_the_first_pass(build, clips):
     processor, model = build("whisper")
     first = decode_all(model, processor, clips, decode="ctc")
     assert decode_all(model, processor, clips, decoding={"proposals": 1}) == first
-    nothing = {"decoder": 0.0, "language_model": 0.0, "margin": 1e9}
+    nothing = {"decoder": 0.0, "language_model": 0.0, "prior": 1.0, "margin": 1e9}
     assert decode_all(model, processor, clips, decoding=nothing) == first
     chosen = decode_all(model, processor, clips, decoding={"decoder": 5.0, "margin": 1e9})
     assert chosen != first, "the decoder changed nothing: this shows nothing"
@@ -213,4 +233,4 @@ def test_a_clip_of_60_ms_and_no_known_word(build):
     assert pipe(babble(2.0, 1))["text"]
     model.ngram = None  # a script without spaces
     assert pipe(babble(2.0, 1))["text"]
-    assert pipe(np.zeros(SAMPLE_RATE, np.float32)) == {"text": ""}
+    assert pipe(np.zeros(SAMPLE_RATE, np.float32))["text"] == ""

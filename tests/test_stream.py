@@ -63,8 +63,8 @@ def test_every_example_once_an_epoch(two_sources, processor, block, weight):
     stream = stream_of(sources, processor, block=block)
     batches = one_epoch(stream)
     ids = Counter(id for batch in batches for id in batch["ids"])
-    assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}": 1 for i in range(4)}}
-    assert [item["id"] for batch in batches for item in batch["dropped"]] == ["other4"]
+    assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}@1": 1 for i in range(4)}}
+    assert [item["id"] for batch in batches for item in batch["dropped"]] == ["other4@1"]
     for batch in batches:
         assert batch["input_features"].shape[-1] / 100 * len(batch["ids"]) <= 6.0 + 0.1 * 12
 
@@ -106,7 +106,19 @@ def test_processes_share_a_stream(two_sources, processor):
     for rank in range(3):
         for batch in one_epoch(stream_of(two_sources, processor, block=4, rank=rank, world=3)):
             ids.update(batch["ids"])
-    assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}": 1 for i in range(4)}}
+    assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}@1": 1 for i in range(4)}}
+
+
+def test_the_same_ids_in_two_sources_are_two_clips(two_sources, processor):
+    batches = one_epoch(stream_of([two_sources[1], two_sources[1]], processor, block=4))
+    assert sorted(id for batch in batches for id in batch["ids"]) == sorted(
+        f"other{i}{source}" for i in range(4) for source in ("", "@1")
+    )
+    dropped = Dropped()
+    for batch in batches:
+        for item in batch["dropped"]:
+            dropped.add(item["id"], item["reason"])
+    assert dropped.counts.total() == 2
 
 
 def test_max_train_samples_is_an_epoch(two_sources, processor):

@@ -7,7 +7,7 @@ ARPA file beside the weights: any toolkit's n-gram may take its place.
 import gzip
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter
 
 def build_ngram(
     sentences: Iterable[Sequence[str]],
-    extra_words: Iterable[str] = (),
+    counts_elsewhere: Mapping[str, float] | None = None,
     order: int = 2,
     discount: float = 0.75,
 ) -> NGram:
@@ -135,20 +135,26 @@ def build_ngram(
 
     Args:
         sentences: the transcripts, in words.
-        extra_words: further words of the vocabulary, which share what the discount leaves over.
+        counts_elsewhere: how often words are met in other text. What the discount leaves over is
+            shared in proportion to them; a word that is not among them has the least of them.
         order: longest n-gram, in words.
         discount: taken off every count, and given to the words that were not seen.
     """
     counts = count_ngrams(sentences, order)
     seen = {word for (word,), _ in counts[0].most_common(MOST_WORDS)} - {START}
-    words = [*sorted(seen | {*extra_words} | {END, UNKNOWN}), START]
+    elsewhere = counts_elsewhere or {}
+    words = [*sorted(seen | elsewhere.keys() | {END, UNKNOWN}), START]
     id_of = {word: i for i, word in enumerate(words)}
     total = sum(counts[0][word,] for word in seen)
     left = discount * len(seen) / total if total else 1.0
+    least = min(elsewhere.values(), default=1.0)
+    share = {word: elsewhere.get(word, least) for word in words[:-1]}
+    share[END] = share[UNKNOWN] = sum(share.values()) / len(share)
+    whole = sum(share.values())
     table = Table()
     for word in words[:-1]:  # a sentence starts once: no word is followed by its start
         kept = max(counts[0][word,] - discount, 0.0) / max(total, 1)
-        table.arcs[0, id_of[word]] = math.log(kept + left / (len(words) - 1))
+        table.arcs[0, id_of[word]] = math.log(kept + left * share[word] / whole)
     for n in range(2, order + 1):
         following: dict[tuple[str, ...], list[tuple[str, int]]] = {}
         for ngram, count in counts[n - 1].most_common(MOST_NGRAMS):

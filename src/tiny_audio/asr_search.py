@@ -89,10 +89,10 @@ class Lexicon:
                     words.append(ngram.unknown)
                 node = children[node][character]
             words[node] = i
-        self.child = torch.full((len(children), len(alphabet) + 1), OPEN)
+        child = np.full((len(children), len(alphabet) + 1), OPEN, np.int32)
         for node, after in enumerate(children):
-            for character, target in after.items():
-                self.child[node, character] = target
+            child[node, list(after)] = list(after.values())
+        self.child = torch.from_numpy(child)
         self.word = torch.tensor(words)
 
     def to(self, device: Any) -> "Lexicon":
@@ -238,7 +238,7 @@ class PrefixSearch:
         node, depth = torch.full_like(new, OPEN), (old.depth + 1).expand_as(new)
         if self.lexicon:
             is_open = old.node == OPEN
-            child = self.lexicon.child[beams.node.clamp(min=0)].gather(2, new)
+            child = self.lexicon.child[beams.node.clamp(min=0)].gather(2, new).long()
             node = torch.where(is_open, OPEN, child)
             leaves = (node == OPEN) & ~is_open
             prices = torch.where(leaves, depth, (node == OPEN).long())

@@ -121,10 +121,13 @@ class SpeechStream(Clips, IterableDataset):
         end = min(count + self.block, self.max_train_samples or float("inf"))
         while count < end and not all(reader.over for reader in readers):
             weights = np.array([r.source["weight"] * (not r.over) for r in readers], float)
-            example = readers[int(rng.choice(len(readers), p=weights / weights.sum()))].read()
+            which = int(rng.choice(len(readers), p=weights / weights.sum()))
+            example = readers[which].read()
             if example is None:
                 continue
             count += 1
+            if which:  # two sources may have the same ids
+                example.id += f"@{which}"
             if refusal := self.admit(example):
                 dropped.append(refusal)
             else:

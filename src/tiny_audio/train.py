@@ -35,7 +35,7 @@ from .asr_config import ASRConfig, check_keys
 from .asr_modeling import NGRAM, WEIGHTS, ASRModel
 from .asr_ngram import NGram, build_ngram, load_arpa
 from .asr_processing import ASRProcessor
-from .data import Dropped, Example, Reader, SpeechDataset, read_log
+from .data import DataError, Dropped, Example, Reader, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .plan import describe, expected_cost
@@ -57,7 +57,7 @@ from .tuning import TUNED, tune
 CONFIGS = Path(__file__).resolve().parent / "configs" / "hydra"
 FINISHED, TUNING = "finished.json", "tuning.json"
 LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces
-LEAST_WORD = 3  # letters of a token that is taken for a word
+LEAST_WORD = 3  # letters of a word that no transcript holds
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
@@ -69,7 +69,8 @@ OWN_TRAINING_KEYS = set(
 FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
 FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
 # Settings of the data group that choose what is read; every other one is an option of `Clips`.
-OWN_DATA_KEYS = set("train eval streaming block vocabulary_rows max_dropped_fraction".split())
+OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows".split())
+OWN_DATA_KEYS.add("max_dropped_fraction")
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -212,20 +213,48 @@ def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
     return sorted(tokens), sorted(spoken | (written & set(b"'")))
 
 
-def transcript_ngram(processor: ASRProcessor, examples: Iterable[Example]) -> NGram | None:
+def transcript_ngram(
+    processor: ASRProcessor, examples: Iterable[Example], words: Path | None = None
+) -> NGram | None:
     """The n-gram of the training transcripts, as the character head spells them.
 
-    Its vocabulary holds the decoder's whole words too: tokens of lower-case letters with a space
-    before them. None for a script that puts no spaces between words.
+    Its vocabulary holds the words of the list `words` too, see `read_words`, or where there is
+    none the decoder's whole words: tokens of lower-case letters with a space before them.
+    None for a script that puts no spaces between words.
     """
     sentences = [processor.spoken(example.text).split() for example in examples]
-    words = [word for sentence in sentences for word in sentence]
-    if not words or sum(map(len, words)) > LONGEST_MEAN_WORD * len(words):
+    lengths = [len(word) for sentence in sentences for word in sentence]
+    if not lengths or sum(lengths) > LONGEST_MEAN_WORD * len(lengths):
         return None
-    tokens = (token[1:] for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
+    if words is None:
+        tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
+        counts = {token[1:]: 1.0 for token in tokens if token[1:].isalpha()}
+    else:
+        counts = read_words(words)
     known = {*processor.alphabet}
-    whole = (token for token in tokens if len(token) >= LEAST_WORD and token.isalpha())
-    return build_ngram(sentences, {word for word in whole if {*word.encode()} <= known})
+    elsewhere = {
+        word: count
+        for word, count in counts.items()
+        if len(word) >= LEAST_WORD and {*word.encode()} <= known
+    }
+    return build_ngram(sentences, elsewhere)
+
+
+def read_words(path: Path) -> dict[str, float]:
+    """Words and how often they are met in other text, from a file with "word<TAB>count" a line.
+
+    Raises:
+        DataError: naming the line that is not like that.
+    """
+    if not path.is_file():
+        raise DataError(f"data.words={path}: no such file")
+    counts = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        word, _, count = line.partition("\t")
+        if not word or not count.strip().isdigit() or int(count) < 1:
+            raise DataError(f"{path}, line {number} is no word, tab and count: {line[:60]!r}")
+        counts[word] = float(count)
+    return counts
 
 
 def fit_device(training: DictConfig) -> None:
@@ -297,7 +326,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
     model = build_model(cfg, processor, heads, start)
     if model.characters is not None and model.ngram is None:
-        model.ngram = transcript_ngram(processor, texts)
+        words = cfg.data.words and Path(cfg.data.words).expanduser()
+        model.ngram = transcript_ngram(processor, texts, words)
     freeze_idle(model, settings)
     print(describe(model))
     gflop, cost = expected_cost(model, settings, [] if streamed else data.examples)

