@@ -30,7 +30,8 @@ from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.batches import LengthBatchSampler
 from tiny_audio.commands import assets
 from tiny_audio.commands.plan import recipe_stages
-from tiny_audio.data import Clips, Dropped, read_source
+from tiny_audio.data import Clips, Dropped
+from tiny_audio.manifests import read_source
 from tiny_audio.stream import START, SpeechStream
 from tiny_audio.train import CONFIGS, build_processor
 

@@ -50,7 +50,7 @@ from tiny_audio.asr_pipeline import split_blocks
 from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.commands.transcribe import load_pipeline
-from tiny_audio.data import Example
+from tiny_audio.manifests import Example
 from tiny_audio.train import CONFIGS, transcript_ngram
 
 TEXTS = (

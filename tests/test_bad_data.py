@@ -13,7 +13,8 @@ from conftest import babble, tone, write_audio, write_manifest
 
 from tiny_audio import train as recipe
 from tiny_audio.commands.data import main as check_data
-from tiny_audio.data import Dropped, SpeechDataset, read_source
+from tiny_audio.data import Dropped, SpeechDataset
+from tiny_audio.manifests import read_source
 
 READ = "unreadable audio"
 BASES = [(f"model.{part}_model_name", "model", f"{part}_model_name") for part in

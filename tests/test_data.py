@@ -15,16 +15,9 @@ from torch.utils.data import DataLoader
 from tiny_audio import data as data_module
 from tiny_audio import frames
 from tiny_audio.batches import LengthBatchSampler
-from tiny_audio.data import (
-    DataError,
-    Dropped,
-    Reader,
-    SpeechDataset,
-    header_seconds,
-    prepare_text,
-    read_source,
-)
+from tiny_audio.data import Dropped, SpeechDataset, prepare_text
 from tiny_audio.frames import Frames, cache_encoder_frames
+from tiny_audio.manifests import DataError, Example, Reader, header_seconds, read_source
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +338,7 @@ def test_token_budget_is_exact(processor):
             ([7] * ((frames + 1) // 2), True),
             ([7] * ((frames + 1) // 2 + 1), False),
         ):
-            example = data_module.Example("a", None, "text", seconds, target)
+            example = Example("a", None, "text", seconds, target)
             assert data.fits(example) == fits
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_audio import train as recipe
 from tiny_audio.asr_modeling import WEIGHTS
 from tiny_audio.batches import LengthBatchSampler
-from tiny_audio.trainer import LOG, read_log
+from tiny_audio.data import read_log
+from tiny_audio.run_log import LOG
 
 
 @pytest.mark.parametrize("world", [2, 3])

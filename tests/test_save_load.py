@@ -23,7 +23,8 @@ from tiny_audio.asr_config import ASRConfig
 from tiny_audio.asr_modeling import CODE, WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor, load_audio
-from tiny_audio.trainer import LOG, read_log
+from tiny_audio.data import read_log
+from tiny_audio.run_log import LOG
 
 # The last positions: a transcript. Before it the number of positions depends on the bridge, which
 # leaves out blank frames.

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from tiny_audio import train as recipe
 from tiny_audio.asr_modeling import WEIGHTS
-from tiny_audio.data import DataError, Dropped
+from tiny_audio.data import Dropped, read_log
+from tiny_audio.manifests import DataError
+from tiny_audio.run_log import LOG
 from tiny_audio.stream import SpeechStream
-from tiny_audio.trainer import LOG, read_log
 
 
 @pytest.fixture(scope="module")

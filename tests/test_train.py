@@ -19,7 +19,7 @@ from tiny_audio import train as recipe
 from tiny_audio.asr_modeling import WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor
-from tiny_audio.data import DataError
+from tiny_audio.manifests import DataError
 from tiny_audio.trainer import ASRTrainer, Preempted
 
 

@@ -14,27 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
+from .asr_bases import add_lora, is_trained, load_base
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_decoding import TextTree, score_trees
-from .asr_encoder import (
-    build_encoder,
-    encoder_class,
-    has_ctc_head,
-    mask_group_norm,
-    read_ctc_head,
-    run_encoder,
-)
+from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram, load_arpa, save_arpa
 from .asr_projector import AudioProjector
 from .asr_search import PrefixSearch, SearchSettings
@@ -42,8 +35,6 @@ from .asr_search import PrefixSearch, SearchSettings
 WEIGHTS = "model.safetensors"
 NGRAM = "ngram.arpa.gz"  # of the training transcripts, beside the weights
 SPARE_TOKENS = 8  # a clip may have one token for each projected frame, and these
-# Parameters that a checkpoint of the base model may lack: used only by SpecAugment in training.
-MAY_BE_MISSING = {"masked_spec_embed", "encoder.masked_spec_embed"}
 
 
 class ASRModel(PreTrainedModel, GenerationMixin):
@@ -469,36 +460,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             OSError: when a base model is not found.
             ValueError: when a base model lacks weights.
         """
-        loaded, own_head = [], None
-        where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
-        for part in ("encoder", "decoder"):
-            name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
-            kind, extra = AutoModelForCausalLM, dict[str, Any]()
-            file = Path(str(cached_file(name, "config.json", revision=revision, **where)))
-            if file.parts[-3:-2] == ("snapshots",):  # the Hub's cache: the folder is the commit
-                revision = file.parts[-2]
-            if part == "encoder":
-                base = AutoConfig.from_pretrained(name, revision=revision, **where)
-                kind, extra = encoder_class(base)
-            model, info = kind.from_pretrained(  # type: ignore[misc]
-                name,
-                revision=revision,
-                dtype=dtype or torch.float32,
-                output_loading_info=True,
-                **extra,
-                **kwargs,
-            )
-            if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
-                raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
-            if part == "encoder" and has_ctc_head(base):
-                if config.ctc_alphabet and config.ctc_direct is None:
-                    own_head = read_ctc_head(
-                        model, config.ctc_alphabet, name, revision=revision, **where
-                    )
-                model = model.base_model
-            loaded.append(model)
-            setattr(config, f"{part}_revision", revision)
-        encoder, decoder = loaded
+        encoder, own_head = load_base(config, "encoder", dtype, **kwargs)
+        decoder, _ = load_base(config, "decoder", dtype, **kwargs)
         config.audio_config, config.text_config = encoder.config, decoder.config
         embeddings = decoder.get_input_embeddings().weight.detach()
         config.projector_scale = embeddings.float().pow(2).mean().sqrt().item()
@@ -592,29 +555,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 expected[name].copy_(tensor)
 
 
-CODE = "asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram asr_pipeline".split()
-CODE += ["asr_processing", "asr_projector", "asr_search", "handler"]
+CODE = "asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram".split()
+CODE += ["asr_pipeline", "asr_processing", "asr_projector", "asr_search", "handler"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
 AUTO_CLASS_KEYS |= {"trust_remote_code", "code_revision"}
-
-
-def is_trained(name: str) -> bool:
-    """Whether a parameter of this name is trained, and so belongs in every checkpoint."""
-    return name.startswith(("projector.", "ctc.", "characters.", "residual.")) or ".lora_" in name
-
-
-def add_lora(module: nn.Module, settings: Any, part: str) -> None:
-    """Put LoRA (Hu et al. 2021, arXiv 2106.09685) on the named modules of `module`, in place.
-
-    Raises:
-        ValueError: when a target matches no module.
-    """
-    if not settings["r"]:
-        return
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in module.named_modules()}
-    for target in settings["target_modules"]:
-        if target not in leaves:
-            raise ValueError(f"{part} LoRA target {target!r} matches no module of the {part}")
-    inject_adapter_in_model(LoraConfig(**settings), module)

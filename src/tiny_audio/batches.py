@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from .data import DataError
+from .manifests import DataError
 
 
 def cut_batches(

@@ -16,7 +16,8 @@ from transformers import BatchFeature
 
 from .asr_processing import ASRProcessor
 from .batches import cut_batches
-from .data import Clips, DataError, Dropped, Example, Reader
+from .data import Clips, Dropped
+from .manifests import DataError, Example, Reader
 
 # `seen` counts the examples that were read, until it is all there are.
 START: dict[str, Any] = {"epoch": 0, "block": 0, "emitted": 0, "sources": None, "seen": 0}

@@ -35,22 +35,22 @@ from .asr_config import ASRConfig, check_keys
 from .asr_modeling import NGRAM, WEIGHTS, ASRModel
 from .asr_ngram import NGram, build_ngram, load_arpa
 from .asr_processing import ASRProcessor
-from .data import DataError, Dropped, Example, Reader, SpeechDataset, read_log
+from .data import Dropped, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
+from .manifests import DataError, Example, Reader
 from .plan import describe, expected_cost
 from .progress import quiet_libraries
+from .run_log import StepLine, start_trackers
 from .stream import SpeechStream
 from .trainer import (
     ASRTrainer,
-    StepLine,
     changed_settings,
     clean_exit,
     freeze_idle,
     full_disk_is_said,
     keep_recipe,
     last_checkpoint,
-    start_trackers,
 )
 from .tuning import TUNED, tune
 

@@ -3,15 +3,13 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +27,16 @@ from .asr_config import IGNORE
 from .asr_decoding import transcribe
 from .asr_modeling import WEIGHTS
 from .batches import LengthBatchSampler
-from .data import ENOUGH, DataError, Dropped, read_log
+from .data import ENOUGH, Dropped
 from .frames import return_freed_memory
 from .hub import PushError, one_line
+from .manifests import DataError
 from .plan import GPUS, gpu_of
-from .progress import clock
 from .scoring import score
 from .stream import SpeechStream
 
 # Passed to `forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
-LOG = "log.jsonl"
 NO_SPACE = 2**20  # bytes left on a disk on which nothing can be saved
 
 
@@ -287,132 +284,6 @@ class Preemption(TrainerCallback):
             signal.signal(number, handler)
         if self.signal:
             raise Preempted(self.signal)
-
-
-class StepLine(TrainerCallback):
-    """Prints a line for each log and appends it to `log.jsonl`; draws the curves as it goes.
-
-    Args:
-        folder: of the stage.
-        stages: names of all stages, whose curves are in `curves.png` beside their folders.
-        price: of an hour, in any currency; None: no cost is said.
-    """
-
-    def __init__(self, folder: Path, stages: Sequence[str], price: float | None) -> None:
-        self.path, self.stages, self.price = folder / LOG, stages, price
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; lines of steps that a resumed run makes again are taken out."""
-        self.started, self.first_step = time.monotonic(), state.global_step
-        if not state.is_world_process_zero:
-            return
-        rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.before = rows[-1]["seconds"] if rows else 0.0  # spent before this start
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
-        """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA, cost."""
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs or ()):
-            return
-        spent = time.monotonic() - self.started
-        row = {"step": state.global_step, "seconds": self.before + spent}
-        row |= {key: float(value) for key, value in logs.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if "eval_loss" in logs:
-            print(
-                f"step {state.global_step:>5}: evaluation loss {logs['eval_loss']:.3f}, "
-                f"WER {logs['eval_wer']:.1f} % of {logs['eval_clips']} clips",
-                flush=True,
-            )
-            return
-        done = max(1, state.global_step - self.first_step)
-        left = spent / done * (state.max_steps - state.global_step)
-        parts = [
-            f"step {state.global_step:>5}/{state.max_steps} "
-            f"{100 * state.global_step / state.max_steps:3.0f} %",
-            f"loss {row['loss']:.3f}",
-            f"lr {row['learning_rate']:.1e}",
-            f"{row['audio_seconds_per_second']:.0f} s audio/s",
-            f"padding {100 * row['padding']:.1f} %",
-            f"waiting {100 * row['waiting']:.0f} %",
-            f"dropped {row['dropped']:.0f}",
-            *([f"MFU {100 * row['mfu']:.0f} %"] if "mfu" in row else []),
-            f"ETA {clock(left)}",
-        ]
-        if self.price is not None:
-            spent_now, in_all = ((self.before + spent + x) / 3600 * self.price for x in (0, left))
-            parts.append(f"cost {spent_now:.2f} of {in_all:.2f}")
-        print(" | ".join(parts), flush=True)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the curves beside the checkpoint."""
-        if state.is_world_process_zero:
-            draw_curves(self.path.parents[1], self.stages)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the curves once more."""
-        self.on_save(args, state, control)
-
-
-def draw_curves(output: Path, stages: Sequence[str]) -> None:
-    """Write `curves.png`: loss, WER and learning rate of the stages under `output`."""
-    from matplotlib.figure import Figure  # not pyplot: no state, no window
-
-    logs = {stage: read_log(output / stage / LOG) for stage in stages}
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = (("loss", ("loss", "eval_loss")), ("WER %", ("eval_wer",)),
-              ("learning rate", ("learning_rate",)))  # fmt: skip
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
-        start = 0
-        for stage, rows in logs.items():
-            for key in keys:
-                points = [(start + row["step"], row[key]) for row in rows if key in row]
-                if points:
-                    style = "o-" if key.startswith("eval_") else "-"
-                    axes.plot(*zip(*points, strict=True), style, ms=3, lw=1, label=f"{stage} {key}")
-            start += max((row["step"] for row in rows), default=0)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=7)
-    figure.savefig(output / "curves.tmp.png", dpi=110)
-    (output / "curves.tmp.png").replace(output / "curves.png")
-
-
-def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[str]:
-    """Names of the trackers that a stage reports to, started; what cannot be started is said.
-
-    `wanted` None: wandb where it is installed and has a key (or WANDB_MODE=offline).
-    """
-    if wanted not in (None, "wandb", ["wandb"]):
-        return [] if wanted == "none" else [wanted] if isinstance(wanted, str) else list(wanted)
-    local = f"the log is in {folder / LOG}"
-    if find_spec("wandb") is None:
-        print(f"no wandb (pip install 'tiny-audio[wandb]'): {local}")
-        return []
-    import wandb
-
-    if not (os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key):
-        print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
-        return []
-    mark = folder / "wandb_id"  # a resumed run goes on in the same curve
-    if not mark.exists():
-        mark.write_text(secrets.token_hex(4))
-    try:
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tiny-audio"),
-            name=f"{folder.parent.name}/{folder.name}",
-            id=mark.read_text(),
-            resume="allow",
-            dir=str(folder.parent),
-            config=config,
-            settings=wandb.Settings(init_timeout=30),
-        )
-    except (wandb.Error, OSError) as error:
-        print(f"wandb cannot be reached ({type(error).__name__}): {local}")
-        return []
-    return ["wandb"]
 
 
 @contextmanager

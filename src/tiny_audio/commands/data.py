@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from ..batches import LengthBatchSampler
-from ..data import Clips, DataError, Dropped
+from ..data import Clips, Dropped
 from ..hub import one_line
+from ..manifests import DataError
 from ..train import build_processor, read_data
 from . import parser_of
 from .plan import recipe_stages

@@ -29,8 +29,9 @@ from huggingface_hub import dataset_info
 from ..asr_config import DECODE
 from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
 from ..batches import cut_batches
-from ..data import SOURCE, DataError, Example, read_log, read_source
+from ..data import read_log
 from ..hub import git_hash, one_line
+from ..manifests import SOURCE, DataError, Example, read_source
 from ..progress import progress_bar
 from ..scoring import count, normalizer, score
 from . import parser_of

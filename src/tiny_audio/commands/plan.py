@@ -30,8 +30,9 @@ from ..asr_modeling import ASRModel
 from ..data import read_log
 from ..hub import one_line
 from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
+from ..run_log import LOG
 from ..train import compose_recipe, lora_from, run_stage, stage_configs
-from ..trainer import LOG, freeze_idle
+from ..trainer import freeze_idle
 from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}

@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.utils import logging
 
-from ..data import read_source
 from ..hub import git_hash, model_card
+from ..manifests import read_source
 from ..progress import clock, quiet_libraries
 from ..train import FINISHED, TUNING, compose_recipe, train
 from ..trainer import clean_exit
