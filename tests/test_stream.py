@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, babble, write_audio, write_manifest
+from datasets import load_dataset
 from safetensors.torch import load_file
 
 from tiny_audio import train as recipe
 from tiny_audio.asr_modeling import WEIGHTS
 from tiny_audio.data import Dropped, read_log
-from tiny_audio.manifests import DataError
+from tiny_audio.manifests import DataError, Shards
 from tiny_audio.run_log import LOG
 from tiny_audio.stream import SpeechStream
 
@@ -108,6 +109,50 @@ def test_processes_share_a_stream(two_sources, processor):
         for batch in one_epoch(stream_of(two_sources, processor, block=4, rank=rank, world=3)):
             ids.update(batch["ids"])
     assert ids == {**{f"clip{i}": 1 for i in range(12)}, **{f"other{i}@1": 1 for i in range(4)}}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A streaming dataset of 12 shards, each of a source of its own with 5 to 16 rows."""
+    folder = tmp_path_factory.mktemp("shards")
+    for i in range(12):
+        rows = [{"source": i, "row": j} for j in range(5 + i)]
+        (folder / f"{i:02}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = sorted(map(str, folder.iterdir()))
+    return lambda: load_dataset("json", data_files=files, split="train", streaming=True)
+
+
+def numbers(shards) -> list[tuple[int, int]]:
+    return [(row["source"], row["row"]) for row in shards]
+
+
+def test_shards_are_mixed_in_an_order_of_their_own_each_epoch(sharded):
+    first, other, next_epoch = (
+        numbers(Shards(sharded(), draw)) for draw in ((0, 0), (1, 0), (0, 1))
+    )
+    everything = sorted((i, j) for i in range(12) for j in range(5 + i))
+    assert sorted(first) == sorted(other) == sorted(next_epoch) == everything
+    assert first == numbers(Shards(sharded(), (0, 0)))
+    assert first != other and first != next_epoch
+    assert len({source for source, _ in first[:16]}) >= 8  # not one source after the other
+
+
+@pytest.mark.parametrize("stop", [0, 1, 30, 77, 125])
+def test_shards_go_on_where_they_stopped(sharded, stop):
+    whole = numbers(Shards(sharded(), (3, 0)))
+    shards = Shards(sharded(), (3, 0))
+    before = numbers(islice(shards, stop))
+    state = json.loads(json.dumps(shards.state()))
+    assert before + numbers(Shards(sharded(), (3, 0), state=state)) == whole
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_share_shards(sharded, world):
+    """Their own ones, or every world-th row where 12 cannot be shared evenly."""
+    shares = [numbers(Shards(sharded(), (0, 0), rank, world)) for rank in range(world)]
+    whole = numbers(Shards(sharded(), (0, 0)))
+    assert sorted(row for share in shares for row in share) == sorted(whole)
+    assert all(len(share) > len(whole) / world / 2 for share in shares)
 
 
 def test_the_same_ids_in_two_sources_are_two_clips(two_sources, processor):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
@@ -42,6 +43,7 @@ USUAL_COLUMNS = {
     "audio": ("path", "file", "file_name", "filename", "audio_path", "audio_filepath", "wav"),
     "text": ("sentence", "transcription", "transcript", "normalized_text", "raw_text"),
 }
+SHARDS_AT_ONCE = 8  # of a stream
 AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # beside a manifest, where its files may lie
 
 
@@ -144,24 +146,86 @@ def choose_columns(source: dict[str, Any], columns: Sequence[str]) -> None:
         print(f"{source['path']}: the {key} is read from column {found!r}")
 
 
+class Shards:
+    """The rows of a stream whose shards are read in a drawn order, several at a time.
+
+    A corpus is often sorted by its sources: in file order one source would be seen after the other.
+
+    Args:
+        rows: a streaming dataset.
+        draw: seed and epoch, which fix the order.
+        rank, world: of this process. Each reads shards of its own where they can be shared evenly,
+            else every world-th row, in file order.
+        state: to go on from, see `state`.
+    """
+
+    def __init__(
+        self, rows: Any, draw: tuple[int, int], rank: int = 0, world: int = 1, state: Any = None
+    ) -> None:
+        self.rows, self.count = rows, rows.num_shards
+        if self.count % world:
+            self.rows, self.count = split_dataset_by_node(rows, rank, world), 1
+            rank, world = 0, 1
+        order = np.random.default_rng(draw).permutation(self.count)
+        self.order: list[int] = order[rank::world].tolist()
+        self.opened, self.turn = 0, 0
+        self.parts: list[tuple[int, Any, Iterator[Any]]] = []  # its number, its rows, its iterator
+        if state:
+            self.opened, self.turn = state["opened"], state["turn"]
+            self.parts = [self.part(number, at) for number, at in state["parts"]]
+
+    def part(self, number: int, state: Any = None) -> tuple[int, Any, Iterator[Any]]:
+        """A shard from a state on."""
+        rows = self.rows if self.count == 1 else self.rows.shard(self.count, number)
+        if state:
+            rows.load_state_dict(state)
+        return number, rows, iter(rows)
+
+    def state(self) -> dict[str, Any]:
+        """What to go on from, in JSON's types."""
+        parts = [[number, rows.state_dict()] for number, rows, _ in self.parts]
+        return {"opened": self.opened, "turn": self.turn, "parts": parts}
+
+    def __iter__(self) -> "Shards":
+        return self
+
+    def __next__(self) -> Any:
+        while self.parts or self.opened < len(self.order):
+            while len(self.parts) < SHARDS_AT_ONCE and self.opened < len(self.order):
+                self.parts.append(self.part(self.order[self.opened]))
+                self.opened += 1
+            slot = self.turn % len(self.parts)
+            row = next(self.parts[slot][2], None)
+            if row is not None:
+                self.turn += 1
+                return row
+            del self.parts[slot]
+        raise StopIteration
+
+
 class Reader:
-    """One source, read in file order, from a `state` on: examples as they are, unchecked.
+    """One source, read from a `state` on: examples as they are, unchecked.
 
     Args:
         source: see `SOURCE`.
         streaming: read as it comes, by `world` processes that share it, of which this is `rank`.
+        draw: of a stream, see `Shards`.
 
     Raises:
         DataError: see `open_rows`.
     """
 
     def __init__(
-        self, source: Any, streaming: bool = False, state: Any = None, rank: int = 0, world: int = 1
+        self,
+        source: Any,
+        streaming: bool = False,
+        state: Any = None,
+        rank: int = 0,
+        world: int = 1,
+        draw: tuple[int, int] = (0, 0),
     ) -> None:
         self.source = complete(source)
         self.rows, self.folder = open_rows(self.source, streaming)
-        if world > 1:
-            self.rows = split_dataset_by_node(self.rows, rank, world)
         self.count, self.over = 0, False
         if state:
             if state["path"] != self.source["path"]:
@@ -169,12 +233,14 @@ class Reader:
                     f"the checkpoint stands in {state['path']}, not in {self.source['path']}"
                 )
             self.count, self.over = state["count"], state["over"]
-            self.rows.load_state_dict(state["rows"])
-        self.iterator = iter(self.rows)
+        at = state and state["rows"]
+        self.shards = Shards(self.rows, draw, rank, world, at) if streaming else None
+        self.iterator: Iterator[Any] = self.shards or iter(self.rows)
 
     def state(self) -> dict[str, Any]:
         """What to go on from, in JSON's types; of a stream."""
-        return {"rows": self.rows.state_dict(), "path": self.source["path"], "count": self.count,
+        assert self.shards
+        return {"rows": self.shards.state(), "path": self.source["path"], "count": self.count,
                 "over": self.over}  # fmt: skip
 
     def read(self) -> Example | None:

@@ -108,7 +108,7 @@ class SpeechStream(Clips, IterableDataset):
         """The sources, from a position on."""
         states = position["sources"] or [None] * len(self.sources)
         return [
-            Reader(source, True, state, self.rank, self.world)
+            Reader(source, True, state, self.rank, self.world, (self.seed, position["epoch"]))
             for source, state in zip(self.sources, states, strict=True)
         ]
 
