@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 LINE_SECONDS = 10.0  # between two lines where nobody watches
 LINE = (
-    "{desc}: {percentage:3.0f} %, {n_fmt} of {total_fmt}{postfix}, {elapsed} and {remaining} left\n"
+    "{desc}: {percentage:3.0f} %, {n_fmt} of {total_fmt}{postfix}, {remaining} left\n"
 )
 
 
