@@ -372,9 +372,10 @@ def compose_in(tiny_bases, corpus):
                     *overrides,
                 ],
             )
-        cfg.stages = cfg.stages[1:]  # both heads in one stage: two stages are enough here
-        cfg.stages[0].training.character_loss_weight = 1.0
-        del cfg.stages[0].training.eval_strategy
+        if len(cfg.stages) == 3:  # both heads in one stage: two stages are enough here
+            cfg.stages = cfg.stages[1:]
+            cfg.stages[0].training.character_loss_weight = 1.0
+            del cfg.stages[0].training.eval_strategy
         cfg.data.train = [{"path": str(manifest)}]
         cfg.data.eval = [{"path": str(manifest), "sample": 3}]
         for stage, count in zip(cfg.stages, steps, strict=True):

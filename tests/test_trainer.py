@@ -13,18 +13,19 @@ from conftest import write_manifest
 from safetensors.torch import load_file
 
 from tiny_audio import train as recipe
-from tiny_audio import trainer
 from tiny_audio.asr_config import IGNORE
 from tiny_audio.asr_modeling import WEIGHTS, ASRModel
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import ASRProcessor, load_audio
+from tiny_audio.data import read_log
+from tiny_audio.run_log import LOG
 from tiny_audio.scoring import score
 
 EVALUATED = ("training.eval_strategy=steps",)
 
 
 def rows_of(folder: Path, key: str) -> list[dict]:
-    return [row for row in trainer.read_log(folder / trainer.LOG) if key in row]
+    return [row for row in read_log(folder / LOG) if key in row]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,11 @@
 import ctypes
 import hashlib
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,8 +98,7 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     order.sort(key=lambda i: -data.examples[i].duration)
     bar = progress_bar(total=len(order), desc="encoding", unit="clip")
     with torch.inference_mode(), bar:
-        for start in range(0, len(order), READ_TOGETHER):
-            items = [data[i] for i in order[start : start + READ_TOGETHER]]
+        for items in read_ahead(data, order):
             for item in items:
                 if "features" not in item:
                     data.dropped.add(item["id"], item["reason"], item["detail"])
@@ -108,6 +110,19 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
                 encode_batch(model, processor, [good[row] for row in rows], frames)
             bar.update(len(items))
             return_freed_memory()
+
+
+def read_ahead(data: SpeechDataset, order: list[int]) -> Iterator[list[dict[str, Any]]]:
+    """Some hundred examples at a time, which are read while those before them are encoded."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        before: list[Any] = []
+        for start in range(0, len(order), READ_TOGETHER):
+            now = [pool.submit(data.read, data.examples[i])
+                   for i in order[start : start + READ_TOGETHER]]  # fmt: skip
+            if before:
+                yield [future.result() for future in before]
+            before = now
+        yield [future.result() for future in before]
 
 
 def encode_batch(

@@ -9,9 +9,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 LINE_SECONDS = 10.0  # between two lines where nobody watches
-LINE = (
-    "{desc}: {percentage:3.0f} %, {n_fmt} of {total_fmt}{postfix}, {remaining} left\n"
-)
+LINE = "{desc}: {percentage:3.0f} %, {n_fmt} of {total_fmt}{postfix}, {remaining} left\n"
 
 
 def progress_bar(**options: Any) -> tqdm:
