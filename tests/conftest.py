@@ -117,6 +117,24 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+# A tiny HuBERT, wav2vec2 or WavLM.
+WAVEFORM_SHAPE: dict[str, Any] = dict(  # noqa: C408
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    conv_dim=(16, 16, 16),
+    conv_kernel=(10, 8, 8),
+    conv_stride=(5, 8, 8),  # 320 samples a frame: 50 Hz, as the real one
+    conv_bias=True,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=2,
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+    initializer_range=0.1,
+)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with the chat tokens, in which every word of TEXTS is one token."""
     tokenizer = Tokenizer(models.BPE())
@@ -140,21 +158,7 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    hubert = HubertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(16, 16, 16),
-        conv_kernel=(10, 8, 8),
-        conv_stride=(5, 8, 8),  # 320 samples a frame: 50 Hz, as the real one
-        conv_bias=True,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-        initializer_range=0.1,
-    )
+    hubert = HubertConfig(**WAVEFORM_SHAPE)
     group = HubertConfig(  # HuBERT base and large-ls960 differ in the norm of their extractor
         **{**hubert.to_diff_dict(), "feat_extract_norm": "group", "conv_bias": False}
     )

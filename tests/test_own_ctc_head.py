@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_asr
+from conftest import WAVEFORM_SHAPE, build_asr
 from transformers import (
     HubertConfig,
     HubertForCTC,
@@ -36,23 +36,7 @@ def base(request, tmp_path_factory) -> Path:
     model_class, config_class = CLASSES[request.param]
     folder = tmp_path_factory.mktemp("ctc") / request.param
     torch.manual_seed(0)
-    config = config_class(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(16, 16, 16),
-        conv_kernel=(10, 8, 8),
-        conv_stride=(5, 8, 8),
-        conv_bias=True,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-        initializer_range=0.1,
-        vocab_size=len(SYMBOLS),
-        pad_token_id=0,
-    )
+    config = config_class(**WAVEFORM_SHAPE, vocab_size=len(SYMBOLS), pad_token_id=0)
     model = model_class(config)
     model.lm_head.weight.data.mul_(20)
     model.save_pretrained(folder)
