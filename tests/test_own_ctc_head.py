@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tiny_audio.asr_decoding import transcribe
+from tiny_audio.asr_encoder import UNHEARD, read_ctc_head
 from tiny_audio.asr_modeling import ASRModel
 
 CLASSES = {
@@ -86,6 +87,17 @@ def test_the_head_is_saved_and_trained(base, tiny_bases, tmp_path):
     model.characters.loss(hidden, steps, labels).backward()
     for part in (model.characters.direct, model.characters.output):
         assert part.weight.grad.abs().sum() > 0
+
+
+def test_half_a_letter_is_not_taken_for_a_letter(base, tmp_path):
+    """é is the bytes 195 and 169, and Latin-1 would read the first of them as Ã."""
+    folder = shutil.copytree(base, tmp_path / base.name)
+    symbols = [*SYMBOLS[:-2], "Ã", "©"]
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
+    model = CLASSES[base.name][0].from_pretrained(folder)
+    _, bias = read_ctc_head(model, [ord("a"), *"é".encode()], str(folder))
+    assert bias[1] != UNHEARD and (bias[2:] == UNHEARD).all()
 
 
 def test_an_encoder_without_a_head_leaves_it_out(tiny_bases):

@@ -435,6 +435,29 @@ def test_a_finished_model_is_continued_where_it_stopped(compose, tmp_path):
     assert_close(first / "decoder" / "final", second / "decoder" / "final")
 
 
+def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path, capsys):
+    first = recipe.train(compose(steps=(4, 4)))
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    foreign = corpus.with_name("foreign.jsonl")
+    for row in rows[:5]:
+        row["text"] += " žába"
+    foreign.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = compose(
+        f"model.pretrained_model_path={first}", manifest=foreign,
+        steps=(1, 1), output="next", learning_rate=1e-12,
+    )  # fmt: skip
+    second = recipe.train(cfg)
+    assert "they are learned: ž (5x), á (5x)" in capsys.readouterr().out
+    old, new = ASRModel.from_pretrained(first), ASRModel.from_pretrained(second)
+    known = len(old.config.ctc_alphabet)
+    assert new.config.ctc_alphabet[:known] == old.config.ctc_alphabet
+    assert set("žá".encode()) <= {*new.config.ctc_alphabet[known:]}
+    was, now = old.characters.output.weight, new.characters.output.weight
+    assert torch.allclose(was, now[: known + 1], atol=1e-6)
+    assert ASRProcessor.from_pretrained(second).spell("žába") != []
+    assert {*old.config.ctc_token_ids} < {*new.config.ctc_token_ids}
+
+
 def assert_close(first: Path, second: Path):
     a, b = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
     assert set(a) == set(b)

@@ -104,11 +104,13 @@ def read_ctc_head(
     row_of[" "] = row_of[tokenizer.word_delimiter_token.lower()]
     weight = torch.zeros(len(alphabet) + 1, model.lm_head.in_features)
     bias = torch.full((len(alphabet) + 1,), UNHEARD)
-    rows = [model.config.pad_token_id, *(row_of.get(chr(byte), -1) for byte in alphabet)]
+    # A byte of 128 or more is a part of a letter, which such a head has whole.
+    letters = [chr(byte) if byte < 128 else f"byte {byte}" for byte in alphabet]
+    rows = [model.config.pad_token_id, *(row_of.get(letter, -1) for letter in letters)]
     known = torch.tensor(rows) >= 0
     weight[known] = model.lm_head.weight.detach().float()[rows][known]
     bias[known] = model.lm_head.bias.detach().float()[rows][known]
-    if unknown := [chr(byte) for byte, row in zip(alphabet, rows[1:], strict=True) if row < 0]:
+    if unknown := [letter for letter, row in zip(letters, rows[1:], strict=True) if row < 0]:
         logger.warning("the CTC head of %s does not know %s: they are learned", name, unknown)
     return weight, bias
 

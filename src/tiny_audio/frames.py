@@ -3,10 +3,8 @@
 import ctypes
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +20,9 @@ from .batches import cut_batches
 from .data import SpeechDataset
 from .progress import progress_bar
 
-READ_TOGETHER, BATCH_SECONDS = 256, 64.0  # clips; and padded audio, of which attention needs memory
+TOGETHER = 128  # clips that one thread reads and encodes
+BATCH_SECONDS = 64.0  # padded audio: attention needs memory
+MOST_THREADS = 4  # each holds a batch
 
 
 class Frames:
@@ -90,39 +90,43 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
 def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     """Encode every example once into `frames`, long ones first.
 
-    Disturbed clips are longer or shorter than their files, so some hundred are read and then
-    batched by what they have become.
+    Several threads of one core each, every one with some hundred clips of its own: that is faster
+    than one thread after another on all cores, and files are read while others are encoded.
     """
-    processor = data.processor
     order = list({example.id: i for i, example in enumerate(data.examples)}.values())
     order.sort(key=lambda i: -data.examples[i].duration)
+    parts = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
+    cores = torch.get_num_threads()
     bar = progress_bar(total=len(order), desc="encoding", unit="clip")
-    with torch.inference_mode(), bar:
-        for items in read_ahead(data, order):
-            for item in items:
-                if "features" not in item:
-                    data.dropped.add(item["id"], item["reason"], item["detail"])
-            good = [item for item in items if "features" in item]
-            steps = [processor.encoder_steps(len(item["features"])) for item in good]
-            seconds = np.array(steps) * processor.frame_seconds
-            longest_first = np.argsort(-seconds, kind="stable")
-            for rows in cut_batches(seconds, longest_first, BATCH_SECONDS, len(good)):
-                encode_batch(model, processor, [good[row] for row in rows], frames)
-            bar.update(len(items))
+    one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ThreadPoolExecutor(min(cores, MOST_THREADS), **one_core) as pool, bar:
+        work = [pool.submit(encode_some, model, data, rows, frames) for rows in parts]
+        for rows, part in zip(parts, work, strict=True):
+            for item in part.result():
+                data.dropped.add(item["id"], item["reason"], item["detail"])
+            bar.update(len(rows))
             return_freed_memory()
+    torch.set_num_threads(cores)
 
 
-def read_ahead(data: SpeechDataset, order: list[int]) -> Iterator[list[dict[str, Any]]]:
-    """Some hundred examples at a time, which are read while those before them are encoded."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        before: list[Any] = []
-        for start in range(0, len(order), READ_TOGETHER):
-            now = [pool.submit(data.read, data.examples[i])
-                   for i in order[start : start + READ_TOGETHER]]  # fmt: skip
-            if before:
-                yield [future.result() for future in before]
-            before = now
-        yield [future.result() for future in before]
+def encode_some(
+    model: ASRModel, data: SpeechDataset, rows: list[int], frames: Frames
+) -> list[dict[str, Any]]:
+    """Encode the examples at `rows`; returns those that cannot be read.
+
+    Disturbed clips are longer or shorter than their files, so they are batched by what they have
+    become.
+    """
+    processor = data.processor
+    items = [data.read(data.examples[row]) for row in rows]
+    good = [item for item in items if "features" in item]
+    steps = [processor.encoder_steps(len(item["features"])) for item in good]
+    seconds = np.array(steps) * processor.frame_seconds
+    longest_first = np.argsort(-seconds, kind="stable")
+    with torch.inference_mode():
+        for batch in cut_batches(seconds, longest_first, BATCH_SECONDS, len(good)):
+            encode_batch(model, processor, [good[row] for row in batch], frames)
+    return [item for item in items if "features" not in item]
 
 
 def encode_batch(

@@ -14,6 +14,7 @@ import shutil
 import string
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -199,8 +200,30 @@ def build_model(
     if start:
         words = Path(start) / NGRAM
         model.ngram = load_arpa(words) if words.exists() else None
-        model.load_tensors(load_file(Path(start) / WEIGHTS), str(start), fresh_lora=True)
+        tensors = load_file(Path(start) / WEIGHTS)
+        keep_new_letters(tensors, model)
+        model.load_tensors(tensors, str(start), fresh_lora=True)
     return model
+
+
+def keep_new_letters(tensors: dict[str, torch.Tensor], model: ASRModel) -> None:
+    """Give the saved character head the fresh rows of letters that are new to it, in place."""
+    for name, fresh in model.state_dict().items():
+        if name.startswith(("characters.output.", "characters.direct.")) and name in tensors:
+            known = tensors[name]
+            tensors[name] = torch.cat([known, fresh[len(known) :].to(known.dtype)])
+
+
+def grow(known: list[int], found: list[int]) -> list[int]:
+    """What is known, in its order, and behind it what else was found."""
+    return [*known, *sorted({*found} - {*known})]
+
+
+def new_letters(new: set[int], texts: Iterable[Example]) -> str:
+    """Which letters of the transcripts need bytes that are new to the character head."""
+    letters = Counter(letter for example in texts for letter in example.text.lower())
+    counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new & {*x.encode()}]
+    return f"letters that the model does not know, they are learned: {', '.join(counts)}"
 
 
 def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
@@ -322,7 +345,10 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
     tokens, alphabet = ctc_vocabulary(texts)
     if previous:
-        tokens, alphabet = previous.ctc_token_ids, previous.ctc_alphabet
+        tokens = grow(previous.ctc_token_ids, tokens)
+        alphabet = grow(previous.ctc_alphabet, alphabet)
+        if new := set(alphabet) - {*previous.ctc_alphabet}:
+            print(new_letters(new, texts))
     heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
     model = build_model(cfg, processor, heads, start)
     if model.characters is not None and model.ngram is None:
