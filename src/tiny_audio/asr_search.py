@@ -41,7 +41,7 @@ class SearchSettings:
     temperature: float = 1.5
     ngram: float = 0.5
     word: float = 0.5
-    open_character: float = 2.5
+    open_character: float = 4.0
     candidates: int = 12
 
 

@@ -23,7 +23,7 @@ FIRST_PASS = {
     "temperature": (1.0, 1.5, 2.0),
     "ngram": (0.3, 0.5, 0.7),
     "word": (0.0, 0.5, 1.0),
-    "open_character": (1.5, 2.5, 4.0),
+    "open_character": (2.5, 4.0, 8.0),
 }
 SECOND_PASS = {
     "prior": (0.2, 0.4, 0.6, 0.8, 1.0),
@@ -32,6 +32,7 @@ SECOND_PASS = {
     "decoder_word": (0.0, 0.5, 1.0, 1.5, 2.0),
 }
 TUNED = (*FIRST_PASS, *SECOND_PASS)
+LEAST_GAIN = 0.1  # points of expected WER; less is chance
 WORTH = 0.75  # points of expected WER: a second pass of the decoder takes as long as the first
 
 
@@ -74,7 +75,7 @@ def tune(
         for name, values in FIRST_PASS.items():  # one after the other
             for value in values:
                 cost = search({**settings, name: value})
-                if cost < best:
+                if cost < best - LEAST_GAIN:
                     best, settings[name] = cost, value
         scored = list(candidates(model, processor, clips, settings))
     wrong = [np.array([errors(row, c.proposal.text) for c in some]) for row, some in scored]

@@ -17,12 +17,15 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.utils import logging
 
+from ..asr_decoding import transcribe
+from ..data import Dropped, SpeechDataset
 from ..hub import git_hash, model_card
 from ..manifests import read_source
-from ..progress import clock, quiet_libraries
+from ..progress import clock, progress_bar, quiet_libraries
+from ..scoring import score
 from ..train import FINISHED, TUNING, compose_recipe, train
 from ..trainer import clean_exit
-from ..tuning import SECOND_PASS
+from ..tuning import SECOND_PASS, encoded
 from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
@@ -42,7 +45,7 @@ ROWS = {
 
 
 def row_options(model: Path) -> dict[str, dict[str, Any]]:
-    """The pipeline's arguments for each row; the weights of two are those that tuning found."""
+    """Arguments of `transcribe` for each part's row; the weights of two are what tuning found."""
     chosen = {
         "language_model": {"decoder": 0.0, "language_model": 1.0},
         "decoder": {"decoder": 1.0, "language_model": 0.0},
@@ -51,39 +54,48 @@ def row_options(model: Path) -> dict[str, dict[str, Any]]:
         found = json.loads((model / TUNING).read_text())
         chosen = {name: {k: found[name][k] for k in SECOND_PASS} for name in chosen}
     return {
-        "model": {},
         "greedy": {"decode": "ctc", "decoding": {"lexicon": False, "beams": 1}},
         "lexicon": {"decode": "ctc", "decoding": {"ngram": 0.0}},
         "ngram": {"decode": "ctc"},
         "language_model": {"decoding": chosen["language_model"]},
         "decoder": {"decoding": chosen["decoder"]},
-        "baseline": {},
     }
 
 
 def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]]]:
     """Summaries by row of `ROWS` and by set: "test" (the held-out clips) and "librivox"."""
-    out: dict[str, dict[str, dict[str, Any]]] = {}
-    pipe = load_recogniser(str(model))
-    for row, options in row_options(model).items():
-        if row == "baseline":
-            pipe = load_recogniser(str(assets.whisper))
-        elif (
-            row != "model"
-            and options.get("decoding", {}).items() <= pipe.model.config.decoding.items()
-            and "decode" not in options
-        ):
-            out[row] = out["model"]  # what tuning chose
-            continue
-        out[row] = {}
-        for name in ("test", "librivox"):
-            manifest = getattr(assets, name)
+    sets = {"test": assets.test, "librivox": assets.librivox}
+    out: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in ROWS}
+    ours = load_recogniser(str(model))
+    whisper = load_recogniser(str(assets.whisper))
+    for name, manifest in sets.items():
+        for row, pipe in (("model", ours), ("baseline", whisper)):
             about = {"model": row, "dataset": f"quickstart {name}"}
             examples = list(read_source({"path": str(manifest)}))
             print(f"\n{ROWS[row].strip()}, {name}", flush=True)
-            results = model / "eval" / f"{row}_{name}"
-            out[row][name] = evaluate(pipe, examples, results, options, about)
+            out[row][name] = evaluate(pipe, examples, model / "eval" / f"{row}_{name}", {}, about)
+        for row, summary in score_parts(ours, manifest, row_options(model)).items():
+            out[row][name] = summary
     return out
+
+
+def score_parts(
+    pipe: Any, manifest: Path, options: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What `score` says of each way to decode; a clip is encoded once for all of them."""
+    processor = pipe.processor
+    clips = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=60.0)
+    said = [example.text for example in clips.examples]
+    heard = {way: [""] * len(said) for way in options}
+    bar = progress_bar(total=len(said), desc="what each part adds", unit="clip")
+    with bar:
+        for rows, hidden, steps in encoded(pipe.model, clips, batch_seconds=60.0):
+            for way, chosen in options.items():
+                found = transcribe(pipe.model, processor, hidden, steps, **chosen)
+                for row, transcript in zip(rows, found, strict=True):
+                    heard[way][row] = transcript.text
+            bar.update(len(rows))
+    return {way: score(said, texts, pipe.language) for way, texts in heard.items()}
 
 
 def table(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
