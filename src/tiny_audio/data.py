@@ -198,9 +198,11 @@ class Clips:
         return len(example.target) + repeats <= frames
 
     def read(self, example: Example) -> dict[str, Any]:
-        """An example as a dict with `id`, `seconds`, `features` (time first), `target` (token
-        ids) and `characters` (classes); or `id`, `reason` and `detail` of why it has none."""
+        """An example as a dict with `id`, `source`, `seconds`, `features` (time first), `target`
+        (token ids) and `characters` (classes); or `id`, `reason` and `detail` of why it has none.
+        """
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
+        item["source"] = example.source
         item["characters"] = self.processor.spell(example.text)
         if self.encoded is not None:
             return {**item, "features": self.augment(self.encoded[example.id], example.id)}
@@ -276,7 +278,8 @@ class Clips:
         return x
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
-        """A batch for `ASRModel` of items with features, with `ids` and `seconds` of audio."""
+        """A batch for `ASRModel` of items with features, with `ids`, and `seconds` of audio, also
+        of each source."""
         batch = self.processor.collate(
             [item["features"] for item in items],
             [item["target"] for item in items],
@@ -285,6 +288,9 @@ class Clips:
         )
         batch["ids"] = [item["id"] for item in items]
         batch["seconds"] = sum(item["seconds"] for item in items)
+        batch["sources"] = Counter[str]()
+        for item in items:
+            batch["sources"][item["source"]] += item["seconds"]
         return batch
 
 

@@ -53,7 +53,7 @@ class DataError(RuntimeError):
 
 @dataclass
 class Example:
-    """One clip: `audio` is what `load_audio` takes, `duration` is in seconds."""
+    """One clip: `audio` is what `load_audio` takes, `duration` is in seconds, `source` a name."""
 
     id: str
     audio: Any
@@ -63,6 +63,7 @@ class Example:
     silence: bool = False
     speaker: str | None = None
     repeat: int = 1
+    source: str = ""
 
 
 def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Path]:
@@ -267,6 +268,7 @@ class Reader:
             silence=source["silence"],
             speaker=None if speaker is None else str(speaker),
             repeat=int(source["repeat"]),
+            source="-".join(filter(None, (Path(source["path"]).stem, source["name"]))),
         )
 
     def parse(self, line: str) -> dict[str, Any]:

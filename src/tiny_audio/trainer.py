@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ class ASRTrainer(Trainer):
         self.settings, self.gflop = settings, gflop  # work of a second of audio
         self.dropped: Dropped = kwargs["train_dataset"].dropped
         self.seconds = self.padded = 0.0  # audio since the last log line
+        self.sources = Counter[str]()  # seconds of each source since then
         self.waited = 0.0  # seconds since then that the device stood still for want of a batch
         self.clips = 0  # checksum of the ids since then
         self.position: Any = None  # of a stream
@@ -116,7 +118,7 @@ class ASRTrainer(Trainer):
     ) -> Any:
         """The model's loss; a loss that is not finite stops the run and names its clips."""
         inputs = dict(inputs)
-        ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
+        ids, seconds, sources = (inputs.pop(key) for key in ("ids", "seconds", "sources"))
         position, unread = inputs.pop("position", None), inputs.pop("dropped")
         for item in unread:
             self.dropped.add(item["id"], item["reason"], item["detail"])
@@ -132,6 +134,7 @@ class ASRTrainer(Trainer):
         if model.training:
             mask = inputs["input_features_mask"]
             self.seconds += seconds
+            self.sources.update(sources)
             self.padded += seconds * mask.numel() / int(mask.sum())
             self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
@@ -188,8 +191,8 @@ class ASRTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add audio-seconds/s, padding, the share of time that went into waiting for data, and
-        dropped examples to what every tracker is given."""
+        """Add audio-seconds/s, padding, the share of time that went into waiting for data, dropped
+        examples, and the share of each source's audio to what every tracker is given."""
         if "loss" in logs:
             now = time.monotonic()
             logs["audio_seconds_per_second"] = self.seconds / max(now - self.logged_at, 1e-9)
@@ -197,11 +200,15 @@ class ASRTrainer(Trainer):
             logs["waiting"] = self.waited / max(now - self.logged_at, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
             logs["clips"] = self.clips
+            if len(self.sources) > 1:
+                shares = {name: s / self.sources.total() for name, s in self.sources.items()}
+                logs |= {f"share_{name}": share for name, share in sorted(shares.items())}
             if self.peak:
                 rate = logs["audio_seconds_per_second"] * self.gflop / 1000
                 logs["mfu"] = rate / self.peak  # per process, as the audio is
             self.seconds, self.padded, self.waited = 0.0, 0.0, 0.0
             self.clips, self.logged_at = 0, now
+            self.sources.clear()
             return_freed_memory()  # batches of ever new sizes leave the heap in pieces
         super().log(logs, start_time)
 
