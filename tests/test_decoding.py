@@ -13,6 +13,8 @@ from tiny_audio.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr_pipeline import ASRPipeline
 from tiny_audio.asr_processing import SAMPLE_RATE
 from tiny_audio.asr_search import PrefixSearch, SearchSettings
+from tiny_audio.commands.transcribe import main as transcribe_command
+from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.manifests import DataError
 from tiny_audio.train import read_words
 
@@ -222,6 +224,53 @@ def test_refusals(build, clips):
         pipe(clips[0], decoding={"proposal": 3})
     with pytest.raises(ValueError, match=r"saved by an older version.*make quickstart"):
         ASRConfig(ctc_decode_weight=0.5)
+
+
+def test_words_that_are_named_are_preferred(build, tmp_path):
+    """Between two spellings of one sound, that of a name wins, known to the lexicon or not."""
+    ngram = build_ngram([["go", "home"]] * 50, {"gnome": 5, "home": 900})
+    named = ngram.preferring(["gnome", "zgnome", "home"])
+    assert named.score_text(["gnome"]) > ngram.score_text(["gnome"]) + 2
+    assert "zgnome" not in ngram.id_of and "zgnome" in named.id_of
+    assert named.score_text(["go", "home"]) == pytest.approx(ngram.score_text(["go", "home"]))
+    assert ngram.preferring(["home"]).words == ngram.words
+
+    alphabet = list(b" abdy")
+    classes = {chr(byte): i for i, byte in enumerate(alphabet, 1)}
+    frames = torch.full((1, 5, 6), -9.0)
+    for t, letters in enumerate(["a", "bd", "", "b", "y"]):  # "abby" or "adby"
+        for letter in letters or [""]:
+            frames[0, t, classes.get(letter, 0)] = 0.0
+    log_probs, lengths = frames.log_softmax(-1), torch.tensor([5])
+    common = build_ngram([["abby"]] * 9)
+    for terms, wanted in (([], "abby"), (["adby"], "abby"), (["adby"] * 2, "abby")):
+        search = PrefixSearch(alphabet, common.preferring(terms), SearchSettings())
+        assert search(log_probs, lengths)[0][0].text == wanted  # a name is no order
+    rare = build_ngram([["by"]] * 9, {"abby": 1, "by": 10_000})
+    for terms, wanted in (([], "abby"), (["adby"], "adby")):
+        search = PrefixSearch(alphabet, rare.preferring(terms), SearchSettings())
+        assert search(log_probs, lengths)[0][0].text == wanted
+
+    processor, model = build("whisper")
+    pipe = ASRPipeline(model=model, processor=processor)
+    model.ngram = build_ngram([["zzz"]])
+    heard = pipe(babble(2.0, 1), decode="ctc")["text"]
+    word = max(heard.split(), key=len)
+    sure = {"open_character": 50.0, "words": [word.upper()]}
+    assert word in pipe(babble(2.0, 1), decode="ctc", decoding=sure)["text"].split()
+    with pytest.raises(ValueError, match="need a lexicon"):
+        pipe(babble(2.0, 1), decoding={"words": ["Ada"], "lexicon": False})
+
+
+def test_a_file_of_terms(tmp_path, capsys):
+    path = tmp_path / "terms.txt"
+    path.write_text("Ada Lovelace\n\n  Łódź \n")
+    assert read_terms(str(path)) == ["Ada Lovelace", "Łódź"]
+    path.write_text("\n")
+    for bad, why in ((path, "names nothing"), (tmp_path / "none", "No such file")):
+        with pytest.raises(SystemExit):
+            transcribe_command(["talk.wav", "--terms", str(bad)])
+        assert why in capsys.readouterr().err
 
 
 def test_a_clip_of_60_ms_and_no_known_word(build):

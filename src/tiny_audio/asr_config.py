@@ -28,6 +28,7 @@ DECODING_DEFAULTS: dict[str, Any] = {
     "ngram": 0.5,  # weight of the n-gram of the training transcripts
     "word": 0.5,  # bonus of each word
     "open_character": 4.0,  # price of each character of a word that the lexicon lacks
+    "words": [],  # names and terms to prefer, whether the lexicon holds them or not
     "proposals": 8,  # texts that the decoder scores, at most
     "margin": 6.0,  # how far below the best of them a text may lie
     "prior": 0.4,  # weight of n-gram, word bonus and prices beside the decoder's scores

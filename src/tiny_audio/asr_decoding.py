@@ -178,6 +178,8 @@ def transcribe(
         raise ValueError(f"generate_kwargs need decode='generate', this is decode={decode!r}")
     check_keys(decoding or {}, DECODING_DEFAULTS, "decoding")
     settings = {**model.config.decoding, **(decoding or {})}
+    preferred = [processor.spoken(term).split() for term in settings["words"]]
+    settings["words"] = sorted({word for term in preferred for word in term})
     if model.characters is None:
         if decode == "ctc":
             return [Transcript(processor.decode(ids)) for ids in model.ctc_greedy(hidden, steps)]

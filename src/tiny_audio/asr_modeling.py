@@ -327,12 +327,16 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             raise ValueError("this model has no character head: decode='generate' is what it can")
         names = [field.name for field in fields(SearchSettings)]
         own = SearchSettings(**{name: settings[name] for name in names})
-        ngram = self.ngram if settings["lexicon"] else None
-        if self.last_search is None or self.last_search[0] != (own, ngram):
+        ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
+        key = own, ngram, words
+        if self.last_search is None or self.last_search[0] != key:
+            if words and ngram is None:
+                raise ValueError("words to prefer need a lexicon, and this search has none")
+            ngram = ngram.preferring(words) if ngram and words else ngram
             # Its many small steps suit a CPU; CUDA queues them as fast.
             device = self.device if self.device.type == "cuda" else torch.device("cpu")
             search = PrefixSearch(self.config.ctc_alphabet, ngram, own, device)
-            self.last_search = (own, ngram), search  # its lexicon takes a moment to build
+            self.last_search = key, search  # its lexicon takes a moment to build
         return self.last_search[1]
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LOG10 = math.log(10.0)
+PREFERRED = math.log(1e-3)  # of a word that the user names: about the hundredth commonest's
 # An n-gram of more than this many entries is cut down to the most frequent ones.
 MOST_WORDS, MOST_NGRAMS = 200_000, 2_000_000
 
@@ -78,6 +79,19 @@ class NGram:
         self.keys = torch.tensor([at * len(self.words) + word for at, word in arcs])
         self.log_probs = torch.tensor([table.arcs[arc] for arc in arcs])
         self.next = torch.tensor([table.longest((*contexts[at], word)) for at, word in arcs])
+
+    def preferring(self, words: Iterable[str]) -> "NGram":
+        """A copy that expects each of `words` as it does a common word; unknown ones are added.
+
+        Its probabilities do not sum to 1 any more.
+        """
+        vocabulary = list(self.words)
+        vocabulary += [word for word in dict.fromkeys(words) if word not in self.id_of]
+        id_of = {word: i for i, word in enumerate(vocabulary)}
+        arcs = dict(self.table.arcs)
+        for word in words:
+            arcs[0, id_of[word]] = max(arcs.get((0, id_of[word]), PREFERRED), PREFERRED)
+        return NGram(vocabulary, Table(self.table.number, self.table.backoff, arcs))
 
     def to(self, device: Any) -> "NGram":
         """Move the tables to a device, in place."""

@@ -131,7 +131,7 @@ def run(overrides: list[str]) -> int:
         **{k: test["model"][k] for k in "wer wer_low wer_high rtfx utterances words".split()},
         **{f"{row}_wer": test[row]["wer"] for row in ROWS if row != "model"},
         **{f"librivox_{row}_wer": scores[row]["librivox"]["wer"] for row in ROWS},
-        "errors": sum(s["errors"] for sets in scores.values() for s in sets.values()),
+        "errors": sum(s.get("errors", 0) for sets in scores.values() for s in sets.values()),
         "seed": cfg.run.seed,
         "prepare_seconds": round(prepared, 1),
         "train_seconds": round(train_seconds, 1),

@@ -26,7 +26,7 @@ from ..asr_pipeline import Piece, Recording
 from ..asr_processing import AudioError
 from . import parser_of
 from .formats import render
-from .transcribe import DECODE_HELP, load_pipeline
+from .transcribe import DECODE_HELP, TERMS_HELP, load_pipeline, read_terms
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
+    parser.add_argument("--terms", type=read_terms, metavar="FILE", help=TERMS_HELP)
     parser.add_argument("--queue", type=int, default=64, help="requests taken in at once")
     parser.add_argument("--max-mb", type=int, default=200, help="of an upload")
     parser.add_argument("--max-minutes", type=float, default=240, help="of a recording")
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         "--cors", nargs="+", metavar="ORIGIN", default=[], help="web pages that may call; * is all"
     )
     args = parser.parse_args(argv)
-    pipe = load_pipeline(args.model, args.device, args.decode)
+    pipe = load_pipeline(args.model, args.device, args.decode, args.terms)
     name = Path(args.model).resolve().name
     app = create_app(pipe, name, args.queue, args.max_mb, 60 * args.max_minutes, args.cors)
     print(f"http://{args.host}:{args.port}/docs", flush=True)

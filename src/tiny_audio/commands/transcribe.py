@@ -1,9 +1,11 @@
 """`tiny-audio transcribe FILE...`: audio in, text or subtitles out."""
 
+import argparse
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +20,30 @@ from . import parser_of
 from .formats import FORMATS, render
 
 DECODE_HELP = "rescore (the decoder chooses among proposals), ctc, or generate (it writes alone)"
+TERMS_HELP = "names and terms to prefer, one a line: no training is needed"
 
 
-def load_pipeline(model: str, device: str | None = None, decode: str | None = None) -> Any:
+def read_terms(path: str) -> list[str]:
+    """Names and terms to prefer, from a text file with one a line; for argparse."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+    if not (terms := [line.strip() for line in lines if line.strip()]):
+        raise argparse.ArgumentTypeError(f"{path} names nothing: write one name or term a line")
+    return terms
+
+
+def load_pipeline(
+    model: str,
+    device: str | None = None,
+    decode: str | None = None,
+    terms: Sequence[str] | None = None,
+) -> Any:
     """The ASR pipeline of a trained folder or Hub id, on the best device unless one is named.
 
-    `decode` is for models of ours: see `asr_decoding.transcribe`.
+    `decode` and `terms`, which the lexicon prefers, are for models of ours: see
+    `asr_decoding.transcribe`.
 
     Raises:
         SystemExit: with one line, when `model` is no model of ours or does not exist.
@@ -36,6 +56,7 @@ def load_pipeline(model: str, device: str | None = None, decode: str | None = No
             f"error: {model} has no config.json: no finished model (make quickstart trains one)"
         )
     chosen: Any = {"decode": decode} if decode else {}
+    chosen |= {"decoding": {"words": list(terms)}} if terms else {}
     try:
         kind = AutoConfig.from_pretrained(model).model_type
         ours = ASRPipeline if kind == ASRConfig.model_type else None  # not the folder's copy of it
@@ -71,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
+    parser.add_argument("--terms", type=read_terms, metavar="FILE", help=TERMS_HELP)
     parser.add_argument("--format", choices=FORMATS, default="txt", help="default: %(default)s")
     parser.add_argument("--words", action="store_true", help="times of words, not of subtitles")
     parser.add_argument(
@@ -92,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{done} of {len(targets)} done before", file=sys.stderr)
     if not todo:
         return 0
-    pipe = load_pipeline(args.model, args.device, args.decode)
+    pipe = load_pipeline(args.model, args.device, args.decode, args.terms)
     options = {"return_timestamps": kind != "txt" and ("word" if args.words else True)}
     lines = len(targets) > 1 and kind == "json" and not folder
     failed = False
