@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -496,6 +497,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         for key in AUTO_CLASS_KEYS:
             kwargs.pop(key, None)
         dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None)
+        if isinstance(device, dict) and len({*device.values()}) == 1:  # all of it on one
+            device = next(iter(device.values()))
         attention = kwargs.pop("attn_implementation", None)
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
@@ -503,7 +506,14 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if cached_file(str(name_or_path), "config.json", **hub) is None:
             raise OSError(f"{name_or_path} has no config.json")
         config = config or ASRConfig.from_pretrained(name_or_path, **hub)
-        tensors = load_file(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
+        path = str(cached_file(str(name_or_path), WEIGHTS, **hub))
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise OSError(
+                f"{path} holds no whole weights ({error}): fetch it again (`git lfs pull`, where "
+                "Git LFS left a pointer)"
+            ) from error
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
         if config.self_contained:
             for part in (config.audio_config, config.text_config):
@@ -564,4 +574,4 @@ CODE += ["asr_pipeline", "asr_processing", "asr_projector", "asr_search", "handl
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # What transformers' Auto classes and pipelines pass along beside their user's arguments.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
-AUTO_CLASS_KEYS |= {"trust_remote_code", "code_revision"}
+AUTO_CLASS_KEYS |= {"trust_remote_code", "code_revision", "low_cpu_mem_usage", "use_safetensors"}

@@ -6,6 +6,7 @@ command line, the page, the endpoint and the evaluation give the same text.
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -31,6 +32,11 @@ ARGUMENTS = (
     {"batch_seconds", "progress", "decode", "decoding", "generate_kwargs"},
     {"return_timestamps"},
 )
+# What has a length and items, and is one input all the same.
+ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
+# Threads may share a pipeline: scoring turns the decoder's LoRA off for a moment. It is the
+# module's, for a pipeline with a lock in it could not be pickled.
+ONE_AT_A_TIME = threading.Lock()
 LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split
 SILENCE = 1e-5  # a piece whose samples are all below this (-100 dBFS) holds no speech
 # A transcript of less CTC confidence is not what was said; a loop needs more of it.
@@ -194,9 +200,12 @@ class ASRPipeline(Pipeline):
         return tuple({**a, **b} for a, b in zip(own, given, strict=True))
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Transcribe one input (a dict comes back) or a list, tuple or generator (a list)."""
-        several = isinstance(inputs, list | tuple | Iterator)
-        results = list(self.stream(inputs if several else [inputs], **kwargs))
+        """Transcribe one input (a dict comes back), or a list, generator or column (a list)."""
+        column = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+        column = column and not isinstance(inputs, ONE_INPUT)
+        several = column or (isinstance(inputs, Iterator) and not hasattr(inputs, "read"))
+        sources: Any = inputs if several else [inputs]
+        results = list(self.stream(sources, **kwargs))
         return results if several else results[0]
 
     def stream(self, inputs: Iterable[AudioInput], **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -295,9 +304,10 @@ class ASRPipeline(Pipeline):
         """Fill in texts, words and flags of a batch; the encoder runs once for all of it."""
         features = [self.processor.features(piece.samples) for piece in batch]
         inputs = self.processor.collate(features).to(self.model.device)
-        hidden, steps = self.model.encode(inputs.input_features, inputs.input_features_mask)
         options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
-        found = transcribe(self.model, self.processor, hidden, steps, **options)
+        with ONE_AT_A_TIME:
+            hidden, steps = self.model.encode(inputs.input_features, inputs.input_features_mask)
+            found = transcribe(self.model, self.processor, hidden, steps, **options)
         for piece, transcript, log_probs in zip(
             batch, found, self._emissions(hidden, steps, found), strict=True
         ):

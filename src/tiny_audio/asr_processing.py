@@ -4,6 +4,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, BinaryIO
@@ -12,6 +13,7 @@ import av
 import httpx2 as httpx
 import numpy as np
 import torch
+from av.stream import Disposition
 from transformers import BatchFeature, ProcessorMixin
 
 from .asr_config import IGNORE, encoder_frames
@@ -69,15 +71,20 @@ def read_audio(
         found = [source[key] for key in keys if source.get(key) is not None]
         if not found:
             raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
-        rate = source.get("sampling_rate") or sampling_rate
-        yield from read_audio(found[0], rate, missing, notes)
+        rate, audio = source.get("sampling_rate"), found[0]
+        audio = np.asarray(audio, np.float32) if isinstance(audio, list) else audio
+        rate = sampling_rate if rate is None else rate
+        yield from read_audio(audio, rate, missing, notes)
         return
     name = str(source) if isinstance(source, str | Path) else "audio"
     mixer = Mixer(name, notes)
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().numpy()
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
-        samples = _resample(source, sampling_rate, mixer)
+        if not isinstance(sampling_rate, Real) or sampling_rate <= 0:
+            raise AudioError(f"sampling_rate is a number of Hz above 0, not {sampling_rate!r}")
+        samples = _resample(np.asarray(source), int(sampling_rate), mixer)
         # in seconds: each piece cut from it in one would keep a copy of all the rest alive
         yield from np.split(samples, range(SAMPLE_RATE, len(samples), SAMPLE_RATE))
         return
@@ -85,8 +92,11 @@ def read_audio(
         source = _fetch(source)
     elif isinstance(source, str | Path):
         source = str(Path(source).expanduser())
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    yield from _decode(file, name, missing, mixer)
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = io.BytesIO(source)
+    if not isinstance(source, str) and not hasattr(source, "read"):
+        raise AudioError(f"a {type(source).__name__} is no audio: see read_audio for what is")
+    yield from _decode(source, name, missing, mixer)
 
 
 class Mixer:
@@ -107,12 +117,15 @@ class Mixer:
             return mono
         if not self.said:
             self.said = True
-            line = "the channels cancel each other: the louder one is read"
-            if self.notes is None:
-                logger.warning("%s: %s", self.name, line)
-            else:
-                self.notes.append(line)
+            self.note("the channels cancel each other: the louder one is read")
         return channels[power.argmax()]
+
+    def note(self, line: str) -> None:
+        """Say what should be known of this file."""
+        if self.notes is None:
+            logger.warning("%s: %s", self.name, line)
+        else:
+            self.notes.append(line)
 
 
 def _fetch(url: str) -> bytes:
@@ -143,10 +156,12 @@ def _decode(
         with open_audio(source) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
+            if len(container.streams.audio) > 1:
+                mixer.note(f"it has {len(container.streams.audio)} audio tracks: one is read")
             for block in _blocks(container, missing, mixer):
                 done += len(block)
                 yield _finite(block, name)
-            stream = container.streams.audio[0]
+            stream = _track(container)
             if missing is not None and stream.duration and container.format.name not in ESTIMATED:
                 says, there = float(stream.duration * (stream.time_base or 0)), done / SAMPLE_RATE
                 if there < 0.98 * says - 1:
@@ -160,10 +175,21 @@ def _decode(
         raise AudioError(f"{name}: {'; '.join(['holds no samples', *(missing or [])])}")
 
 
+def _track(container: Any) -> Any:
+    """The audio track that a player plays: the default one, or else the first."""
+    tracks = container.streams.audio
+    return next((t for t in tracks if t.disposition & Disposition.default), tracks[0])
+
+
+def _channels(frame: Any) -> np.ndarray:
+    """(channels, n) of a packed frame; PyAV crashes on planes of eight channels and more."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).T
+
+
 def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator[np.ndarray]:
     """Decode packet by packet, so that the packets behind a damaged one are still read."""
-    resampler, form = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), None  # keeps the channels
-    packets = container.demux(container.streams.audio[0])
+    resampler, form = av.AudioResampler(format="flt", rate=SAMPLE_RATE), None  # keeps the channels
+    packets = container.demux(_track(container))
     packet, done = True, 0  # samples given
     clock = max(0, container.start_time or 0) / av.time_base  # where the next frame should begin, s
     while packet is not None:
@@ -173,8 +199,8 @@ def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator
             for frame in [None] if packet is None else packet.decode():
                 now = frame and (frame.layout.name, frame.format.name, frame.sample_rate)
                 if now != form:  # the end, or a part of other channels or rate, of files joined
-                    blocks += [mixer(block.to_ndarray()) for block in resampler.resample(None)]
-                    resampler, form = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), now
+                    blocks += [mixer(_channels(block)) for block in resampler.resample(None)]
+                    resampler, form = av.AudioResampler(format="flt", rate=SAMPLE_RATE), now
                 if frame is None:
                     break
                 if frame.time is not None:
@@ -184,7 +210,7 @@ def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator
                         if done:  # else the sound of a video begins after its picture
                             missing.append(f"nothing from {at:.1f} to {at + gap:.1f} s")
                         blocks.append(np.zeros(round(gap * SAMPLE_RATE), np.float32))
-                blocks += [mixer(block.to_ndarray()) for block in resampler.resample(frame)]
+                blocks += [mixer(_channels(block)) for block in resampler.resample(frame)]
         except (av.FFmpegError, ValueError) as error:
             if missing is None:
                 raise

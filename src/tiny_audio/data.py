@@ -108,6 +108,15 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     return text.lower() if text.isupper() and len(text) > 3 else text
 
 
+def why_unreadable(audio: Any) -> str:
+    """What is wrong with audio that no header gave a length for."""
+    try:
+        load_audio(audio)
+    except (AudioError, TypeError) as error:
+        return str(error)
+    return "its length is not known"
+
+
 @dataclass(eq=False)
 class Clips:
     """Checks examples, reads them into features, and makes batches of them.
@@ -150,6 +159,8 @@ class Clips:
         self.total = self.rewritten = self.epoch = 0  # examples; texts that `prepare_text` changed
         self.known: set[str] = set()  # ids: reports and cached frames go by them
         self.encoded: Any = None  # encoder frames by id, once there is a cache of them
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise DataError(f"data.max_train_samples={self.max_train_samples}: at least 1, or null")
         self.transform = self.transform and hydra.utils.instantiate(self.transform)
         self.noises: list[Path] = []
         if self.noise:
@@ -188,8 +199,10 @@ class Clips:
             "implausible characters per second": letters and not slow <= letters <= fast,
         }
         reasons = [reason for reason, holds in wrong.items() if holds]
-        detail = {"id": example.id, "detail": f"{seconds:.2f} s"}
-        return {**detail, "reason": reasons[0]} if reasons else None
+        if not reasons:
+            return None
+        detail = f"{seconds:.2f} s" if seconds >= 0 else why_unreadable(example.audio)
+        return {"id": example.id, "reason": reasons[0], "detail": detail}
 
     def fits(self, example: Example) -> bool:
         """Whether CTC can align the tokens: each needs a frame, a repeated one a blank too."""

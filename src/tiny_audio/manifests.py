@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,11 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
         what = {key: source[key] for key in ("path", "name", "revision", "split")}
     try:
         rows: Any = load_dataset(**what, streaming=streaming)
-    except DatasetsError as error:
+    except (DatasetsError, UnicodeDecodeError) as error:
         raise DataError(f"{source['path']}: {error.__cause__ or error}") from error
+    except ValueError as error:
+        empty = "corresponds to no data" in str(error)
+        raise DataError(f"{source['path']}: {'no rows' if empty else error}") from error
     columns = columns or rows.column_names or list(next(iter(rows), {}))
     choose_columns(source, columns)
     features = rows.features or {}
@@ -111,8 +115,11 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
     Raises:
         DataError: when the first line is none of either.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline().rstrip("\n")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8: {error}") from error
     if path.suffix == ".jsonl":
         try:
             return list(json.loads(first)), {"encoding": "utf-8-sig"}
@@ -258,18 +265,36 @@ class Reader:
         if isinstance(audio, str):
             places = [self.folder / folder / audio for folder in AUDIO_FOLDERS]
             audio = str(next((place for place in places if place.is_file()), places[0]))
-        duration, speaker = row.get(source["duration_column"]), row.get(source["speaker_column"])
+        speaker = row.get(source["speaker_column"])
         self.count += 1
         return Example(
             id=str(row.get(source["id_column"]) or f"{Path(source['path']).stem}-{self.count - 1}"),
             audio=audio,
             text=str(row[source["text_column"]] or ""),
-            duration=header_seconds(audio) if duration in (None, "") else float(duration),
+            duration=self.seconds(row, audio),
             silence=source["silence"],
             speaker=None if speaker is None else str(speaker),
             repeat=int(source["repeat"]),
             source="-".join(filter(None, (Path(source["path"]).stem, source["name"]))),
         )
+
+    def seconds(self, row: dict[str, Any], audio: Any) -> float:
+        """How long a row says that its clip is, or else the clip's own header.
+
+        Raises:
+            DataError: naming the row, where that is no number of seconds.
+        """
+        said = row.get(self.source["duration_column"])
+        if said in (None, ""):
+            return header_seconds(audio)
+        try:
+            seconds = float(said)
+        except (TypeError, ValueError):
+            seconds = math.nan
+        if not math.isfinite(seconds):
+            where = f"{self.source['path']}, row {self.count}"
+            raise DataError(f"{where}: duration {said!r} is no number of seconds")
+        return seconds
 
     def parse(self, line: str) -> dict[str, Any]:
         """A row from a line of JSON."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from .data import read_log
 from .progress import clock
@@ -118,7 +119,10 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
     `wanted` None: wandb where it is installed and has a key (or WANDB_MODE=offline).
     """
     if wanted not in (None, "wandb", ["wandb"]):
-        return [] if wanted == "none" else [wanted] if isinstance(wanted, str) else list(wanted)
+        trackers = [] if wanted == "none" else [wanted] if isinstance(wanted, str) else list(wanted)
+        if missing := {*trackers} - {*get_available_reporting_integrations()}:
+            raise ValueError(f"training.report_to: {sorted(missing)} not installed here")
+        return trackers
     local = f"the log is in {folder / LOG}"
     if find_spec("wandb") is None:
         print(f"no wandb (pip install 'tiny-audio[wandb]'): {local}")

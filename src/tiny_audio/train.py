@@ -52,6 +52,7 @@ from .trainer import (
     full_disk_is_said,
     keep_recipe,
     last_checkpoint,
+    only_run,
 )
 from .tuning import TUNED, tune
 
@@ -215,15 +216,15 @@ def keep_new_letters(tensors: dict[str, torch.Tensor], model: ASRModel) -> None:
 
 
 def grow(known: list[int], found: list[int]) -> list[int]:
-    """What is known, in its order, and behind it what else was found."""
-    return [*known, *sorted({*found} - {*known})]
+    """A head's classes, and behind them what else was found; none where there is no such head."""
+    return [*known, *sorted({*found} - {*known})] if known else []
 
 
 def new_letters(new: set[int], texts: Iterable[Example]) -> str:
-    """Which letters of the transcripts need bytes that are new to the character head."""
+    """ ": letters with their counts" of the transcripts that need the bytes `new`, or nothing."""
     letters = Counter(letter for example in texts for letter in example.text.lower())
     counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new & {*x.encode()}]
-    return f"letters that the model does not know, they are learned: {', '.join(counts)}"
+    return f": {', '.join(counts)}" if counts else ""
 
 
 def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
@@ -337,7 +338,9 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     rank = f"-{place.process_index}" if place.process_index else ""
     dropped = Dropped(folder / f"dropped{rank}.jsonl", cfg.data.max_dropped_fraction)
-    previous = ASRConfig.from_pretrained(start) if start else None
+    resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
+    before = resume or start
+    previous = ASRConfig.from_pretrained(before) if before else None
     processor = build_processor(cfg)
     with place.main_process_first():  # it fills the cache of `datasets`
         data, evaluation = read_data(cfg, settings, processor, dropped)
@@ -345,12 +348,22 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
     tokens, alphabet = ctc_vocabulary(texts)
     if previous:
-        tokens = grow(previous.ctc_token_ids, tokens)
-        alphabet = grow(previous.ctc_alphabet, alphabet)
-        if new := set(alphabet) - {*previous.ctc_alphabet}:
-            print(new_letters(new, texts))
+        known = previous.ctc_token_ids, previous.ctc_alphabet
+        tokens, alphabet = grow(known[0], tokens), grow(known[1], alphabet)
+        new = new_letters({*alphabet} - {*known[1]}, texts)
+        if resume and new:
+            raise ValueError(
+                f"letters that {resume} does not know{new}; run.fresh=true starts anew"
+            )
+        if resume and (others := len(tokens) - len(known[0])):
+            print(f"{others} tokens that {resume} does not know: its token head leaves them out")
+            tokens = known[0]
+        if new:
+            print(f"letters that the model does not know, and learns{new}")
     heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
     model = build_model(cfg, processor, heads, start)
+    if resume and (Path(resume) / NGRAM).exists():
+        model.ngram = load_arpa(Path(resume) / NGRAM)
     if model.characters is not None and model.ngram is None:
         words = cfg.data.words and Path(cfg.data.words).expanduser()
         model.ngram = transcript_ngram(processor, texts, words)
@@ -386,7 +399,6 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         with place.main_process_first():
             cache_encoder_frames(model, data, folder.parent)
         dropped.check(data.total)
-    resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     for row in read_log(Path(resume) / f"dropped{rank}.jsonl") if resume else ():
         dropped.add(**row)  # what the checkpoint's part of the run has dropped
     if streamed and resume:
@@ -453,6 +465,7 @@ def train(cfg: DictConfig) -> Path:
     """Run every stage of a composed config; returns the folder of the finished model."""
     check_config(cfg)
     quiet_libraries()
+    cfg.run.output_dir = str(Path(cfg.run.output_dir).expanduser())
     output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
     if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
         raise ValueError("name the stage: stages.N.training.resume_from_checkpoint")
@@ -464,7 +477,8 @@ def train(cfg: DictConfig) -> Path:
             for stage in stage_configs(cfg):  # a mistyped path must not cost the old run
                 for source in [*stage.data.train, *stage.data.eval]:
                     Reader(source, stage.data.streaming)
-            shutil.rmtree(output)
+            with only_run(output):
+                shutil.rmtree(output)
     if (output / FINISHED).exists():
         changed = changed_settings(cfg, output / "training_config.yaml", r"run\.(?!seed)")
         others = f"; it was trained with other settings ({changed})" if changed else ""
@@ -474,7 +488,7 @@ def train(cfg: DictConfig) -> Path:
         sys.stdout = io.StringIO()  # one process speaks for all
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
-    with full_disk_is_said(output):
+    with full_disk_is_said(output), only_run(output):
         for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
             print(f"\n== stage {stage.name}")
             start = str(run_stage(merged, output / stage.name, start, hub_id))

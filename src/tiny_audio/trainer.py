@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -229,7 +230,7 @@ class ASRTrainer(Trainer):
         """As the Trainer's, which makes one step too many from a checkpoint of the last step."""
         start = resume_from_checkpoint
         state = start and TrainerState.load_from_json(f"{start}/trainer_state.json")
-        if state and 0 < self.args.max_steps <= state.global_step:
+        if state and (0 < self.args.max_steps <= state.global_step or stopped_early(state)):
             self.state = state
             best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
             return self._load_from_checkpoint(str(best or start))
@@ -243,6 +244,15 @@ class ASRTrainer(Trainer):
         best = self.state.best_model_checkpoint
         print(f"best: {best}, {self.args.metric_for_best_model} {self.state.best_metric:.2f}")
         self._load_from_checkpoint(str(best))
+
+
+def stopped_early(state: TrainerState) -> bool:
+    """Whether early stopping had ended the run that a checkpoint is of."""
+    callbacks: Any = state.stateful_callbacks
+    callback = callbacks.get("EarlyStoppingCallback", {})
+    patience = callback.get("args", {}).get("early_stopping_patience")
+    waited = callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return patience is not None and waited >= patience
 
 
 class Preempted(RuntimeError):
@@ -313,6 +323,24 @@ def clean_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Holds a lock on a run's folder: two runs in one would overwrite each other's checkpoints.
+
+    Raises:
+        ValueError: when another run holds it; a run that was killed does not.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
+        yield
+        return
+    try:
+        with FileLock(output / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another run is at work in {output}: wait for it, or stop it") from error
 
 
 @contextmanager

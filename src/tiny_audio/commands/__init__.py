@@ -2,6 +2,12 @@
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from inspect import cleandoc
+from pathlib import Path
+
+
+def home_path(text: str) -> Path:
+    """A path given as `--option=~/x`, where no shell knows that ~ is a home; for argparse."""
+    return Path(text).expanduser()
 
 
 def parser_of(verb: str, doc: str | None) -> ArgumentParser:

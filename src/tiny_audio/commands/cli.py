@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -44,7 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module("tiny_audio.train").main()
         return 0
     try:
-        return importlib.import_module(f"tiny_audio.commands.{verb}").main(rest)
+        code = importlib.import_module(f"tiny_audio.commands.{verb}").main(rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130

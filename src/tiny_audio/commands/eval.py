@@ -34,7 +34,7 @@ from ..hub import git_hash, one_line
 from ..manifests import SOURCE, DataError, Example, read_source
 from ..progress import progress_bar
 from ..scoring import count, normalizer, score
-from . import parser_of
+from . import home_path, parser_of
 from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
 from .report import write_report
 from .transcribe import DECODE_HELP
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--language", default="en", help="en, de, ...; default: %(default)s")
     parser.add_argument("--max-samples", type=int, metavar="N", help="the first N; default: all")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="audio decoded together")
-    parser.add_argument("--out", type=Path, help="default: outputs/eval_<model>_<dataset>...")
+    parser.add_argument("--out", type=home_path, help="default: outputs/eval_<model>_<dataset>...")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     parser.add_argument("--decode", choices=DECODE, help=f"of a model of ours: {DECODE_HELP}")
     args = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """A transcript as a file: plain text, SubRip, WebVTT, JSON."""
 
 import json
+from html import escape
 from typing import Any
 
 FORMATS = ("txt", "srt", "vtt", "json")
@@ -22,5 +23,6 @@ def render(result: dict[str, Any], kind: str) -> str:
     cues = []
     for i, chunk in enumerate(result["chunks"], 1):
         times = " --> ".join(clock(t, point) for t in chunk["timestamp"])
-        cues.append(f"{i}\n{times}\n{chunk['text'].replace('-->', '->')}\n")
+        text = " ".join(chunk["text"].split()).replace("-->", "->")  # an empty line ends a cue
+        cues.append(f"{i}\n{times}\n{escape(text, quote=False) if kind == 'vtt' else text}\n")
     return ("WEBVTT\n\n" if kind == "vtt" else "") + "\n".join(cues)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto import modeling_auto as known
@@ -21,7 +20,7 @@ from ..asr_config import ASRConfig
 from ..asr_pipeline import ASRPipeline
 from ..asr_processing import SAMPLE_RATE
 from ..hub import one_line
-from .transcribe import load_pipeline
+from .transcribe import check_device, load_pipeline
 
 # Config classes of what transformers' own pipeline takes, and ours.
 RECOGNISERS: list[Any] = [known.MODEL_FOR_CTC_MAPPING, known.MODEL_FOR_TDT_MAPPING]
@@ -82,10 +81,7 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
     Raises:
         SystemExit: with one line, when it does not exist or is no speech recogniser.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: no device {device!r} here: {one_line(error)}")
+    check_device(device)
     pipe: Any
     config: Any = None
     with contextlib.suppress(OSError, ValueError):  # `load_pipeline` says what is wrong, if it is

@@ -223,6 +223,7 @@ def create_app(
         prompt: Annotated[str, Form()] = "",
         temperature: Annotated[float, Form()] = 0.0,
         by: Annotated[list[Unit], Form(alias="timestamp_granularities[]")] = [],  # noqa: B006
+        by_name: Annotated[list[Unit], Form(alias="timestamp_granularities")] = [],  # noqa: B006
     ) -> Response:
         check_model(model)
         if stream and response_format != "json":
@@ -235,14 +236,17 @@ def create_app(
         if not stream:
             async for _ in pieces:
                 pass
-            return answer(pipe, recording, response_format, by, language)
+            return answer(pipe, recording, response_format, [*by, *by_name], language)
 
         async def events() -> AsyncIterator[str]:
             yield event(type="transcript.text.delta", delta=first.text)
+            said = bool(first.text)
             try:
                 async for piece in pieces:
                     if piece.text:
-                        yield event(type="transcript.text.delta", delta=" " + piece.text)
+                        delta = f" {piece.text}" if said else piece.text
+                        yield event(type="transcript.text.delta", delta=delta)
+                        said = True
                 yield event(type="transcript.text.done", **pipe.postprocess(recording))
             except HTTPException as error:
                 yield event(error={"message": error.detail, "code": error.status_code})

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from tqdm import tqdm
 from transformers import AutoConfig, pipeline
 from transformers.utils import logging
 
 from ..asr_config import DECODE, ASRConfig
 from ..asr_pipeline import ASRPipeline
+from ..hub import one_line
 from ..progress import quiet_libraries
-from . import parser_of
+from . import home_path, parser_of
 from .formats import FORMATS, render
 
 DECODE_HELP = "rescore (the decoder chooses among proposals), ctc, or generate (it writes alone)"
@@ -32,6 +34,14 @@ def read_terms(path: str) -> list[str]:
     if not (terms := [line.strip() for line in lines if line.strip()]):
         raise argparse.ArgumentTypeError(f"{path} names nothing: write one name or term a line")
     return terms
+
+
+def check_device(device: str | None) -> None:
+    """Raises SystemExit, with one line, for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: no device {device!r} here: {one_line(error)}")
 
 
 def load_pipeline(
@@ -50,6 +60,7 @@ def load_pipeline(
     """
     logging.set_verbosity_error()
     quiet_libraries()
+    check_device(device)
     folder = Path(model).exists() or model.startswith((".", "/", "outputs/"))  # or a Hub id
     if folder and not (Path(model) / "config.json").is_file():
         sys.exit(
@@ -96,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="txt", help="default: %(default)s")
     parser.add_argument("--words", action="store_true", help="times of words, not of subtitles")
     parser.add_argument(
-        "--output-dir", type=Path, help="a file for each input; what is there is not done again"
+        "--output-dir",
+        type=home_path,
+        help="a file for each input; what is there is not done again",
     )
     args = parser.parse_args(argv)
     folder, kind = args.output_dir, args.format
@@ -108,7 +121,10 @@ def main(argv: list[str] | None = None) -> int:
     if len(targets) > 1 and kind not in ("txt", "json") and not folder:
         parser.error(f"several files as {kind} need --output-dir")
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output-dir: {error}")
     todo = {name: target for name, target in targets.items() if not (target and target.exists())}
     if done := len(targets) - len(todo):
         print(f"{done} of {len(targets)} done before", file=sys.stderr)
