@@ -65,6 +65,9 @@ def is_trained(name: str) -> bool:
 def add_lora(module: nn.Module, settings: Any, part: str) -> None:
     """Put LoRA (Hu et al. 2021, arXiv 2106.09685) on the named modules of `module`, in place.
 
+    Its weights are float32 whatever the base model's dtype is: in bfloat16 most updates of a small
+    learning rate would be rounded away.
+
     Raises:
         ValueError: when a target matches no module.
     """
@@ -75,3 +78,6 @@ def add_lora(module: nn.Module, settings: Any, part: str) -> None:
         if target not in leaves:
             raise ValueError(f"{part} LoRA target {target!r} matches no module of the {part}")
     inject_adapter_in_model(LoraConfig(**settings), module)
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()

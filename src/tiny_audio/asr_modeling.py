@@ -505,9 +505,11 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             for part in (config.audio_config, config.text_config):
                 part._attn_implementation = attention
             model = cls(config)
-            if dtype:
-                model.encoder.to(dtype)
-                model.decoder.to(dtype)
+            if dtype:  # not `Module.to`, which would round rotary frequencies and the LoRA too
+                for part in (model.encoder, model.decoder):
+                    for name, tensor in part.state_dict(keep_vars=True).items():
+                        if tensor.is_floating_point() and not is_trained(name):
+                            tensor.data = tensor.data.to(dtype)
         else:
             scale = config.projector_scale
             model = cls.from_base(config, dtype=dtype, attn_implementation=attention, **local)
