@@ -46,7 +46,11 @@ def load_base(
         base = AutoConfig.from_pretrained(name, revision=revision, **where)
         kind, extra = encoder_class(base)
     options = {"dtype": dtype or torch.float32, "output_loading_info": True, **extra, **kwargs}
+    attention = options.pop("attn_implementation", None)
     model, info = kind.from_pretrained(name, revision=revision, **options)
+    choose_attention(model, attention)
+    if "layerdrop" in vars(model.config):
+        model.config.layerdrop = 0.0  # a dropped layer's LoRA has no gradient: DDP would fail
     if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
         raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
     setattr(config, f"{part}_revision", revision)
@@ -55,6 +59,15 @@ def load_base(
     if config.ctc_alphabet and config.ctc_direct is None:
         head = read_ctc_head(model, config.ctc_alphabet, name, revision=revision, **where)
     return model.base_model, head
+
+
+def choose_attention(model: Any, attention: str | None) -> None:
+    """Switch a base model to an attention implementation, None being transformers' choice.
+
+    FlashAttention is left out where the family does not support it (Parakeet, WavLM).
+    """
+    if attention and ("flash" not in attention or model._supports_flash_attn):
+        model.set_attn_implementation(attention)
 
 
 def is_trained(name: str) -> bool:

@@ -23,7 +23,7 @@ from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProc
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
-from .asr_bases import add_lora, is_trained, load_base
+from .asr_bases import add_lora, choose_attention, is_trained, load_base
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_decoding import TextTree, score_trees
@@ -502,9 +502,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         tensors = load_file(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
         if config.self_contained:
-            for part in (config.audio_config, config.text_config):
-                part._attn_implementation = attention
             model = cls(config)
+            for part in (model.encoder, model.decoder):
+                choose_attention(part, attention)
             if dtype:  # not `Module.to`, which would round rotary frequencies and the LoRA too
                 for part in (model.encoder, model.decoder):
                     for name, tensor in part.state_dict(keep_vars=True).items():
