@@ -474,6 +474,22 @@ def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monke
     assert "no such clip" not in Frames(folder)
 
 
+def test_threads_do_not_take_each_others_lengths(tmp_path, build, corpus, monkeypatch):
+    """The group norm of the smaller HuBERT models keeps the lengths of the batch at hand."""
+    processor, model = build("hubert-group", ctc=False)
+    data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
+    plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(frames, "TOGETHER", 1)
+    cache_encoder_frames(model, data, tmp_path)
+    (folder,) = glob_frames(tmp_path)
+    for clip, features in plain.items():
+        inputs = processor.collate([features])
+        with torch.no_grad():
+            expected, _ = model.encode(inputs["input_features"], inputs["input_features_mask"])
+        assert torch.allclose(Frames(folder)[clip].float(), expected[0], atol=2e-3)
+
+
 def test_a_batch_size_limits_the_clips_of_a_batch():
     seconds = np.random.default_rng(0).uniform(1, 4, 100).tolist()
     plain = LengthBatchSampler(seconds, 60.0, seed=1)

@@ -85,12 +85,39 @@ def test_two_processes_share_a_stream(losses):
     assert len(loss) == 6
 
 
+@pytest.mark.long
+def test_the_shipped_config_launches_two_processes(tiny_bases, corpus, tmp_path):
+    """With LoRA in HuBERT and gradient checkpointing, where DDP needs every gradient.
+
+    Without `--cpu`: accelerate would start a single process.
+    """
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0",
+        "--config_file", str(recipe.CONFIGS.parent / "accelerate/ddp.yaml"),
+        str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
+        f"model.encoder_model_name={tiny_bases / 'hubert'}", "model.tune=false",
+        f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32",
+        f"data.train=[{{path: {corpus}}}]", "data.max_seconds=4", f"run.output_dir={out}",
+        "training.max_steps=6", "training.eval_strategy=no", "training.logging_steps=1",
+        "training.batch_seconds=5", "training.gradient_checkpointing=true",
+        "training.dataloader_num_workers=0", "training.report_to=none", "+training.use_cpu=true",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_log(out / "train" / LOG)) == 6
+    assert (out / "train/checkpoint-6/rng_state_1.pth").exists()  # of the second process
+    assert (out / WEIGHTS).exists()
+
+
 SHARDED = """
 import os
 import sys
 from pathlib import Path
 import torch
 from conftest import TEXTS, babble, build_asr
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -115,6 +142,17 @@ assert abs(loss - sharded) < 1e-5, (loss, sharded)
 assert set(parts) == set(gradients)
 for name, gradient in gradients.items():
     assert torch.allclose(parts[name].full_tensor(), gradient, atol=1e-5), name
+tensors = model.checkpoint(self_contained=False)
+if torch.distributed.get_rank() == 0:
+    model.save_pretrained(sys.argv[2], self_contained=False, state_dict=tensors)
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.zero_()
+torch.distributed.barrier()
+model.load_tensors(load_file(sys.argv[2] + "/model.safetensors"), "the checkpoint")
+model.zero_grad()
+assert abs(step()[0] - loss) < 1e-5
 print("sharded", len(gradients))
 torch.distributed.barrier()
 sys.stdout.flush()
@@ -122,15 +160,16 @@ os._exit(0)  # gloo's threads outlive the interpreter's end now and then, and ab
 """
 
 
-def test_the_model_can_be_sharded(tiny_bases):
-    """FSDP2 on two processes: the same loss and gradients. (accelerate shards on GPUs alone.)"""
+def test_the_model_can_be_sharded(tiny_bases, tmp_path):
+    """FSDP2 on two processes: the same loss and gradients, saved and loaded again. (accelerate
+    shards on GPUs alone.)"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     path = tiny_bases.with_name("sharded.py")
     path.write_text(SHARDED)
     places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*launch, str(path), str(tiny_bases)], capture_output=True, text=True, timeout=300,
+        [*launch, str(path), str(tiny_bases), str(tmp_path)], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -46,7 +46,11 @@ def load_base(
         base = AutoConfig.from_pretrained(name, revision=revision, **where)
         kind, extra = encoder_class(base)
     options = {"dtype": dtype or torch.float32, "output_loading_info": True, **extra, **kwargs}
+    attention = options.pop("attn_implementation", None)
     model, info = kind.from_pretrained(name, revision=revision, **options)
+    choose_attention(model, attention)
+    if "layerdrop" in vars(model.config):
+        model.config.layerdrop = 0.0  # a dropped layer's LoRA has no gradient: DDP would fail
     if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
         raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
     setattr(config, f"{part}_revision", revision)
@@ -57,6 +61,15 @@ def load_base(
     return model.base_model, head
 
 
+def choose_attention(model: Any, attention: str | None) -> None:
+    """Switch a base model to an attention implementation, None being transformers' choice.
+
+    FlashAttention is left out where the family does not support it (Parakeet, WavLM).
+    """
+    if attention and ("flash" not in attention or model._supports_flash_attn):
+        model.set_attn_implementation(attention)
+
+
 def is_trained(name: str) -> bool:
     """Whether a parameter of this name is trained, and so belongs in every checkpoint."""
     return name.startswith(("projector.", "ctc.", "characters.", "residual.")) or ".lora_" in name
@@ -64,6 +77,9 @@ def is_trained(name: str) -> bool:
 
 def add_lora(module: nn.Module, settings: Any, part: str) -> None:
     """Put LoRA (Hu et al. 2021, arXiv 2106.09685) on the named modules of `module`, in place.
+
+    Its weights are float32 whatever the base model's dtype is: in bfloat16 most updates of a small
+    learning rate would be rounded away.
 
     Raises:
         ValueError: when a target matches no module.
@@ -75,3 +91,6 @@ def add_lora(module: nn.Module, settings: Any, part: str) -> None:
         if target not in leaves:
             raise ValueError(f"{part} LoRA target {target!r} matches no module of the {part}")
     inject_adapter_in_model(LoraConfig(**settings), module)
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()

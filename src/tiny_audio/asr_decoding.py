@@ -5,7 +5,8 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,12 +94,13 @@ def score_trees(
     embeds = torch.cat([embeds, decoder.get_input_embeddings()(tokens).to(embeds.dtype)], 1)
     least = torch.finfo(embeds.dtype).min
     bias = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill(~visible, least)
-    hidden = decoder.base_model(
-        inputs_embeds=embeds,
-        attention_mask=bias[:, None],
-        position_ids=positions.clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
+    with any_mask(decoder):
+        hidden = decoder.base_model(
+            inputs_embeds=embeds,
+            attention_mask=bias[:, None],
+            position_ids=positions.clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
     found = []
     for i, tree in enumerate(trees):
         before = s + torch.tensor(tree.parents, device=device)  # the prompt's last is at s - 1
@@ -107,6 +109,18 @@ def score_trees(
         log_probs = -F.cross_entropy(logits.float(), target, reduction="none")
         found.append([float(log_probs[path].sum()) for path in tree.paths])
     return found
+
+
+@contextmanager
+def any_mask(decoder: Any) -> Iterator[None]:
+    """Attention that takes any mask: FlashAttention knows padding and causality alone."""
+    before = decoder.config._attn_implementation
+    if "flash" in str(before):
+        decoder.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
 
 
 @dataclass

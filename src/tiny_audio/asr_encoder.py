@@ -65,7 +65,6 @@ def encoder_class(base: Any) -> tuple[Any, dict[str, Any]]:
         return WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
     if base.model_type.startswith("parakeet"):  # nor the CTC or transducer head
         config = vars(base).get("encoder_config", base)
-        config.layerdrop = 0.0  # trained without; the published configs say 0.1 all the same
         return ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}, "config": config}
     return (AutoModelForCTC if has_ctc_head(base) else AutoModel), {}
 
@@ -162,9 +161,13 @@ def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
         )
     x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
     visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i
-    bias = torch.zeros(len(x), 1, 1, t, dtype=x.dtype, device=x.device)
-    bias = bias.masked_fill(~visible[:, None, None], torch.finfo(x.dtype).min)
+    if "flash" in str(encoder.config._attn_implementation):
+        attention_mask: Any = None if visible.all() else visible
+    else:
+        bias = torch.zeros(len(x), 1, 1, t, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill(~visible[:, None, None], torch.finfo(x.dtype).min)
+        attention_mask = bias.expand(-1, -1, t, -1)
     for layer in encoder.layers:
-        out = layer(x, bias.expand(-1, -1, t, -1))
+        out = layer(x, attention_mask)
         x = out[0] if isinstance(out, tuple) else out
     return encoder.layer_norm(x)

@@ -18,13 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
-from .asr_bases import add_lora, is_trained, load_base
+from .asr_bases import add_lora, choose_attention, is_trained, load_base
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_decoding import TextTree, score_trees
@@ -408,13 +409,25 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 names.setdefault(id(tensor), name)
         return list(names.values())
 
+    def checkpoint(self, self_contained: bool) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by name. Shards are gathered: every process must ask."""
+        state = self.state_dict()
+        found = {name: state[name] for name in self.checkpoint_names(self_contained)}
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
+        return {name: tensor.contiguous() for name, tensor in whole.items()}
+
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, self_contained: bool | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        self_contained: bool | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write config, generation config, tensors and the code that loads them.
 
         Args:
             save_directory: folder, made if missing.
+            state_dict: from `checkpoint`; None: it is asked for.
             self_contained: write the base models' weights too, so that the folder needs nothing
                 else. None: only where a base model is a local folder, which others lack.
         """
@@ -425,8 +438,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         bases = (self.config.encoder_name, self.config.decoder_name)
         if self_contained is None:
             self_contained = self.config.self_contained or any(Path(b).is_dir() for b in bases)
-        state = self.state_dict()
-        tensors = {n: state[n].contiguous() for n in self.checkpoint_names(self_contained)}
+        tensors = self.checkpoint(self_contained) if state_dict is None else state_dict
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
         (folder / (WEIGHTS + ".tmp")).replace(folder / WEIGHTS)
         self.config.ngram_file = None
@@ -516,12 +528,14 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             ) from error
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
         if config.self_contained:
-            for part in (config.audio_config, config.text_config):
-                part._attn_implementation = attention
             model = cls(config)
-            if dtype:
-                model.encoder.to(dtype)
-                model.decoder.to(dtype)
+            for part in (model.encoder, model.decoder):
+                choose_attention(part, attention)
+            if dtype:  # not `Module.to`, which would round rotary frequencies and the LoRA too
+                for part in (model.encoder, model.decoder):
+                    for name, tensor in part.state_dict(keep_vars=True).items():
+                        if tensor.is_floating_point() and not is_trained(name):
+                            tensor.data = tensor.data.to(dtype)
         else:
             scale = config.projector_scale
             model = cls.from_base(config, dtype=dtype, attn_implementation=attention, **local)
@@ -566,7 +580,11 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{source}: {len(bad)} {kind} tensors, first {sorted(bad)[:3]}")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                expected[name].copy_(tensor)
+                place = expected[name]
+                if isinstance(place, DTensor):
+                    tensor = tensor.to(place.device, place.dtype)
+                    tensor = distribute_tensor(tensor, place.device_mesh, place.placements)
+                place.copy_(tensor)
 
 
 CODE = "asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram".split()

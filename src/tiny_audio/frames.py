@@ -14,6 +14,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from .asr_encoder import MaskedGroupNorm
 from .asr_modeling import ASRModel
 from .asr_processing import ASRProcessor
 from .batches import cut_batches
@@ -97,9 +98,12 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     order.sort(key=lambda i: -data.examples[i].duration)
     parts = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
     cores = torch.get_num_threads()
+    # A masked group norm holds the lengths of one batch: threads would take each other's.
+    shared = any(isinstance(module, MaskedGroupNorm) for module in model.encoder.modules())
+    threads = 1 if shared else min(cores, MOST_THREADS)
     bar = progress_bar(total=len(order), desc="encoding", unit="clip")
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ThreadPoolExecutor(min(cores, MOST_THREADS), **one_core) as pool, bar:
+    with ThreadPoolExecutor(threads, **one_core) as pool, bar:
         work = [pool.submit(encode_some, model, data, rows, frames) for rows in parts]
         for rows, part in zip(parts, work, strict=True):
             for item in part.result():

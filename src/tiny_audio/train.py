@@ -377,7 +377,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     print(f"{size}; {data.rewritten} transcripts changed by the text rules; dropped: {dropped}")
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
     # transformers' newer name of it; the field's own is kept in the configs
-    arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    if hasattr(TrainingArguments, "activation_checkpointing"):
+        arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
     trackers = place.is_main_process and start_trackers(settings["report_to"], folder, whole)
     args = TrainingArguments(
@@ -396,6 +397,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if settings["cache_encoder"]:
         if streamed:
             raise ValueError("training.cache_encoder needs data.streaming=false")
+        model.to(args.device)  # type: ignore[arg-type]  # the trainer would, but later
         with place.main_process_first():
             cache_encoder_frames(model, data, folder.parent)
         dropped.check(data.total)

@@ -222,8 +222,10 @@ class ASRTrainer(Trainer):
             path.write_text(json.dumps(self.position))
         if self.dropped.path and self.dropped.path.exists():
             shutil.copy(self.dropped.path, folder)
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = model.checkpoint(self_contained=False)  # of every process
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, self_contained=False)
+            model.save_pretrained(folder, self_contained=False, state_dict=tensors)
             self.processing_class.save_pretrained(folder)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:

@@ -1,0 +1,143 @@
+"""Run measurements as parts, each in a process of its own with a time limit.
+
+A part is a function that yields rows (dicts of numbers and words). Rows are kept as they come, so
+that a part which fails or hangs costs only what it had not measured yet.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_audio.data import read_log
+from tiny_audio.hub import git_hash
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Part:
+    """A measurement.
+
+    Attributes:
+        measure: yields the rows; it is called with what `run_all` was given for it.
+        limit: in seconds.
+        note: for the report.
+    """
+
+    measure: Callable[..., Iterator[Row]]
+    limit: float
+    note: str = ""
+
+
+def machine() -> Row:
+    """Device, driver and versions."""
+    found: Row = {"date": str(date.today()), "git": git_hash(), "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def run_part(command: Sequence[str], rows: Path, log: Path, limit: float) -> Row:
+    """Run a part by a command that appends its rows to the file `rows`."""
+    rows.unlink(missing_ok=True)
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(rows.parent / "hf"), "PYTHONUNBUFFERED": "1"}
+    quiet |= {"TOKENIZERS_PARALLELISM": "false", "TINY_AUDIO_TRACEBACK": "1"}
+    started, status = time.monotonic(), "ok"
+    with log.open("a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True,
+                                   env={**os.environ, **quiet})  # fmt: skip
+        try:
+            if code := process.wait(limit):
+                status = f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            status = f"stopped after its limit of {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # what the part has started ends with it
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return {"status": status, "seconds": time.monotonic() - started, "rows": read_log(rows)}
+
+
+def run_all(
+    parts: dict[str, Part], names: Sequence[str], out: Path, work: Path, again: bool, options: Row
+) -> int:
+    """Run parts one after another, and write `gpu.json` and `gpu.md` after each.
+
+    Args:
+        parts: all there are.
+        names: of those to run; what is done is not run again.
+        out: folder of the report, and of the log of all parts.
+        work: folder of what the parts need and make.
+        again: run also what is done.
+        options: for the parts, as JSON in the file that `run_here` is given.
+
+    Returns:
+        The exit code, 1 where a part failed.
+    """
+    file, settings = out / "gpu.json", work / "options.json"
+    out.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(options))
+    done = json.loads(file.read_text())["parts"] if file.exists() else {}
+    results = {"machine": machine(), "options": options, "parts": done}
+    for name in names:
+        if done.get(name, {}).get("status") == "ok" and not again:
+            print(f"{name}: done before, kept", flush=True)
+            continue
+        print(f"{name} ...", flush=True)
+        with (out / "gpu.log").open("a") as log:
+            log.write(f"\n== {name}\n")
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--run", name, str(settings)]
+        limit = options["limit"] or parts[name].limit
+        done[name] = run_part(command, work / f"{name}.jsonl", out / "gpu.log", limit)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        (out / "gpu.md").write_text(markdown(results, parts))
+    print(markdown(results, parts))
+    return int(any(part["status"] != "ok" for part in done.values()))
+
+
+def run_here(part: Part, rows: Path, *arguments: Any) -> int:
+    """Run a part in this process; its rows are appended to a file, one by one."""
+    for row in part.measure(*arguments):
+        print(row, flush=True)
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def markdown(results: Row, parts: dict[str, Part]) -> str:
+    """The report: a table for each part."""
+    about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    lines = [f"# {results['machine']['device']}", "", about]
+    for name, part in results["parts"].items():
+        lines += ["", f"## {name}: {part['status']}, {part['seconds']:.0f} s"]
+        lines += ["", parts[name].note, ""]
+        columns = list(dict.fromkeys(key for row in part["rows"] for key in row))
+        cells = [[cell(row.get(key, "")) for key in columns] for row in part["rows"]]
+        table = [columns, ["---"] * len(columns), *cells] if columns else []
+        lines += [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: Any) -> str:
+    """A value as it stands in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")

@@ -1,0 +1,108 @@
+"""`bench/gpu.py`: it runs here at toy sizes, so that the one run on a GPU is not wasted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import TEXTS
+from torch.nn import functional as F
+
+from tiny_audio import asr_modeling
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("training", "plan", "decoding", "precision", "resume", "learning")
+STAND_INS = f"""
+import sys
+import time
+sys.path.insert(0, {str(ROOT / "bench")!r})
+import gpu
+
+def fails(bench):
+    yield {{"found": "before it failed"}}
+    raise ValueError("broken")
+
+def hangs(bench):
+    yield {{"found": "before it hung"}}
+    time.sleep(3600)
+
+def works(bench):
+    yield {{"found": "all"}}
+
+known = {{"fails": (fails, 300), "hangs": (hangs, 60), "works": (works, 300)}}
+gpu.PARTS = {{name: gpu.Part(*part) for name, part in known.items()}}
+sys.exit(gpu.main())
+"""
+
+
+def run(script: Path, out: Path, *arguments: str) -> tuple[int, str, dict]:
+    command = [sys.executable, str(script), "--tiny", "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (out / "gpu.json").exists(), done.stderr[-2000:]
+    return done.returncode, done.stdout, json.loads((out / "gpu.json").read_text())["parts"]
+
+
+@pytest.mark.long
+def test_every_part_has_a_result(tmp_path):
+    code, printed, parts = run(ROOT / "bench/gpu.py", tmp_path, "--limit", "900")
+    log = (tmp_path / "gpu.log").read_text()
+    assert code == 0, (parts, log[-3000:])
+    assert tuple(parts) == PARTS
+    for name, part in parts.items():
+        assert part["status"] == "ok" and part["rows"], (name, log[-3000:])
+        assert f"## {name}: ok" in printed
+    assert printed.strip().endswith((tmp_path / "gpu.md").read_text().strip())
+    failed = {row["variant"] for row in parts["training"]["rows"] if "error" in row}
+    assert failed <= {"FlashAttention 2", "Liger's fused loss"}  # they need a GPU
+    for row in parts["plan"]["rows"]:
+        assert row["memory, measured / plan"] == pytest.approx(1, abs=0.2)
+        assert row["work, measured / plan"] == pytest.approx(1, abs=0.2)
+    assert all(row["WER % of the search"] < 50 for row in parts["decoding"]["rows"])
+    assert parts["precision"]["rows"][-1]["finite"]
+    assert parts["resume"]["rows"][0]["same"]
+    assert "--assets" in parts["learning"]["rows"][0]["skipped"]
+    code, printed, _ = run(ROOT / "bench/gpu.py", tmp_path)
+    assert code == 0 and printed.count("done before, kept") == len(PARTS)
+
+
+@pytest.mark.long
+def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STAND_INS)
+    code, printed, parts = run(script, tmp_path)
+    assert code == 1
+    assert parts["fails"]["status"] == "failed with exit code 1"
+    assert parts["hangs"]["status"] == "stopped after its limit of 60 s"
+    assert parts["works"]["status"] == "ok"
+    found = [part["rows"][0]["found"] for part in parts.values()]
+    assert found == ["before it failed", "before it hung", "all"]
+    assert "## hangs: stopped" in printed and "broken" in (tmp_path / "gpu.log").read_text()
+    _, printed, _ = run(script, tmp_path, "--parts", "works")
+    assert "works: done before, kept" in printed
+
+
+def test_the_fused_loss_is_the_loss(build, clips, monkeypatch):
+    """With a stand-in for Liger's kernel, which runs on GPUs alone."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import gpu  # type: ignore[import-not-found]
+
+    class Fused:
+        def __init__(self, reduction: str) -> None:
+            self.reduction = reduction
+
+        def __call__(self, weight, hidden, targets):
+            return F.cross_entropy(hidden @ weight.T, targets, reduction=self.reduction)
+
+    stand_in = ModuleType("liger_kernel.transformers")
+    stand_in.LigerFusedLinearCrossEntropyLoss = Fused  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    monkeypatch.setattr(asr_modeling, "F", asr_modeling.F)  # put back at the end
+    processor, model = build("hubert", lora="both")
+    batch = processor(clips[:2], list(TEXTS[:2]))
+    plain = model(**batch).loss
+    gpu.fuse_loss(model)
+    assert torch.allclose(model(**batch).loss, plain, rtol=1e-5)
