@@ -51,7 +51,8 @@ from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.commands.transcribe import load_pipeline
 from tiny_audio.manifests import Example
-from tiny_audio.train import CONFIGS, transcript_ngram
+from tiny_audio.train import CONFIGS
+from tiny_audio.vocabulary import transcript_ngram
 
 TEXTS = (
     "the cat sat",

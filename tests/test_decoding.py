@@ -16,7 +16,7 @@ from tiny_audio.asr_search import PrefixSearch, SearchSettings
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.manifests import DataError
-from tiny_audio.train import read_words
+from tiny_audio.vocabulary import read_words
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})

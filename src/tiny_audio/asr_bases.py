@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
@@ -68,6 +71,37 @@ def choose_attention(model: Any, attention: str | None) -> None:
     """
     if attention and ("flash" not in attention or model._supports_flash_attn):
         model.set_attn_implementation(attention)
+
+
+def cast_base(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put a base model's weights into a dtype, None leaving them as they are.
+
+    `Module.to` would round the rotary frequencies and the LoRA too.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if dtype and tensor.is_floating_point() and not is_trained(name):
+            tensor.data = tensor.data.to(dtype)
+
+
+def load_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        OSError: when it is damaged, or not what its name says.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        again = "fetch it again (`git lfs pull`, where Git LFS left a pointer)"
+        raise OSError(f"{path} holds no whole weights ({error}): {again}") from error
+
+
+def shared_as(tensor: Tensor, place: Tensor) -> Tensor:
+    """A whole tensor, cut into the shards that `place` has, if it has any."""
+    if not isinstance(place, DTensor):
+        return tensor
+    whole = tensor.to(place.device, place.dtype)
+    return distribute_tensor(whole, place.device_mesh, place.placements)
 
 
 def is_trained(name: str) -> bool:

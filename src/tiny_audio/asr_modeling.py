@@ -15,17 +15,24 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
-from .asr_bases import add_lora, choose_attention, is_trained, load_base
+from .asr_bases import (
+    add_lora,
+    cast_base,
+    choose_attention,
+    is_trained,
+    load_base,
+    load_weights,
+    shared_as,
+)
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_decoding import TextTree, score_trees
@@ -417,12 +424,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         return {name: tensor.contiguous() for name, tensor in whole.items()}
 
     def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        self_contained: bool | None = None,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, save_directory: str | Path, self_contained: bool | None = None,
+        state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Write config, generation config, tensors and the code that loads them.
 
         Args:
@@ -518,24 +522,13 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         if cached_file(str(name_or_path), "config.json", **hub) is None:
             raise OSError(f"{name_or_path} has no config.json")
         config = config or ASRConfig.from_pretrained(name_or_path, **hub)
-        path = str(cached_file(str(name_or_path), WEIGHTS, **hub))
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise OSError(
-                f"{path} holds no whole weights ({error}): fetch it again (`git lfs pull`, where "
-                "Git LFS left a pointer)"
-            ) from error
+        tensors = load_weights(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
         if config.self_contained:
             model = cls(config)
             for part in (model.encoder, model.decoder):
                 choose_attention(part, attention)
-            if dtype:  # not `Module.to`, which would round rotary frequencies and the LoRA too
-                for part in (model.encoder, model.decoder):
-                    for name, tensor in part.state_dict(keep_vars=True).items():
-                        if tensor.is_floating_point() and not is_trained(name):
-                            tensor.data = tensor.data.to(dtype)
+                cast_base(part, dtype)
         else:
             scale = config.projector_scale
             model = cls.from_base(config, dtype=dtype, attn_implementation=attention, **local)
@@ -580,11 +573,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{source}: {len(bad)} {kind} tensors, first {sorted(bad)[:3]}")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                place = expected[name]
-                if isinstance(place, DTensor):
-                    tensor = tensor.to(place.device, place.dtype)
-                    tensor = distribute_tensor(tensor, place.device_mesh, place.placements)
-                place.copy_(tensor)
+                expected[name].copy_(shared_as(tensor, expected[name]))
 
 
 CODE = "asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram".split()

@@ -11,11 +11,9 @@ import json
 import os
 import re
 import shutil
-import string
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,12 +32,12 @@ from transformers.utils import is_flash_attn_2_available
 
 from .asr_config import ASRConfig, check_keys
 from .asr_modeling import NGRAM, WEIGHTS, ASRModel
-from .asr_ngram import NGram, build_ngram, load_arpa
+from .asr_ngram import load_arpa
 from .asr_processing import ASRProcessor
 from .data import Dropped, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
-from .manifests import DataError, Example, Reader
+from .manifests import Reader
 from .plan import describe, expected_cost
 from .progress import quiet_libraries
 from .run_log import StepLine, start_trackers
@@ -55,11 +53,10 @@ from .trainer import (
     only_run,
 )
 from .tuning import TUNED, tune
+from .vocabulary import ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "hydra"
 FINISHED, TUNING = "finished.json", "tuning.json"
-LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces
-LEAST_WORD = 3  # letters of a word that no transcript holds
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
@@ -215,72 +212,6 @@ def keep_new_letters(tensors: dict[str, torch.Tensor], model: ASRModel) -> None:
             tensors[name] = torch.cat([known, fresh[len(known) :].to(known.dtype)])
 
 
-def grow(known: list[int], found: list[int]) -> list[int]:
-    """A head's classes, and behind them what else was found; none where there is no such head."""
-    return [*known, *sorted({*found} - {*known})] if known else []
-
-
-def new_letters(new: set[int], texts: Iterable[Example]) -> str:
-    """ ": letters with their counts" of the transcripts that need the bytes `new`, or nothing."""
-    letters = Counter(letter for example in texts for letter in example.text.lower())
-    counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new & {*x.encode()}]
-    return f": {', '.join(counts)}" if counts else ""
-
-
-def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
-    """What occurs in the training transcripts: token ids, and lower-case bytes but punctuation
-    (', the apostrophe, is a letter)."""
-    examples = list(examples)
-    tokens = {token for example in examples for token in example.target}
-    written = {byte for example in examples for byte in f" {example.text}".encode()}
-    spoken = set(bytes(written).lower()) - set(string.punctuation.encode())
-    return sorted(tokens), sorted(spoken | (written & set(b"'")))
-
-
-def transcript_ngram(
-    processor: ASRProcessor, examples: Iterable[Example], words: Path | None = None
-) -> NGram | None:
-    """The n-gram of the training transcripts, as the character head spells them.
-
-    Its vocabulary holds the words of the list `words` too, see `read_words`, or where there is
-    none the decoder's whole words: tokens of lower-case letters with a space before them.
-    None for a script that puts no spaces between words.
-    """
-    sentences = [processor.spoken(example.text).split() for example in examples]
-    lengths = [len(word) for sentence in sentences for word in sentence]
-    if not lengths or sum(lengths) > LONGEST_MEAN_WORD * len(lengths):
-        return None
-    if words is None:
-        tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
-        counts = {token[1:]: 1.0 for token in tokens if token[1:].isalpha()}
-    else:
-        counts = read_words(words)
-    known = {*processor.alphabet}
-    elsewhere = {
-        word: count
-        for word, count in counts.items()
-        if len(word) >= LEAST_WORD and {*word.encode()} <= known
-    }
-    return build_ngram(sentences, elsewhere)
-
-
-def read_words(path: Path) -> dict[str, float]:
-    """Words and how often they are met in other text, from a file with "word<TAB>count" a line.
-
-    Raises:
-        DataError: naming the line that is not like that.
-    """
-    if not path.is_file():
-        raise DataError(f"data.words={path}: no such file")
-    counts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        word, _, count = line.partition("\t")
-        if not word or not count.strip().isdigit() or int(count) < 1:
-            raise DataError(f"{path}, line {number} is no word, tab and count: {line[:60]!r}")
-        counts[word] = float(count)
-    return counts
-
-
 def fit_device(training: DictConfig) -> None:
     """Turn off what only a GPU has (bf16, TF32), and choose the attention; both are said."""
     if not torch.cuda.is_available():
@@ -339,74 +270,22 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     rank = f"-{place.process_index}" if place.process_index else ""
     dropped = Dropped(folder / f"dropped{rank}.jsonl", cfg.data.max_dropped_fraction)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
-    before = resume or start
-    previous = ASRConfig.from_pretrained(before) if before else None
     processor = build_processor(cfg)
     with place.main_process_first():  # it fills the cache of `datasets`
         data, evaluation = read_data(cfg, settings, processor, dropped)
-    streamed = isinstance(data, SpeechStream)
-    texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
-    tokens, alphabet = ctc_vocabulary(texts)
-    if previous:
-        known = previous.ctc_token_ids, previous.ctc_alphabet
-        tokens, alphabet = grow(known[0], tokens), grow(known[1], alphabet)
-        new = new_letters({*alphabet} - {*known[1]}, texts)
-        if resume and new:
-            raise ValueError(
-                f"letters that {resume} does not know{new}; run.fresh=true starts anew"
-            )
-        if resume and (others := len(tokens) - len(known[0])):
-            print(f"{others} tokens that {resume} does not know: its token head leaves them out")
-            tokens = known[0]
-        if new:
-            print(f"letters that the model does not know, and learns{new}")
-    heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
-    model = build_model(cfg, processor, heads, start)
-    if resume and (Path(resume) / NGRAM).exists():
-        model.ngram = load_arpa(Path(resume) / NGRAM)
-    if model.characters is not None and model.ngram is None:
-        words = cfg.data.words and Path(cfg.data.words).expanduser()
-        model.ngram = transcript_ngram(processor, texts, words)
+    model = stage_model(cfg, processor, data, start, resume)
     freeze_idle(model, settings)
     print(describe(model))
-    gflop, cost = expected_cost(model, settings, [] if streamed else data.examples)
+    gflop, cost = expected_cost(model, settings, getattr(data, "examples", []))
     print(cost)
-    clips = 0 if streamed else len(data)
-    hours = 0.0 if streamed else sum(example.duration for example in data.examples) / 3600
-    size = "a stream" if streamed else f"{clips} clips, {hours:.2f} h an epoch"
-    print(f"{size}; {data.rewritten} transcripts changed by the text rules; dropped: {dropped}")
-    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
-    # transformers' newer name of it; the field's own is kept in the configs
-    if hasattr(TrainingArguments, "activation_checkpointing"):
-        arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
-    whole: Any = OmegaConf.to_container(cfg, resolve=True)
-    trackers = place.is_main_process and start_trackers(settings["report_to"], folder, whole)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        seed=cfg.run.seed,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        report_to=trackers or [],
-        ignore_data_skip=streamed,  # it starts at its position by itself
-        accelerator_config={"even_batches": False},  # our sampler sees to it
-        **arguments,
-    )
-    if settings["early_stopping_patience"] and not args.load_best_model_at_end:
-        raise ValueError("early_stopping_patience needs training.load_best_model_at_end=true")
+    rewritten = f"{data.rewritten} transcripts changed by the text rules"
+    print(f"{size_of(data)}; {rewritten}; dropped: {dropped}")
+    args = training_arguments(cfg, settings, folder, isinstance(data, SpeechStream))
     if settings["cache_encoder"]:
-        if streamed:
-            raise ValueError("training.cache_encoder needs data.streaming=false")
-        model.to(args.device)  # type: ignore[arg-type]  # the trainer would, but later
-        with place.main_process_first():
-            cache_encoder_frames(model, data, folder.parent)
-        dropped.check(data.total)
-    for row in read_log(Path(resume) / f"dropped{rank}.jsonl") if resume else ():
-        dropped.add(**row)  # what the checkpoint's part of the run has dropped
-    if streamed and resume:
-        if (shares := len(list(Path(resume).glob("stream-*.json")))) != place.num_processes:
-            raise ValueError(f"{resume} can only be continued by {shares} processes, as it began")
-        data.start = json.loads((Path(resume) / f"stream-{place.process_index}.json").read_text())
+        cache_frames(model, data, args, folder.parent)
+    if resume:
+        print(f"continuing from {resume}")
+        restore_position(data, dropped, Path(resume))
     trainer = ASRTrainer(
         settings,
         gflop,
@@ -423,26 +302,117 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if hub_id:
         trainer.add_callback(HubPusher(hub_id))
     started = time.monotonic()
-    if resume:
-        print(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=resume)
-    if not streamed:
+    if isinstance(data, SpeechDataset):
         dropped.check(data.total)
     trainer.save_model(str(final))
-    parameters = list(model.parameters())
-    summary = {
-        "name": folder.name,
-        "steps": trainer.state.global_step,
-        "clips": clips,
-        "hours": hours,
-        "seconds": time.monotonic() - started,
-        "parameters": sum(p.numel() for p in parameters),
-        "trained": sum(p.numel() for p in parameters if p.requires_grad),
-    }
     if place.is_main_process:
+        summary = stage_summary(folder.name, trainer, data, time.monotonic() - started)
         (final / FINISHED).write_text(json.dumps(summary) + "\n")
     place.wait_for_everyone()
     return final
+
+
+def stage_model(
+    cfg: DictConfig, processor: ASRProcessor, data: Any, start: str | None, resume: str | None
+) -> ASRModel:
+    """The model that a stage begins with, its heads and words chosen by the transcripts; those of
+    a run that is continued are the checkpoint's."""
+    streamed = isinstance(data, SpeechStream)
+    texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
+    if before := resume or start:
+        tokens, alphabet = extend_vocabulary(ASRConfig.from_pretrained(before), texts, resume)
+    else:
+        tokens, alphabet = ctc_vocabulary(texts)
+    heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
+    model = build_model(cfg, processor, heads, start)
+    if resume and (Path(resume) / NGRAM).exists():
+        model.ngram = load_arpa(Path(resume) / NGRAM)
+    if model.characters is not None and model.ngram is None:
+        words = cfg.data.words and Path(cfg.data.words).expanduser()
+        model.ngram = transcript_ngram(processor, texts, words)
+    return model
+
+
+def training_arguments(
+    cfg: DictConfig, settings: dict[str, Any], folder: Path, streamed: bool
+) -> TrainingArguments:
+    """The Trainer's arguments: those of the recipe, and those that are not for it to choose.
+
+    Raises:
+        ValueError: for settings that exclude each other.
+    """
+    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
+    # transformers' newer name of it; the field's own is kept in the configs
+    if hasattr(TrainingArguments, "activation_checkpointing"):
+        arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
+    main = PartialState().is_main_process
+    args = TrainingArguments(
+        output_dir=str(folder),
+        seed=cfg.run.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        report_to=start_trackers(settings["report_to"], folder, whole) if main else [],
+        ignore_data_skip=streamed,  # it starts at its position by itself
+        accelerator_config={"even_batches": False},  # our sampler sees to it
+        **arguments,
+    )
+    if settings["early_stopping_patience"] and not args.load_best_model_at_end:
+        raise ValueError("early_stopping_patience needs training.load_best_model_at_end=true")
+    if settings["cache_encoder"] and streamed:
+        raise ValueError("training.cache_encoder needs data.streaming=false")
+    return args
+
+
+def cache_frames(
+    model: ASRModel, data: SpeechDataset, args: TrainingArguments, parent: Path
+) -> None:
+    """Have `data` serve the encoder's frames, which the main process computes, once."""
+    model.to(args.device)  # type: ignore[arg-type]  # the trainer would, but later
+    with PartialState().main_process_first():
+        cache_encoder_frames(model, data, parent)
+    data.dropped.check(data.total)
+
+
+def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:
+    """What a checkpoint's part of the run has dropped, and where in a stream it stood.
+
+    Raises:
+        ValueError: when a stream was read by another number of processes.
+    """
+    place = PartialState()
+    rank = f"-{place.process_index}" if place.process_index else ""
+    for row in read_log(resume / f"dropped{rank}.jsonl"):
+        dropped.add(**row)
+    if isinstance(data, SpeechStream):
+        if (shares := len(list(resume.glob("stream-*.json")))) != place.num_processes:
+            raise ValueError(f"{resume} can only be continued by {shares} processes, as it began")
+        data.start = json.loads((resume / f"stream-{place.process_index}.json").read_text())
+
+
+def size_of(data: Any) -> str:
+    """How much there is in an epoch, in words."""
+    if isinstance(data, SpeechStream):
+        return "a stream"
+    hours = sum(example.duration for example in data.examples) / 3600
+    return f"{len(data)} clips, {hours:.2f} h an epoch"
+
+
+def stage_summary(name: str, trainer: ASRTrainer, data: Any, seconds: float) -> dict[str, Any]:
+    """What a finished stage leaves of itself for the model's card."""
+    parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
+    examples = [] if isinstance(data, SpeechStream) else data.examples
+    return {
+        "name": name,
+        "steps": trainer.state.global_step,
+        "clips": len(examples),
+        "hours": sum(example.duration for example in examples) / 3600,
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+    }
 
 
 def finish(cfg: DictConfig, start: str, output: Path) -> None:

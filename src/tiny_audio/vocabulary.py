@@ -1,0 +1,107 @@
+"""What a recogniser can say: the classes of its CTC heads, and the words of its search."""
+
+import string
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from .asr_config import ASRConfig
+from .asr_ngram import NGram, build_ngram
+from .asr_processing import ASRProcessor
+from .manifests import DataError, Example
+
+LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces
+LEAST_WORD = 3  # letters of a word that no transcript holds
+
+
+def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
+    """What occurs in the training transcripts: token ids, and lower-case bytes but punctuation
+    (', the apostrophe, is a letter)."""
+    examples = list(examples)
+    tokens = {token for example in examples for token in example.target}
+    written = {byte for example in examples for byte in f" {example.text}".encode()}
+    spoken = set(bytes(written).lower()) - set(string.punctuation.encode())
+    return sorted(tokens), sorted(spoken | (written & set(b"'")))
+
+
+def extend_vocabulary(
+    previous: ASRConfig, examples: list[Example], resume: str | None
+) -> tuple[list[int], list[int]]:
+    """The classes of a trained model's heads, and behind them what else the transcripts hold.
+
+    A run that is continued (`resume`, its checkpoint) keeps its classes as they are.
+
+    Raises:
+        ValueError: when it would need other letters.
+    """
+    tokens, alphabet = ctc_vocabulary(examples)
+    tokens = grow(previous.ctc_token_ids, tokens)
+    alphabet = grow(previous.ctc_alphabet, alphabet)
+    letters = new_letters({*alphabet} - {*previous.ctc_alphabet}, examples)
+    if not resume:
+        if letters:
+            print(f"letters that the model does not know, and learns: {letters}")
+        return tokens, alphabet
+    if letters:
+        raise ValueError(
+            f"letters that {resume} does not know: {letters}; run.fresh=true starts anew"
+        )
+    if others := len(tokens) - len(previous.ctc_token_ids):
+        print(f"{others} tokens that {resume} does not know: its token head leaves them out")
+    return previous.ctc_token_ids, alphabet
+
+
+def grow(known: list[int], found: list[int]) -> list[int]:
+    """A head's classes, and behind them what else was found; none where there is no such head."""
+    return [*known, *sorted({*found} - {*known})] if known else []
+
+
+def new_letters(new: set[int], texts: Iterable[Example]) -> str:
+    """The letters of the transcripts that need one of the bytes `new`, with their counts."""
+    letters = Counter(letter for example in texts for letter in example.text.lower())
+    counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new & {*x.encode()}]
+    return ", ".join(counts)
+
+
+def transcript_ngram(
+    processor: ASRProcessor, examples: Iterable[Example], words: Path | None = None
+) -> NGram | None:
+    """The n-gram of the training transcripts, as the character head spells them.
+
+    Its vocabulary holds the words of the list `words` too, see `read_words`, or where there is
+    none the decoder's whole words: tokens of lower-case letters with a space before them.
+    None for a script that puts no spaces between words.
+    """
+    sentences = [processor.spoken(example.text).split() for example in examples]
+    lengths = [len(word) for sentence in sentences for word in sentence]
+    if not lengths or sum(lengths) > LONGEST_MEAN_WORD * len(lengths):
+        return None
+    if words is None:
+        tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
+        counts = {token[1:]: 1.0 for token in tokens if token[1:].isalpha()}
+    else:
+        counts = read_words(words)
+    known = {*processor.alphabet}
+    elsewhere = {
+        word: count
+        for word, count in counts.items()
+        if len(word) >= LEAST_WORD and {*word.encode()} <= known
+    }
+    return build_ngram(sentences, elsewhere)
+
+
+def read_words(path: Path) -> dict[str, float]:
+    """Words and how often they are met in other text, from a file with "word<TAB>count" a line.
+
+    Raises:
+        DataError: naming the line that is not like that.
+    """
+    if not path.is_file():
+        raise DataError(f"data.words={path}: no such file")
+    counts = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        word, _, count = line.partition("\t")
+        if not word or not count.strip().isdigit() or int(count) < 1:
+            raise DataError(f"{path}, line {number} is no word, tab and count: {line[:60]!r}")
+        counts[word] = float(count)
+    return counts
