@@ -226,7 +226,7 @@ def test_refusals(build, clips):
         ASRConfig(ctc_decode_weight=0.5)
 
 
-def test_words_that_are_named_are_preferred(build, tmp_path):
+def test_words_that_are_named_are_preferred(build, caplog):
     """Between two spellings of one sound, that of a name wins, known to the lexicon or not."""
     ngram = build_ngram([["go", "home"]] * 50, {"gnome": 5, "home": 900})
     named = ngram.preferring(["gnome", "zgnome", "home"])
@@ -259,7 +259,11 @@ def test_words_that_are_named_are_preferred(build, tmp_path):
     sure = {"open_character": 50.0, "words": [word.upper()]}
     assert word in pipe(babble(2.0, 1), decode="ctc", decoding=sure)["text"].split()
     with pytest.raises(ValueError, match="need a lexicon"):
-        pipe(babble(2.0, 1), decoding={"words": ["Ada"], "lexicon": False})
+        pipe(babble(2.0, 1), decoding={"words": [word], "lexicon": False})
+    for _ in range(2):
+        pipe(babble(2.0, 1), decoding={"words": ["Łódź", word]})
+    (line,) = [record.getMessage() for record in caplog.records if "Łódź" in record.getMessage()]
+    assert line == "'Łódź' is not preferred: the model does not know all of its letters"
 
 
 def test_a_file_of_terms(tmp_path, capsys):

@@ -4,10 +4,12 @@
 `transcribe` takes the best. Shapes: b clips, t encoder frames, s prompt tokens.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from .asr_config import DECODE, DECODING_DEFAULTS, check_keys
 from .asr_search import Proposal
 
+logger = logging.getLogger(__name__)
 # Frames of a blank of more than this are no speech; so many of them are kept around it.
 SURELY_BLANK, MARGIN = 0.9, 25
 RESCORED = 8  # clips whose proposals are scored together: more would be padding for the most part
@@ -192,8 +195,7 @@ def transcribe(
         raise ValueError(f"generate_kwargs need decode='generate', this is decode={decode!r}")
     check_keys(decoding or {}, DECODING_DEFAULTS, "decoding")
     settings = {**model.config.decoding, **(decoding or {})}
-    preferred = [processor.spoken(term).split() for term in settings["words"]]
-    settings["words"] = sorted({word for term in preferred for word in term})
+    settings["words"] = spell_terms(processor, settings["words"])
     if model.characters is None:
         if decode == "ctc":
             return [Transcript(processor.decode(ids)) for ids in model.ctc_greedy(hidden, steps)]
@@ -218,6 +220,27 @@ def transcribe(
     for transcript, row, n in zip(found, log_probs, steps.tolist(), strict=True):
         transcript.log_probs = row[:n].float().cpu().numpy()
     return found
+
+
+def spell_terms(processor: Any, terms: Sequence[str]) -> list[str]:
+    """The words of names and terms as the character head spells them, each once.
+
+    One with letters that it does not know is left out, and said.
+    """
+    words = set[str]()
+    for term in terms:
+        spelled = processor.spoken(term)
+        if sum(map(str.isalnum, spelled)) == sum(map(str.isalnum, term)):
+            words |= {*spelled.split()}
+        else:
+            say_once(f"{term!r} is not preferred: the model does not know all of its letters")
+    return sorted(words)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Log a warning the first time that it is given."""
+    logger.warning(line)
 
 
 def trim(hidden: Tensor, steps: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
