@@ -169,7 +169,8 @@ def test_the_model_can_be_sharded(tiny_bases, tmp_path):
     path.write_text(SHARDED)
     places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*launch, str(path), str(tiny_bases), str(tmp_path)], capture_output=True, text=True, timeout=300,
+        [*launch, str(path), str(tiny_bases), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
