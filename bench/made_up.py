@@ -146,7 +146,7 @@ def make_bases(bench: Bench) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": SPECIAL, "initial_alphabet": letters, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=bench.size(16_000, 500), **options)
+    trainer = trainers.BpeTrainer(vocab_size=bench.size(6_000, 500), **options)
     known_words = [f" {word}" for word in lexicon(bench)]
     tokenizer.train_from_iterator([*PROMPT_WORDS * 99, *known_words], trainer)
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
