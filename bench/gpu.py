@@ -264,9 +264,8 @@ def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
     noise, texts = made_up.noise_and_texts(bench, lengths.tolist(), seed=3)
     batch = processor(noise).to(bench.device)
     inputs = batch["input_features"], batch["input_features_mask"]
-    found: Row = {}
     with torch.inference_mode():
-        found["encode s"] = seconds_of(bench, lambda: model.encode(*inputs))
+        found = {"encode s": seconds_of(bench, lambda: model.encode(*inputs))}
         hidden, steps = model.encode(*inputs)
         some = [made_up.posteriors(processor.spell(text), hidden.shape[1], rng) for text in texts]
         model.characters.log_probs = torch.stack(some).float().to(bench.device)
@@ -281,7 +280,8 @@ def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
             decoded = partial(transcribe, model, processor, hidden, steps, decode, **options)
             found[f"{decode} s"] = seconds_of(bench, decoded)
         heard = [t.text for t in transcribe(model, processor, hidden, steps, "ctc")]
-        frames, _ = squeeze_blanks(spelt[0] / search.settings.temperature, steps)
+        flattened = (spelt[0] / search.settings.temperature).log_softmax(-1)
+        frames, _ = squeeze_blanks(flattened, steps)
     audio = float(lengths.sum())
     for decode in ("ctc", "rescore", "generate"):
         found[f"{decode} audio-s/s"] = audio / (found["encode s"] + found[f"{decode} s"])
@@ -381,7 +381,6 @@ def killed_and_resumed(toy: Bench) -> Row:
         raise RuntimeError(f"exit codes {whole.returncode}, {again.returncode}: {texts}")
     assert "continuing from" in (toy.work / "killed.txt").read_text()
     losses = [[row["loss"] for row in read_log(log) if "loss" in row] for log in logs.values()]
-    assert [len(some) for some in losses] == [steps, steps], losses
     worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
     found = {"steps": steps, "killed after": killed_at, "first loss": losses[0][0]}
     return found | {"last loss": losses[0][-1], "largest difference": worst, "same": worst < 1e-3}

@@ -185,6 +185,9 @@ def count(
         recorder.track([*twin.parameters(), *twin.buffers()])
         recorder.live["optimizer"] = 2 * sum(p.nbytes for p in twin.parameters() if p.requires_grad)
         step = _Step(twin.train(), recorder)
+        for module in twin.encoder.children():
+            if hasattr(module, "layers"):  # transformers 5.17 draws whether to drop each of them
+                module.training = False
         step.forward(settings, clips, seconds, tokens, prompt)
         step.backward()
     audio = 1e9 * clips * seconds
