@@ -18,7 +18,14 @@ from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
 from tiny_audio.asr_ctc import LAG, align, fits
-from tiny_audio.asr_pipeline import LOOP, ASRPipeline, Piece, chunks, split_blocks  # fmt: skip
+from tiny_audio.asr_pipeline import (  # fmt: skip
+    LOOP,
+    ASRPipeline,
+    Piece,
+    Recording,
+    chunks,
+    split_blocks,
+)
 from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render
@@ -220,6 +227,17 @@ def test_silence_is_not_decoded_and_said(pipe):
     assert pipe(1e-6 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
     assert pipe(np.zeros(160, np.float32))["silent"]  # 10 ms
     assert isinstance(pipe(tone(0.01))["text"], str)
+
+
+def test_a_pause_within_speech_is_said_and_no_flag(pipe):
+    """Only a recording without any speech is one of silence."""
+    recording = Recording(None)
+    recording.pieces = [Piece(0.0, np.zeros(16_000)), Piece(1.0, np.zeros(16_000), text="hello")]
+    recording.pieces[0].flags = ["silent"]
+    said = ["0.0-1.0 s: holds no sound, and was not decoded"]
+    assert pipe.postprocess(recording) == {"text": "hello", "warnings": said}
+    recording.pieces[1].flags = ["no_speech"]  # a text that the audio does not support
+    assert pipe.postprocess(recording).keys() == {"text", "warnings", "no_speech"}
 
 
 def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):

@@ -153,7 +153,7 @@ class ASRPipeline(Pipeline):
     dicts, with `text`, and where there is something to say
     - `chunks`: dicts of `text`, `timestamp` (start, end) in seconds and `confidence`;
     - `truncated`, `repetition`, `no_speech`, `silent`: True, see `FLAGS`, with `warnings`, which
-      say where;
+      say where; a pause within speech has its warning alone;
     - `missing`: what could not be decoded of a damaged file.
 
     Call arguments:
@@ -368,10 +368,12 @@ class ASRPipeline(Pipeline):
         if recording.notes:
             result["warnings"] = list(recording.notes)
         for piece in pieces:
+            pause = bool(result["text"]) and not piece.text  # of a recording that holds speech
             for flag in piece.flags:
                 where = f"{piece.start:.1f}-{piece.start + piece.seconds:.1f} s"
-                result[flag] = True
                 result.setdefault("warnings", []).append(f"{where}: {FLAGS[flag]}")
+                if not pause:
+                    result[flag] = True
         if recording.missing:
             result["missing"] = recording.missing
         return result

@@ -13,7 +13,7 @@ SHARES = {
     "speed": 0.5,
     "pause": 0.4,
     "reverberation": 0.25,
-    "telephone": 0.1,
+    "telephone": 0.25,
     "noise": 0.4,
     "clipping": 0.05,
 }
@@ -42,6 +42,7 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         before, behind = (silence(rng) if rng.random() < 0.7 else np.zeros(0) for _ in range(2))
         samples = np.concatenate([before, samples, behind])
     if does["telephone"]:
+        samples = companded(samples) if rng.random() < 0.5 else samples
         samples = band_pass(samples, rng.uniform(100, 350), rng.uniform(3000, 3800))
     if does["noise"]:
         kind = (coloured_noise, coloured_noise, hum, music)[rng.integers(4)]
@@ -124,3 +125,11 @@ def band_pass(samples: np.ndarray, low: float, high: float) -> np.ndarray:
     frequency = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
     spectrum[(frequency < low) | (frequency > high)] = 0.0
     return np.fft.irfft(spectrum, len(samples))
+
+
+def companded(samples: np.ndarray) -> np.ndarray:
+    """As 8 bits a sample carry them over a telephone line: µ-law (ITU-T G.711)."""
+    peak = np.abs(samples).max(initial=1e-6)
+    code = np.sign(samples) * np.log1p(255 * np.abs(samples) / peak) / np.log(256)
+    code = np.round(127 * code) / 127
+    return peak * np.sign(code) * np.expm1(np.abs(code) * np.log(256)) / 255
