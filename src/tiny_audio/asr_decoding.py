@@ -75,38 +75,46 @@ def score_trees(
 
     Args:
         decoder: a causal language model of transformers.
-        embeds: (b, s, d) prompts with their audio, padded on the left.
-        attention_mask: (b, s).
+        embeds: (b, s, d) prompts with their audio, padded on the left; (1, s, d) for all clips.
+        attention_mask: (b, s), or (1, s).
         trees: the texts of each clip, end tokens included.
     """
-    b, s, _ = embeds.shape
-    n, device = max(len(tree.tokens) for tree in trees), embeds.device
+    b, device = len(trees), embeds.device
+    prompts = decoder.base_model(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    )
+    past, last = prompts.past_key_values, prompts.last_hidden_state[:, -1:]
+    if len(embeds) < b:
+        past.batch_repeat_interleave(b)
+        last, attention_mask = last.expand(b, -1, -1), attention_mask.expand(b, -1)
+    n = max(len(tree.tokens) for tree in trees)
     tokens = torch.zeros(b, n, dtype=torch.long, device=device)
     depths = torch.zeros_like(tokens)
-    visible = torch.eye(s + n, dtype=torch.bool, device=device).repeat(b, 1, 1)
-    prompt = attention_mask.bool()
-    causal = torch.ones(s, s, dtype=torch.bool, device=device).tril()
-    visible[:, :s, :s] |= causal & prompt[:, None]
-    visible[:, s:, :s] = prompt[:, None]
+    among = torch.eye(n, dtype=torch.bool, device=device).repeat(b, 1, 1)
     for i, tree in enumerate(trees):
         many = len(tree.tokens)
         tokens[i, :many] = torch.tensor(tree.tokens)
         depths[i, :many] = torch.tensor(tree.depths)
-        visible[i, s : s + many, s : s + many] = torch.from_numpy(tree.visible())
-    positions = torch.cat([prompt.cumsum(1) - 1, prompt.sum(1, keepdim=True) + depths], 1)
-    embeds = torch.cat([embeds, decoder.get_input_embeddings()(tokens).to(embeds.dtype)], 1)
+        among[i, :many, :many] = torch.from_numpy(tree.visible())
+    prompt = attention_mask.bool()
+    visible = torch.cat([prompt[:, None].expand(-1, n, -1), among], 2)
+    tree_embeds = decoder.get_input_embeddings()(tokens).to(embeds.dtype)
     least = torch.finfo(embeds.dtype).min
     bias = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill(~visible, least)
     with any_mask(decoder):
-        hidden = decoder.base_model(
-            inputs_embeds=embeds,
+        nodes = decoder.base_model(
+            inputs_embeds=tree_embeds,
             attention_mask=bias[:, None],
-            position_ids=positions.clamp(min=0),
-            use_cache=False,
+            position_ids=prompt.sum(1, keepdim=True) + depths,
+            past_key_values=past,
         ).last_hidden_state
+    hidden = torch.cat([last, nodes], 1)  # node -1 is the prompt's last token
     found = []
     for i, tree in enumerate(trees):
-        before = s + torch.tensor(tree.parents, device=device)  # the prompt's last is at s - 1
+        before = 1 + torch.tensor(tree.parents, device=device)
         logits = decoder.get_output_embeddings()(hidden[i, before])
         target = torch.tensor(tree.tokens, device=device)
         log_probs = -F.cross_entropy(logits.float(), target, reduction="none")
@@ -297,7 +305,7 @@ def rescore(
             embeds, mask, _ = model.prompts(hidden[some, :width], steps[some], **prompt)
             _note(kept, some, "decoder", model.score_texts(embeds, mask, texts))
         if settings["language_model"]:
-            prompt = processor.prompt([0] * len(some)).to(hidden.device)
+            prompt = processor.prompt([0]).to(hidden.device)  # the same for all of them
             embeds = model.get_input_embeddings()(prompt["input_ids"])
             with model.decoder_as_it_came():
                 scores = model.score_texts(embeds, prompt["attention_mask"], texts)

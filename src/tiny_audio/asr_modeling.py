@@ -363,8 +363,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Log-probability of each of a clip's texts, token ids without an end, behind its prompt.
 
         Args:
-            embeds: (b, s, d), from `prompts`.
-            attention_mask: (b, s).
+            embeds: (b, s, d), from `prompts`, or (1, s, d) where all clips have the same.
+            attention_mask: (b, s), or (1, s).
             texts: of each clip, at least one.
         """
         end = self.config.end_token_id
