@@ -2,12 +2,17 @@
 
 import shutil
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from conftest import babble, write_audio
+from test_serve import Running
 
 from tiny_audio.commands import demo
+from tiny_audio.commands.serve import create_app
 
 SCREENS = {"desktop": (1200, 900), "phone": (390, 844)}
 
@@ -22,12 +27,10 @@ def page(model_folder, tmp_path):
     blocks.close()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("screen", SCREENS)
-def test_the_page(page, pipe, tmp_path, screen):
+@pytest.fixture
+def driver(tmp_path):
+    """A headless Chromium that saves into tmp_path."""
     from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
 
     assert shutil.which("chromium") and shutil.which("chromedriver"), __doc__
     options = webdriver.ChromeOptions()
@@ -36,6 +39,16 @@ def test_the_page(page, pipe, tmp_path, screen):
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page(page, driver, pipe, tmp_path, screen):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
     driver.set_window_size(*SCREENS[screen])
     wait = WebDriverWait(driver, 60)
 
@@ -56,28 +69,61 @@ def test_the_page(page, pipe, tmp_path, screen):
         driver.find_element(By.CSS_SELECTOR, "#go").click()
         wait.until(lambda d: status in text(".status"))
 
-    try:
-        talk = write_audio(tmp_path / "talk.wav", babble(6.0, 5), 16_000, "pcm_s16le")
-        give(talk, "times real time")
-        words = pipe(str(talk), return_timestamps="word")
-        assert text(".words").split() == words["text"].split()
-        driver.execute_script("document.querySelector('.result audio').play()")
-        wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, ".words .now"))
-        first = text(".words .now")
-        wait.until(lambda d: text(".words .now") not in ("", first) or len(words["chunks"]) == 1)
-        driver.save_screenshot(str(tmp_path.parent / f"{screen}.png"))
-        for kind in ("srt", "txt"):
-            driver.find_element(By.CSS_SELECTOR, f"a[download='talk.{kind}']").click()
-            wait.until(lambda d, kind=kind: (tmp_path / f"talk.{kind}").exists())
-        assert (tmp_path / "talk.txt").read_text().strip() == words["text"].strip()
-        assert "-->" in (tmp_path / "talk.srt").read_text()
-        width = driver.execute_script("return document.documentElement.scrollWidth")
-        assert width <= driver.execute_script("return window.innerWidth") + 1
-        inside = "const e = document.querySelector('.words'); return e.scrollWidth <= e.clientWidth"
-        assert driver.execute_script(inside)
-        assert driver.find_element(By.CSS_SELECTOR, ".status").get_attribute("role") == "status"
-        broken = tmp_path / "broken.wav"
-        broken.write_text("this is no audio")
-        give(broken, "Error: broken.wav")
-    finally:
-        driver.quit()
+    talk = write_audio(tmp_path / "talk.wav", babble(6.0, 5), 16_000, "pcm_s16le")
+    give(talk, "times real time")
+    words = pipe(str(talk), return_timestamps="word")
+    assert text(".words").split() == words["text"].split()
+    driver.execute_script("document.querySelector('.result audio').play()")
+    wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, ".words .now"))
+    first = text(".words .now")
+    wait.until(lambda d: text(".words .now") not in ("", first) or len(words["chunks"]) == 1)
+    driver.save_screenshot(str(tmp_path.parent / f"{screen}.png"))
+    for kind in ("srt", "txt"):
+        driver.find_element(By.CSS_SELECTOR, f"a[download='talk.{kind}']").click()
+        wait.until(lambda d, kind=kind: (tmp_path / f"talk.{kind}").exists())
+    assert (tmp_path / "talk.txt").read_text().strip() == words["text"].strip()
+    assert "-->" in (tmp_path / "talk.srt").read_text()
+    width = driver.execute_script("return document.documentElement.scrollWidth")
+    assert width <= driver.execute_script("return window.innerWidth") + 1
+    inside = "const e = document.querySelector('.words'); return e.scrollWidth <= e.clientWidth"
+    assert driver.execute_script(inside)
+    assert driver.find_element(By.CSS_SELECTOR, ".status").get_attribute("role") == "status"
+    broken = tmp_path / "broken.wav"
+    broken.write_text("this is no audio")
+    give(broken, "Error: broken.wav")
+
+
+# A page that another program serves: it uploads a file of its own folder to the endpoint.
+CALLER = """<!doctype html><title>A page of another origin</title><script>
+const say = text => { document.title = text }
+async function ask(url) {
+  const form = new FormData()
+  form.append("model", "tiny")
+  form.append("file", await (await fetch("talk.wav")).blob(), "talk.wav")
+  const answer = await fetch(url + "/v1/audio/transcriptions", {method: "POST", body: form})
+  say("heard: " + (await answer.json()).text)
+}
+ask(new URLSearchParams(location.search).get("endpoint")).catch(e => say("refused: " + e.message))
+</script>"""
+
+
+@pytest.mark.long
+def test_a_page_of_another_origin_calls_the_endpoint(driver, pipe, tmp_path):
+    """Where `--cors` names its origin, and not without."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    talk = write_audio(tmp_path / "talk.wav", babble(2.0, 5), 16_000, "pcm_s16le")
+    (tmp_path / "index.html").write_text(CALLER)
+    site = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    )
+    Thread(target=site.serve_forever, daemon=True).start()
+    origin = f"http://127.0.0.1:{site.server_port}"
+    said = {"allowed": "heard: " + pipe(str(talk))["text"], "other": "refused: Failed to fetch"}
+    for name, cors in (("allowed", [origin]), ("other", [])):
+        running = Running(create_app(pipe, "tiny", cors=cors))
+        driver.get(f"{origin}/index.html?endpoint={running.url}")
+        WebDriverWait(driver, 60).until(lambda d: d.title.startswith(("heard", "refused")))
+        running.stop()
+        assert driver.title.strip() == said[name].strip()
+    site.shutdown()
