@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-all format lint type-check check bench clean
+.PHONY: install quickstart test test-all format lint type-check check size bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -25,6 +25,9 @@ test-all: install
 
 format lint type-check check: install
 	$(BIN)/tiny-audio dev $@
+
+size: install
+	$(BIN)/python tests/test_house.py
 
 bench: install
 	$(BIN)/python bench/training_speed.py

@@ -25,15 +25,15 @@ import soundfile
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
 
-from tiny_audio.asr_encoder import build_encoder
-from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
-from tiny_audio.batches import LengthBatchSampler
+from tiny_audio.asr.asr_encoder import build_encoder
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.commands.plan import recipe_stages
-from tiny_audio.data import Clips, Dropped
-from tiny_audio.manifests import read_source
-from tiny_audio.stream import START, SpeechStream
-from tiny_audio.train import CONFIGS, build_processor
+from tiny_audio.training.batches import LengthBatchSampler
+from tiny_audio.training.data import Clips, Dropped
+from tiny_audio.training.manifests import read_source
+from tiny_audio.training.stream import START, SpeechStream
+from tiny_audio.training.train import CONFIGS, build_processor
 
 FORMATS = {"WAV": ("wav", "PCM_16"), "FLAC": ("flac", "PCM_16"),
            "MP3": ("mp3", "MPEG_LAYER_III"), "Opus": ("ogg", "OPUS")}  # fmt: skip

@@ -41,18 +41,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from tiny_audio import asr_modeling, plan
-from tiny_audio import train as recipe
-from tiny_audio.asr_decoding import transcribe
-from tiny_audio.asr_modeling import ASRModel
-from tiny_audio.asr_search import PrefixSearch, squeeze_blanks
+from tiny_audio.asr import asr_modeling
+from tiny_audio.asr.asr_decoding import transcribe
+from tiny_audio.asr.asr_modeling import ASRModel
+from tiny_audio.asr.asr_search import PrefixSearch, squeeze_blanks
 from tiny_audio.commands.plan import OWN, plan_stage
-from tiny_audio.data import read_log
+from tiny_audio.evaluation.scoring import score
 from tiny_audio.hub import one_line
-from tiny_audio.manifests import Example
-from tiny_audio.run_log import LOG
-from tiny_audio.scoring import score
-from tiny_audio.trainer import LOSS_KEYS, freeze_idle
+from tiny_audio.training import plan
+from tiny_audio.training import train as recipe
+from tiny_audio.training.data import read_log
+from tiny_audio.training.manifests import Example
+from tiny_audio.training.run_log import LOG
+from tiny_audio.training.trainer import LOSS_KEYS, freeze_idle
 
 STAGES = ("projector", "lora")
 

@@ -49,11 +49,11 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
     import torch
     from torch.nn import functional as F
 
-    from tiny_audio.batches import LengthBatchSampler
     from tiny_audio.commands.eval import peak_memory
-    from tiny_audio.data import Dropped, SpeechDataset
-    from tiny_audio.train import build_model, build_processor, compose_recipe
-    from tiny_audio.vocabulary import ctc_vocabulary
+    from tiny_audio.training.batches import LengthBatchSampler
+    from tiny_audio.training.data import Dropped, SpeechDataset
+    from tiny_audio.training.train import build_model, build_processor, compose_recipe
+    from tiny_audio.training.vocabulary import ctc_vocabulary
 
     torch.manual_seed(0)
     rank = f"encoder_lora.r={8 if variant.get('encoder_lora') else 0}"

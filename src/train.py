@@ -1,5 +1,5 @@
-"""`python src/train.py +experiments=quickstart`: see tiny_audio/train.py."""
+"""`python src/train.py +experiments=quickstart`: see tiny_audio/training/train.py."""
 
-from tiny_audio.train import main
+from tiny_audio.training.train import main
 
 main()

@@ -44,15 +44,15 @@ from transformers import (
     WhisperModel,
 )
 
-from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_modeling import ASRModel
-from tiny_audio.asr_pipeline import split_blocks
-from tiny_audio.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
+from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_modeling import ASRModel
+from tiny_audio.asr.asr_pipeline import split_blocks
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
-from tiny_audio.commands.transcribe import load_pipeline
-from tiny_audio.manifests import Example
-from tiny_audio.train import CONFIGS
-from tiny_audio.vocabulary import transcript_ngram
+from tiny_audio.loading import load_pipeline
+from tiny_audio.training.manifests import Example
+from tiny_audio.training.train import CONFIGS
+from tiny_audio.training.vocabulary import transcript_ngram
 
 TEXTS = (
     "the cat sat",

@@ -10,7 +10,7 @@ from pathlib import Path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "tiny_audio.train",
+        "tiny_audio.training.train",
         "transformers.models.whisper.modeling_whisper",
         "transformers.models.whisper.feature_extraction_whisper",
         "transformers.models.smollm3.modeling_smollm3",
@@ -27,7 +27,7 @@ def train(overrides: Sequence[str], said: Path) -> None:
     os.dup2(file, 2)
     import torch
 
-    from tiny_audio.train import main
+    from tiny_audio.training.train import main
 
     torch.set_num_threads(1)
     # As in a run by hand: a server of this run's own for its workers would outlive a kill.

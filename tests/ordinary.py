@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiny_audio.asr_pipeline import LOOP
-from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.asr.asr_pipeline import LOOP
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets
-from tiny_audio.commands.transcribe import load_pipeline
-from tiny_audio.scoring import normalizer, score
+from tiny_audio.evaluation.scoring import normalizer, score
+from tiny_audio.loading import load_pipeline
 
 Samples = np.ndarray
 BESIDE = 10.0  # seconds of silence or hum on either side

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from conftest import babble, tone, write_audio, write_manifest
 
-from tiny_audio import augment
-from tiny_audio.asr_processing import SAMPLE_RATE, normalise_level
-from tiny_audio.augment import disturb
-from tiny_audio.data import Dropped, SpeechDataset
-from tiny_audio.frames import Frames, cache_encoder_frames
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, normalise_level
+from tiny_audio.training import augment
+from tiny_audio.training.augment import disturb
+from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.frames import Frames, cache_encoder_frames
 
 
 def only(monkeypatch, name: str) -> None:

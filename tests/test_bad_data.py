@@ -11,10 +11,10 @@ import pytest
 import soundfile
 from conftest import babble, tone, write_audio, write_manifest
 
-from tiny_audio import train as recipe
 from tiny_audio.commands.data import main as check_data
-from tiny_audio.data import Dropped, SpeechDataset
-from tiny_audio.manifests import read_source
+from tiny_audio.training import train as recipe
+from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.manifests import read_source
 
 READ = "unreadable audio"
 BASES = [(f"model.{part}_model_name", "model", f"{part}_model_name") for part in

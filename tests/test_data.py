@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from conftest import TEXTS, babble, write_audio, write_manifest
 from torch.utils.data import DataLoader
 
-from tiny_audio import data as data_module
-from tiny_audio import frames
-from tiny_audio.batches import LengthBatchSampler
-from tiny_audio.data import Dropped, SpeechDataset, prepare_text
-from tiny_audio.frames import Frames, cache_encoder_frames
-from tiny_audio.manifests import DataError, Example, Reader, header_seconds, read_source
+from tiny_audio.training import data as data_module
+from tiny_audio.training import frames
+from tiny_audio.training.batches import LengthBatchSampler
+from tiny_audio.training.data import Dropped, SpeechDataset, prepare_text
+from tiny_audio.training.frames import Frames, cache_encoder_frames
+from tiny_audio.training.manifests import DataError, Example, Reader, header_seconds, read_source
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import pytest
 import torch
 from conftest import TEXTS, babble
 
-from tiny_audio.asr_config import DECODE, ASRConfig
-from tiny_audio.asr_decoding import TextTree, score_trees, transcribe
-from tiny_audio.asr_ngram import build_ngram, load_arpa, save_arpa
-from tiny_audio.asr_pipeline import ASRPipeline
-from tiny_audio.asr_processing import SAMPLE_RATE
-from tiny_audio.asr_search import PrefixSearch, SearchSettings
+from tiny_audio.asr.asr_config import DECODE, ASRConfig
+from tiny_audio.asr.asr_decoding import TextTree, score_trees, transcribe
+from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
+from tiny_audio.asr.asr_pipeline import ASRPipeline
+from tiny_audio.asr.asr_processing import SAMPLE_RATE
+from tiny_audio.asr.asr_search import PrefixSearch, SearchSettings
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
-from tiny_audio.manifests import DataError
-from tiny_audio.vocabulary import read_words
+from tiny_audio.training.manifests import DataError
+from tiny_audio.training.vocabulary import read_words
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})

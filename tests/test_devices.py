@@ -7,10 +7,10 @@ from torch.nn import functional as F
 from transformers import ParakeetEncoder, WavLMModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tiny_audio.asr_bases import choose_attention
-from tiny_audio.asr_config import DECODE
-from tiny_audio.asr_decoding import transcribe
-from tiny_audio.asr_modeling import ASRModel
+from tiny_audio.asr.asr_bases import choose_attention
+from tiny_audio.asr.asr_config import DECODE
+from tiny_audio.asr.asr_decoding import transcribe
+from tiny_audio.asr.asr_modeling import ASRModel
 
 SMALL = {
     WavLMModel: WAVEFORM_SHAPE,

@@ -27,11 +27,11 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from tiny_audio import scoring
 from tiny_audio.commands import assets, cli, leaderboard
 from tiny_audio.commands.eval import evaluate
-from tiny_audio.commands.recognisers import load_recogniser, recognise
-from tiny_audio.manifests import Example, read_source
+from tiny_audio.evaluation import scoring
+from tiny_audio.evaluation.recognisers import load_recogniser, recognise
+from tiny_audio.training.manifests import Example, read_source
 
 WORDS = "seven blue birds sat by the shore and sang of the sea".split()
 # What differs between two runs of the same evaluation.

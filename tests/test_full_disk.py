@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tiny_audio.train import CONFIGS, FINISHED
-from tiny_audio.trainer import full_disk_is_said
+from tiny_audio.training.train import CONFIGS, FINISHED
+from tiny_audio.training.trainer import full_disk_is_said
 
 # A disk of its own for the child alone, which needs no rights outside.
 DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc"]

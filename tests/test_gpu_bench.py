@@ -11,7 +11,7 @@ import torch
 from conftest import TEXTS
 from torch.nn import functional as F
 
-from tiny_audio import asr_modeling
+from tiny_audio.asr import asr_modeling
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("training", "plan", "decoding", "precision", "resume", "learning")

@@ -14,12 +14,12 @@ import torch
 from conftest import write_audio
 from test_serve import KINDS, Running, everywhere
 
-from tiny_audio.asr_pipeline import FLAGS, Piece, Recording, split_blocks
-from tiny_audio.asr_processing import SAMPLE_RATE, load_audio, read_audio
+from tiny_audio.asr.asr_pipeline import FLAGS, Piece, Recording, split_blocks
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio, read_audio
 from tiny_audio.commands import assets
 from tiny_audio.commands.serve import create_app
-from tiny_audio.commands.transcribe import load_pipeline
-from tiny_audio.scoring import score
+from tiny_audio.evaluation.scoring import score
+from tiny_audio.loading import load_pipeline
 
 pytestmark = pytest.mark.long
 # A model of `make quickstart`; TINY_AUDIO_MODEL names another.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import tone, write_audio
 
-from tiny_audio.manifests import DataError, read_source
+from tiny_audio.training.manifests import DataError, read_source
 
 
 def rows_of(path: Path, **source) -> list[tuple[str, str, bool]]:

@@ -19,9 +19,9 @@ from transformers import (
     WavLMForCTC,
 )
 
-from tiny_audio.asr_decoding import transcribe
-from tiny_audio.asr_encoder import UNHEARD, read_ctc_head
-from tiny_audio.asr_modeling import ASRModel
+from tiny_audio.asr.asr_decoding import transcribe
+from tiny_audio.asr.asr_encoder import UNHEARD, read_ctc_head
+from tiny_audio.asr.asr_modeling import ASRModel
 
 CLASSES = {
     "hubert": (HubertForCTC, HubertConfig),

@@ -12,9 +12,9 @@ from conftest import babble
 from test_recipes import composed, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiny_audio import plan
 from tiny_audio.commands.plan import OWN, main, measure, plan_stage, recipe_stages
-from tiny_audio.trainer import LOSS_KEYS
+from tiny_audio.training import plan
+from tiny_audio.training.trainer import LOSS_KEYS
 
 ROOT = Path(__file__).parents[1]
 BIG = {

@@ -12,11 +12,11 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_modeling import WEIGHTS
-from tiny_audio.batches import LengthBatchSampler
-from tiny_audio.data import read_log
-from tiny_audio.run_log import LOG
+from tiny_audio.asr.asr_modeling import WEIGHTS
+from tiny_audio.training import train as recipe
+from tiny_audio.training.batches import LengthBatchSampler
+from tiny_audio.training.data import read_log
+from tiny_audio.training.run_log import LOG
 
 
 @pytest.mark.parametrize("world", [2, 3])

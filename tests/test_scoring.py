@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tiny_audio import scoring
 from tiny_audio.commands.assets import read_manifest
+from tiny_audio.evaluation import scoring
 
 NINE = "cat dog hen cow pig fox owl ram bee"
 

@@ -14,10 +14,10 @@ import pytest
 import uvicorn
 from conftest import babble, write_audio
 
+from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import demo, transcribe
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.serve import create_app
-from tiny_audio.handler import EndpointHandler
 
 KINDS = {
     "wav": "pcm_s16le",
@@ -245,7 +245,7 @@ def test_a_failure_is_answered_and_the_next_request_served(endpoint, talk, monke
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as broken:
-        broken.setattr("tiny_audio.asr_pipeline.ASRPipeline._forward", fail)
+        broken.setattr("tiny_audio.asr.asr_pipeline.ASRPipeline._forward", fail)
         with pytest.raises(openai.InternalServerError, match="RuntimeError"):
             ask(endpoint.client(), talk)
     assert ask(endpoint.client(), talk).text

@@ -18,12 +18,12 @@ from conftest import TEXTS, babble, write_audio, write_manifest
 from datasets import load_dataset
 from safetensors.torch import load_file
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_modeling import WEIGHTS
-from tiny_audio.data import Dropped, read_log
-from tiny_audio.manifests import DataError, Shards
-from tiny_audio.run_log import LOG
-from tiny_audio.stream import SpeechStream
+from tiny_audio.asr.asr_modeling import WEIGHTS
+from tiny_audio.training import train as recipe
+from tiny_audio.training.data import Dropped, read_log
+from tiny_audio.training.manifests import DataError, Shards
+from tiny_audio.training.run_log import LOG
+from tiny_audio.training.stream import SpeechStream
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_modeling import WEIGHTS, ASRModel
-from tiny_audio.asr_pipeline import FLAGS, ASRPipeline
-from tiny_audio.asr_processing import ASRProcessor
-from tiny_audio.manifests import DataError
-from tiny_audio.trainer import ASRTrainer, Preempted
+from tiny_audio.asr.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr.asr_pipeline import FLAGS, ASRPipeline
+from tiny_audio.asr.asr_processing import ASRProcessor
+from tiny_audio.training import train as recipe
+from tiny_audio.training.manifests import DataError
+from tiny_audio.training.trainer import ASRTrainer, Preempted
 
 
 class Killed(RuntimeError):

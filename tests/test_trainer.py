@@ -12,14 +12,14 @@ import torch
 from conftest import write_manifest
 from safetensors.torch import load_file
 
-from tiny_audio import train as recipe
-from tiny_audio.asr_config import IGNORE
-from tiny_audio.asr_modeling import WEIGHTS, ASRModel
-from tiny_audio.asr_pipeline import ASRPipeline
-from tiny_audio.asr_processing import ASRProcessor, load_audio
-from tiny_audio.data import read_log
-from tiny_audio.run_log import LOG
-from tiny_audio.scoring import score
+from tiny_audio.asr.asr_config import IGNORE
+from tiny_audio.asr.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr.asr_pipeline import ASRPipeline
+from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.evaluation.scoring import score
+from tiny_audio.training import train as recipe
+from tiny_audio.training.data import read_log
+from tiny_audio.training.run_log import LOG
 
 EVALUATED = ("training.eval_strategy=steps",)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import TEXTS, babble, write_audio, write_manifest
 
-from tiny_audio.asr_decoding import Candidate, choose
-from tiny_audio.asr_processing import SAMPLE_RATE
-from tiny_audio.asr_search import Proposal
-from tiny_audio.data import Dropped, SpeechDataset
-from tiny_audio.tuning import FIRST_PASS, SECOND_PASS, expected, score_parts, tune
+from tiny_audio.asr.asr_decoding import Candidate, choose
+from tiny_audio.asr.asr_processing import SAMPLE_RATE
+from tiny_audio.asr.asr_search import Proposal
+from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.tuning import FIRST_PASS, SECOND_PASS, expected, score_parts, tune
 
 NEUTRAL = {"prior": 1.0, "decoder": 0.0, "language_model": 0.0, "decoder_word": 0.0}
 

@@ -17,8 +17,8 @@ import torch
 from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
-from tiny_audio.asr_ctc import LAG, align, fits
-from tiny_audio.asr_pipeline import (  # fmt: skip
+from tiny_audio.asr.asr_ctc import LAG, align, fits
+from tiny_audio.asr.asr_pipeline import (  # fmt: skip
     LOOP,
     ASRPipeline,
     Piece,
@@ -26,10 +26,10 @@ from tiny_audio.asr_pipeline import (  # fmt: skip
     chunks,
     split_blocks,
 )
-from tiny_audio.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
+from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render
-from tiny_audio.handler import EndpointHandler
 
 # -- reading in blocks, damage -------------------------------------------------------------------
 
@@ -329,9 +329,9 @@ def test_words_appear_as_they_are_decoded(pipe, clips):
 
 def test_rounds_do_not_change_the_text(pipe, monkeypatch, clips):
     expected = [r["text"] for r in pipe(clips)]
-    monkeypatch.setattr("tiny_audio.asr_pipeline.ROUND", 3)
+    monkeypatch.setattr("tiny_audio.asr.asr_pipeline.ROUND", 3)
     assert [r["text"] for r in pipe(clips)] == expected
-    monkeypatch.setattr("tiny_audio.asr_pipeline.ROUND", 1)
+    monkeypatch.setattr("tiny_audio.asr.asr_pipeline.ROUND", 1)
     mixed = pipe([clips[0], b"junk", clips[1]], skip_errors=True)
     assert [r["text"] for r in mixed] == [expected[0], "", expected[1]] and "error" in mixed[1]
 

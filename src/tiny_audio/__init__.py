@@ -4,11 +4,11 @@ asr_pipeline, handler, manifests, data, batches, train, in this order."""
 
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from .asr_config import ASRConfig
-from .asr_modeling import ASRModel
-from .asr_pipeline import ASRPipeline
-from .asr_processing import ASRProcessor, load_audio
-from .asr_projector import AudioProjector
+from .asr.asr_config import ASRConfig
+from .asr.asr_modeling import ASRModel
+from .asr.asr_pipeline import ASRPipeline
+from .asr.asr_processing import ASRProcessor, load_audio
+from .asr.asr_projector import AudioProjector
 
 # With the package installed, folders of ours load through it instead of through their own code.
 AutoConfig.register(ASRConfig.model_type, ASRConfig)

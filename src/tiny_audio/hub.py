@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainerCallback
 
-from .asr_config import ASRConfig
+from .asr.asr_config import ASRConfig
 
 logger = logging.getLogger(__name__)
 # What a model folder holds for its users; checkpoints, caches and the optimizer stay at home.

@@ -48,7 +48,7 @@ from transformers.models.whisper import WhisperConfig, WhisperFeatureExtractor, 
 from transformers.models.whisper import modeling_whisper as whisper
 from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 
-from ..asr_processing import SAMPLE_RATE, load_audio
+from ..asr.asr_processing import SAMPLE_RATE, load_audio
 from ..progress import progress_bar, quiet_libraries
 
 KNOWN_WORDS = 80_000  # the commonest; twice as many are no better

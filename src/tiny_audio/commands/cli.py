@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if verb == "train":  # Hydra reads sys.argv itself
         sys.argv = ["tiny-audio train", *rest]
-        importlib.import_module("tiny_audio.train").main()
+        importlib.import_module("tiny_audio.training.train").main()
         return 0
     try:
         code = importlib.import_module(f"tiny_audio.commands.{verb}").main(rest)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..scoring import difference
+from ..evaluation.scoring import difference
 from . import parser_of
 
 

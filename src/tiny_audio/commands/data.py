@@ -17,11 +17,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from ..batches import LengthBatchSampler
-from ..data import Clips, Dropped
 from ..hub import one_line
-from ..manifests import DataError
-from ..train import build_processor, read_data
+from ..training.batches import LengthBatchSampler
+from ..training.data import Clips, Dropped
+from ..training.manifests import DataError
+from ..training.train import build_processor, read_data
 from . import parser_of
 from .plan import recipe_stages
 

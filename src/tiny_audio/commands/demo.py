@@ -13,12 +13,13 @@ from typing import Any
 
 import gradio as gr
 
-from ..asr_config import DECODE
-from ..asr_pipeline import Recording
-from ..asr_processing import AudioError
+from ..asr.asr_config import DECODE
+from ..asr.asr_pipeline import Recording
+from ..asr.asr_processing import AudioError
+from ..loading import load_pipeline
 from . import parser_of
 from .formats import render
-from .transcribe import DECODE_HELP, load_pipeline
+from .transcribe import DECODE_HELP
 
 MAX_SIZE, MAX_SECONDS = "200mb", 3600.0
 KEEP = 7200  # seconds until an upload is deleted

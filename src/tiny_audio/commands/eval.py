@@ -26,17 +26,17 @@ import numpy as np
 import torch
 from huggingface_hub import dataset_info
 
-from ..asr_config import DECODE
-from ..asr_processing import SAMPLE_RATE, AudioError, load_audio
-from ..batches import cut_batches
-from ..data import read_log
+from ..asr.asr_config import DECODE
+from ..asr.asr_processing import SAMPLE_RATE, AudioError, load_audio
+from ..evaluation.recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
+from ..evaluation.report import write_report
+from ..evaluation.scoring import count, normalizer, score
 from ..hub import git_hash, one_line
-from ..manifests import SOURCE, DataError, Example, read_source
 from ..progress import progress_bar
-from ..scoring import count, normalizer, score
+from ..training.batches import cut_batches
+from ..training.data import read_log
+from ..training.manifests import SOURCE, DataError, Example, read_source
 from . import home_path, parser_of
-from .recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
-from .report import write_report
 from .transcribe import DECODE_HELP
 
 Row = dict[str, Any]  # of results.jsonl; also options and summaries
@@ -108,8 +108,44 @@ def evaluate(
     options, about = {"batch_seconds": 60.0, **(options or {})}, dict(about or {})
     command = about.pop("command", "")
     out.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(pipe, options, about)
+    seen: Counter[str] = Counter()
+    for clip in clips:  # an id that is there twice is told apart
+        seen[clip.id] += 1
+        clip.id += f"#{seen[clip.id]}" if seen[clip.id] > 1 else ""
+    mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    work = out / f"results-{mark}.jsonl"  # of these settings: what others left is not mixed in
+    rows = transcribe_all(pipe, clips, work, options)
+    scored = [row for row in rows if "error" not in row]
+    failed = [row for row in rows if "error" in row]
+    if not scored:
+        raise ValueError(f"no utterance was scored; {failed[0]['error'] if failed else 'no data'}")
+    seconds = sum(row["duration"] for row in scored)
+    summary = {
+        **score([r["reference"] for r in scored], [r["prediction"] for r in scored], pipe.language),
+        "errors": len(failed),
+        "truncated": sum("truncated" in row for row in scored),
+        "seconds": round(seconds, 2),
+        "rtfx": round(seconds / max(sum(row["decode_seconds"] for row in scored), 1e-9), 2),
+        "batch_seconds": options["batch_seconds"],
+        "device": str(pipe.device),
+        "peak_memory_gb": round(peak_memory(), 2),
+        **settings,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    worst = failed + sorted(scored, key=lambda row: -row["wer"])
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "results.txt").write_text("\n".join(map(lines, worst)))
+    write_report(out, summary, worst, {clip.id: clip.audio for clip in clips})
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def settings_of(pipe: Any, options: Row, about: Row) -> Row:
+    """What the texts depend on: model, options, code and library versions."""
     packages = PACKAGES + ["faster-whisper"] * isinstance(pipe, FasterWhisper)
-    settings = {
+    return {
         **about,
         "model_revision": pipe.revision,
         "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -119,12 +155,14 @@ def evaluate(
         "git_hash": git_hash(),
         "versions": {name: version(name) for name in packages},
     }
-    seen: Counter[str] = Counter()
-    for clip in clips:  # an id that is there twice is told apart
-        seen[clip.id] += 1
-        clip.id += f"#{seen[clip.id]}" if seen[clip.id] > 1 else ""
-    mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    work = out / f"results-{mark}.jsonl"  # of these settings: what others left is not mixed in
+
+
+def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) -> list[Row]:
+    """Transcribe clips, longest first, and append each row to the file `work` as it is done.
+
+    Clips that `work` already holds are not transcribed again. Returns the rows in the order of
+    `clips`.
+    """
     text = work.read_text() if work.exists() else ""
     work.write_text(text[: text.rfind("\n") + 1])  # a killed run leaves half a line
     done = {row["id"]: row for row in read_log(work) if "error" not in row}
@@ -144,31 +182,7 @@ def evaluate(
             wer = 100 * wrong / max(1, sum(row.get("words", 0) for row in rows.values()))
             bar.set_postfix_str(f"WER {wer:.1f} %, {len(rows)} of {len(clips)} clips")
             bar.update(lengths[batch].sum())
-    ordered = [rows[clip.id] for clip in clips]  # as if nothing had come between
-    scored = [row for row in ordered if "error" not in row]
-    failed = [row for row in ordered if "error" in row]
-    if not scored:
-        raise ValueError(f"no utterance was scored; {failed[0]['error'] if failed else 'no data'}")
-    seconds = sum(row["duration"] for row in scored)
-    summary = {
-        **score([r["reference"] for r in scored], [r["prediction"] for r in scored], pipe.language),
-        "errors": len(failed),
-        "truncated": sum("truncated" in row for row in scored),
-        "seconds": round(seconds, 2),
-        "rtfx": round(seconds / max(sum(row["decode_seconds"] for row in scored), 1e-9), 2),
-        "batch_seconds": options["batch_seconds"],
-        "device": str(pipe.device),
-        "peak_memory_gb": round(peak_memory(), 2),
-        **settings,
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    worst = failed + sorted(scored, key=lambda row: -row["wer"])
-    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
-    (out / "results.txt").write_text("\n".join(map(lines, worst)))
-    write_report(out, summary, worst, {clip.id: clip.audio for clip in clips})
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return [rows[clip.id] for clip in clips]
 
 
 def lines(row: Row) -> str:

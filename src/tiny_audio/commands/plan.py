@@ -25,14 +25,14 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from ..asr_config import ASRConfig, check_keys
-from ..asr_modeling import ASRModel
-from ..data import read_log
+from ..asr.asr_config import ASRConfig, check_keys
+from ..asr.asr_modeling import ASRModel
 from ..hub import one_line
-from ..plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
-from ..run_log import LOG
-from ..train import compose_recipe, lora_from, run_stage, stage_configs
-from ..trainer import freeze_idle
+from ..training.data import read_log
+from ..training.plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
+from ..training.run_log import LOG
+from ..training.train import compose_recipe, lora_from, run_stage, stage_configs
+from ..training.trainer import freeze_idle
 from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}

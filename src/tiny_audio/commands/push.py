@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..asr_modeling import ASRModel
-from ..asr_processing import ASRProcessor
+from ..asr.asr_modeling import ASRModel
+from ..asr.asr_processing import ASRProcessor
 from ..hub import PushError, hub_target, model_card, push_folder
 from . import parser_of
 

@@ -17,20 +17,20 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.utils import logging
 
-from ..asr_decoding import transcribe
-from ..data import Dropped, SpeechDataset
+from ..asr.asr_decoding import transcribe
+from ..evaluation.recognisers import load_recogniser
+from ..evaluation.scoring import score
 from ..hub import git_hash, model_card
-from ..manifests import read_source
+from ..loading import load_pipeline
 from ..progress import clock, progress_bar, quiet_libraries
-from ..scoring import score
-from ..train import FINISHED, TUNING, compose_recipe, train
-from ..trainer import clean_exit
-from ..tuning import SECOND_PASS, encoded
+from ..training.data import Dropped, SpeechDataset
+from ..training.manifests import read_source
+from ..training.train import FINISHED, TUNING, compose_recipe, train
+from ..training.trainer import clean_exit
+from ..training.tuning import SECOND_PASS, encoded
 from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
-from .recognisers import load_recogniser
-from .transcribe import load_pipeline
 
 # Rows of the table: each adds a part of decoding to the one before, and Whisper beside them.
 ROWS = {

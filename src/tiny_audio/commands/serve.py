@@ -21,12 +21,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteError
 
-from ..asr_config import DECODE
-from ..asr_pipeline import Piece, Recording
-from ..asr_processing import AudioError
+from ..asr.asr_config import DECODE
+from ..asr.asr_pipeline import Piece, Recording
+from ..asr.asr_processing import AudioError
+from ..loading import load_pipeline
 from . import parser_of
 from .formats import render
-from .transcribe import DECODE_HELP, TERMS_HELP, load_pipeline, read_terms
+from .transcribe import DECODE_HELP, TERMS_HELP, read_terms
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
@@ -110,6 +111,23 @@ def answer(pipe: Any, recording: Recording, kind: str, by: list[Unit], language:
 def event(**data: Any) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(data)}\n\n"
+
+
+async def stream_events(
+    pipe: Any, recording: Recording, first: Piece, pieces: AsyncIterator[Piece]
+) -> AsyncIterator[str]:
+    """Send the text of each piece as it is decoded, `first` before the others, and then all."""
+    yield event(type="transcript.text.delta", delta=first.text)
+    said = bool(first.text)
+    try:
+        async for piece in pieces:
+            if piece.text:
+                delta = f" {piece.text}" if said else piece.text
+                yield event(type="transcript.text.delta", delta=delta)
+                said = True
+        yield event(type="transcript.text.done", **pipe.postprocess(recording))
+    except HTTPException as error:
+        yield event(error={"message": error.detail, "code": error.status_code})
 
 
 def refusal(message: str, status: int, param: str | None = None, headers: Any = None) -> Response:
@@ -238,20 +256,8 @@ def create_app(
                 pass
             return answer(pipe, recording, response_format, [*by, *by_name], language)
 
-        async def events() -> AsyncIterator[str]:
-            yield event(type="transcript.text.delta", delta=first.text)
-            said = bool(first.text)
-            try:
-                async for piece in pieces:
-                    if piece.text:
-                        delta = f" {piece.text}" if said else piece.text
-                        yield event(type="transcript.text.delta", delta=delta)
-                        said = True
-                yield event(type="transcript.text.done", **pipe.postprocess(recording))
-            except HTTPException as error:
-                yield event(error={"message": error.detail, "code": error.status_code})
-
-        return StreamingResponse(events(), media_type="text/event-stream")
+        events = stream_events(pipe, recording, first, pieces)
+        return StreamingResponse(events, media_type="text/event-stream")
 
     gate = Gate(app, os.environ.get("TINY_AUDIO_API_KEY", ""), max_mb * 1_000_000)
     return CORSMiddleware(gate, cors, allow_methods=["*"], allow_headers=["*"]) if cors else gate

@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
-from .asr_config import check_keys
-from .asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
+from ..asr.asr_config import check_keys
+from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
 from .augment import disturb
 from .manifests import DataError, Example, Reader
 

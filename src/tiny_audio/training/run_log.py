@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
+from ..progress import clock
 from .data import read_log
-from .progress import clock
 
 LOG = "log.jsonl"
 

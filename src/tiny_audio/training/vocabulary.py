@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .asr_config import ASRConfig
-from .asr_ngram import NGram, build_ngram
-from .asr_processing import ASRProcessor
+from ..asr.asr_config import ASRConfig
+from ..asr.asr_ngram import NGram, build_ngram
+from ..asr.asr_processing import ASRProcessor
 from .manifests import DataError, Example
 
 LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces

@@ -11,8 +11,8 @@ import av
 import numpy as np
 from jinja2 import Template
 
-from ..asr_processing import SAMPLE_RATE, load_audio
-from ..scoring import align, interval
+from ..asr.asr_processing import SAMPLE_RATE, load_audio
+from .scoring import align, interval
 
 CLIPS, MAX_SECONDS = 50, 60  # worst clips to show; longest to play
 GROUPS = 8  # points of a plot

@@ -14,12 +14,12 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from .asr_encoder import MaskedGroupNorm
-from .asr_modeling import ASRModel
-from .asr_processing import ASRProcessor
+from ..asr.asr_encoder import MaskedGroupNorm
+from ..asr.asr_modeling import ASRModel
+from ..asr.asr_processing import ASRProcessor
+from ..progress import progress_bar
 from .batches import cut_batches
 from .data import SpeechDataset
-from .progress import progress_bar
 
 TOGETHER = 128  # clips that one thread reads and encodes
 BATCH_SECONDS = 64.0  # padded audio: attention needs memory

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import BatchFeature
 
-from .asr_processing import ASRProcessor
+from ..asr.asr_processing import ASRProcessor
 from .batches import cut_batches
 from .data import Clips, Dropped
 from .manifests import DataError, Example, Reader

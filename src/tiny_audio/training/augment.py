@@ -6,7 +6,7 @@ no recordings are needed. Every random number comes from the generator that is h
 
 import numpy as np
 
-from .asr_processing import SAMPLE_RATE
+from ..asr.asr_processing import SAMPLE_RATE
 
 # How probable each disturbance is; several may meet in one clip.
 SHARES = {

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .asr_decoding import Candidate, rescore
+from ..asr.asr_decoding import Candidate, rescore
+from ..evaluation.scoring import count, normalizer
 from .batches import LengthBatchSampler
 from .data import SpeechDataset
-from .scoring import count, normalizer
 
 # What is tried, in this order: first the search alone, then the decoder on what it proposes.
 FIRST_PASS = {

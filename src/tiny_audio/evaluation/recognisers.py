@@ -16,11 +16,11 @@ from transformers.models.auto import modeling_auto as known
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 
-from ..asr_config import ASRConfig
-from ..asr_pipeline import ASRPipeline
-from ..asr_processing import SAMPLE_RATE
+from ..asr.asr_config import ASRConfig
+from ..asr.asr_pipeline import ASRPipeline
+from ..asr.asr_processing import SAMPLE_RATE
 from ..hub import one_line
-from .transcribe import check_device, load_pipeline
+from ..loading import check_device, load_pipeline
 
 # Config classes of what transformers' own pipeline takes, and ours.
 RECOGNISERS: list[Any] = [known.MODEL_FOR_CTC_MAPPING, known.MODEL_FOR_TDT_MAPPING]

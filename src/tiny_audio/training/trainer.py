@@ -25,16 +25,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import flatten_dict
 
-from .asr_config import IGNORE
-from .asr_decoding import transcribe
-from .asr_modeling import WEIGHTS
+from ..asr.asr_config import IGNORE
+from ..asr.asr_decoding import transcribe
+from ..asr.asr_modeling import WEIGHTS
+from ..evaluation.scoring import score
+from ..hub import PushError, one_line
 from .batches import LengthBatchSampler
 from .data import ENOUGH, Dropped
 from .frames import return_freed_memory
-from .hub import PushError, one_line
 from .manifests import DataError
 from .plan import GPUS, gpu_of
-from .scoring import score
 from .stream import SpeechStream
 
 # Passed to `forward`.

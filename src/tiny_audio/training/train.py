@@ -30,16 +30,16 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
-from .asr_config import ASRConfig, check_keys
-from .asr_modeling import NGRAM, WEIGHTS, ASRModel
-from .asr_ngram import load_arpa
-from .asr_processing import ASRProcessor
+from ..asr.asr_config import ASRConfig, check_keys
+from ..asr.asr_modeling import NGRAM, WEIGHTS, ASRModel
+from ..asr.asr_ngram import load_arpa
+from ..asr.asr_processing import ASRProcessor
+from ..hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
+from ..progress import quiet_libraries
 from .data import Dropped, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
-from .hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from .manifests import Reader
 from .plan import describe, expected_cost
-from .progress import quiet_libraries
 from .run_log import StepLine, start_trackers
 from .stream import SpeechStream
 from .trainer import (
@@ -55,7 +55,7 @@ from .trainer import (
 from .tuning import TUNED, tune
 from .vocabulary import ctc_vocabulary, extend_vocabulary, transcript_ngram
 
-CONFIGS = Path(__file__).resolve().parent / "configs" / "hydra"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "hydra"
 FINISHED, TUNING = "finished.json", "tuning.json"
 # Settings of the training group that are ours; every other one is a field of TrainingArguments.
 OWN_TRAINING_KEYS = set(
