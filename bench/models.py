@@ -1,4 +1,4 @@
-"""Evaluate three models on the same held-out clips and write the README's table of them.
+"""Evaluate three models on the same held-out clips and write the table in docs/evaluate.md.
 
 `OMP_NUM_THREADS=1 python bench/models.py [outputs/quickstart]`. The summaries stay in
 docs/models.json, from which the table is made; the reports are in outputs/models.
@@ -13,6 +13,7 @@ from typing import Any
 
 from tiny_audio.commands.assets import WHISPER, cache_dir, fetch, prepare, unpack
 
+PAGE = Path("docs/evaluate.md")
 BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"
 KEPT = (
     "wer wer_low wer_high cer utterances words errors rtfx seconds device dtype peak_memory_gb "
@@ -50,8 +51,8 @@ def main() -> None:
             summary = json.loads((out / "summary.json").read_text())
             rows[name] = {key: summary[key] for key in KEPT}
     Path("docs/models.json").write_text(json.dumps(rows, indent=2) + "\n")
-    before, rest = Path("README.md").read_text().split(BEGIN)
-    Path("README.md").write_text(before + BEGIN + table(rows) + END + rest.split(END)[1])
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + table(rows) + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

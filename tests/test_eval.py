@@ -382,7 +382,7 @@ def test_compare_says_who_wins_and_where(tmp_path, capsys):
 def clone(tmp_path, monkeypatch) -> Path:
     (tmp_path / "docs").mkdir()
     root = Path(__file__).parents[1]
-    for name in ("README.md", "docs/leaderboard.json"):
+    for name in ("docs/evaluate.md", "docs/leaderboard.json"):
         (tmp_path / name).write_text((root / name).read_text())
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -397,11 +397,11 @@ def submission(folder: Path, wrong: int = 60, n: int = 600, **changed) -> Path:
 
 
 def test_leaderboard_adds_in_order(clone):
-    before = (clone / "README.md").read_text()
+    before = (clone / "docs/evaluate.md").read_text()
     for name, wrong in (("second", 100), ("first", 50)):
         folder = submission(clone / name, wrong)
         assert cli.main(["leaderboard", "add", str(folder), "--contributor", name]) == 0
-    after = (clone / "README.md").read_text()
+    after = (clone / "docs/evaluate.md").read_text()
     assert after.split(leaderboard.BEGIN)[0] == before.split(leaderboard.BEGIN)[0]
     assert after.split(leaderboard.END)[1] == before.split(leaderboard.END)[1]
     lines = after.split(leaderboard.BEGIN)[1].split(leaderboard.END)[0].splitlines()[2:]
@@ -422,17 +422,22 @@ def test_leaderboard_adds_in_order(clone):
     ],
 )
 def test_leaderboard_refuses(changed, why, clone):
-    before = (clone / "README.md").read_text()
+    before = (clone / "docs/evaluate.md").read_text()
     folder = submission(clone / "s", **changed)
     with pytest.raises(SystemExit, match=why):
         cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"])
-    assert (clone / "README.md").read_text() == before
+    assert (clone / "docs/evaluate.md").read_text() == before
 
 
-def test_the_table_of_the_readme_is_made_from_its_file():
+def test_the_leaderboard_is_made_from_its_file():
     root = Path(__file__).parents[1]
     entries = json.loads((root / "docs/leaderboard.json").read_text())
-    shown = (root / "README.md").read_text().split(leaderboard.BEGIN)[1].split(leaderboard.END)[0]
+    shown = (
+        (root / "docs/evaluate.md")
+        .read_text()
+        .split(leaderboard.BEGIN)[1]
+        .split(leaderboard.END)[0]
+    )
     assert shown == leaderboard.table(entries)
 
 
@@ -441,7 +446,9 @@ def test_the_table_of_models_is_made_from_its_file():
     if not (root / "docs/models.json").exists():
         pytest.skip("not measured since the script is there: python bench/models.py")
     models = runpy.run_path(str(root / "bench/models.py"))
-    shown = (root / "README.md").read_text().split(models["BEGIN"])[1].split(models["END"])[0]
+    shown = (
+        (root / "docs/evaluate.md").read_text().split(models["BEGIN"])[1].split(models["END"])[0]
+    )
     assert shown == models["table"](json.loads((root / "docs/models.json").read_text()))
 
 

@@ -165,10 +165,10 @@ def planned(tmp_path_factory):
     return run
 
 
-def test_the_plan_of_the_readme_is_what_the_command_prints(planned):
-    readme = (ROOT / "README.md").read_text()
-    said = readme.split("<!-- plan:begin -->\n```\n")[1].split("\n```\n<!-- plan:end -->")[0]
-    command = next(x for x in readme.splitlines() if x.startswith("tiny-audio plan +"))
+def test_the_plan_of_the_page_is_what_the_command_prints(planned):
+    page = (ROOT / "docs/price.md").read_text()
+    said = page.split("<!-- plan:begin -->\n```\n")[1].split("\n```\n<!-- plan:end -->")[0]
+    command = next(x for x in page.splitlines() if x.startswith("tiny-audio plan +"))
     done = planned(*command.split()[2:])
     assert done.returncode == 0, done.stderr[-3000:]
     clean = [[line.rstrip() for line in text.strip().splitlines()] for text in (done.stdout, said)]
@@ -184,13 +184,13 @@ def test_a_plan_takes_less_than_20_seconds(planned):
 
 @pytest.mark.long
 def test_batches_of_five_on_forty_gigabytes(planned):
-    """What the README says about a batch of 5 is what the command says."""
+    """What docs/price.md says about a batch of 5 is what the command says."""
     batch = ["seconds=30", "training.per_device_train_batch_size=5", "training.batch_seconds=150"]
     done = planned("+experiments=stage1", "gpu=a100-40", *batch)
     assert "= 16.9 GB" in done.stdout and "gaps: fits" in done.stdout
     assert "gradient_checkpointing=false   +39%  40.7" in done.stdout
-    readme = (ROOT / "README.md").read_text()
-    assert "16.9 GB with gradient checkpointing and 40.7 GB without" in readme
+    page = (ROOT / "docs/price.md").read_text()
+    assert "16.9 GB with gradient checkpointing and 40.7 GB without" in page
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The product as a user runs it: a short real training run, and every command of the README."""
+"""The product as a user runs it: a short real training run, and every command of the documents."""
 
 import json
 import os
@@ -28,6 +28,11 @@ from tiny_audio.training.train import compose_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+# What a user reads; another_language.md has a test of its own.
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+DOCS = {
+    path.stem: path.read_text() for path in PAGES if path.stem not in ("another_language", "log")
+}
 # Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
 SHORT = (
     "data.max_train_samples=90 'data.train=[{{path: {manifest}}}]' training.logging_steps=5 "
@@ -160,11 +165,11 @@ def test_unknown_keys_are_refused(override, hint):
     assert "unknown key" in done.stderr and f"did you mean '{hint}'" in done.stderr
 
 
-# -- the README ----------------------------------------------------------------------------------
+# -- the documents -------------------------------------------------------------------------------
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    blocks = [b for page in DOCS.values() for b in re.findall(r"```bash\n(.*?)```", page, re.S)]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -204,7 +209,7 @@ def test_readme_server(command, workplace):
         page = "docs" if port == 8000 else ""
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}").status == 200
         if "serve" in command:
-            code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+            (code,) = re.findall(r"```python\n(.*?)```", DOCS["use"], re.S)
             done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True)
             assert done.returncode == 0 and done.stdout.strip(), done.stderr[-3000:]
         run.send_signal(signal.SIGINT)
@@ -216,7 +221,7 @@ def test_readme_server(command, workplace):
 
 def test_readme_remote_overrides_are_accepted():
     """What the rented machine is told passes the check that is made before it is paid for."""
-    config, override = re.findall(r"^remote-train .*--config (\S+) (\S+)$", README, re.M)[0]
+    config, override = re.findall(r"^remote-train .*--config (\S+) (\S+)$", DOCS["price"], re.M)[0]
     compose_recipe([f"+experiments={config}", override])
 
 
@@ -334,7 +339,7 @@ def test_readme_quotes_the_runs_that_were_measured():
     low, high = (f"{first[key]:.1f}" for key in ("wer_low", "wer_high"))
     assert f"[{low}, {high}]" in rows[0]
     assert f"peak memory {first['peak_memory_gb']:.1f} GB" in shown
-    after = README.split("<!-- quickstart:end -->")[1].split("## Use the model")[0]
+    after = README.split("<!-- quickstart:end -->")[1].split("## Use it")[0]
     for name in ("wer", "ngram_wer", "librivox_model_wer"):
         assert f"{sum(run[name] for run in runs) / len(runs):.1f}" in after, name
 
@@ -352,17 +357,20 @@ def test_console_scripts_are_verbs(monkeypatch, capsys):
         assert f"usage: tiny-audio {own.get(script, 'dev')}" in capsys.readouterr().out
 
 
-def test_readme_names_every_dev_task():
+def test_the_docs_name_every_dev_task():
     for task in dev.TASKS:
-        assert f"`{task}`" in README
+        assert f"`{task}`" in DOCS["train"]
     assert cli.main(["--help"]) == 0
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\b(?:docs|configs|bench|demo|src)/[\w/.-]*\w", README)))
-)
-def test_readme_paths_exist(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_paths_and_links_of_the_docs_exist(page):
+    text = page.read_text()
+    if page.stem != "log":  # it tells of files that are gone
+        for path in re.findall(r"\b(?:docs|configs|bench|demo|src|tests)/[\w/.-]*\w", text):
+            assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
 
 
 @pytest.mark.long

@@ -1,6 +1,4 @@
-"""tiny-audio: train your own speech recogniser. Read asr_config, asr_encoder, asr_bases,
-asr_ctc, asr_projector, asr_modeling, asr_ngram, asr_search, asr_decoding, asr_processing,
-asr_pipeline, handler, manifests, data, batches, train, in this order."""
+"""tiny-audio: train your own speech recogniser. docs/architecture.md says what to read first."""
 
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 

@@ -10,7 +10,7 @@ VERBS = {
     "train": "train a model: Hydra config and overrides, as src/train.py",
     "eval": "word error rate of a model on a dataset, with interval and report files",
     "compare": "which of two evaluations is better: paired bootstrap, and where they differ",
-    "leaderboard": "add an evaluation to the README's table",
+    "leaderboard": "add an evaluation to the leaderboard",
     "transcribe": "audio files in, text or subtitles out",
     "serve": "an HTTP endpoint with OpenAI's routes for transcription",
     "demo": "a web page: upload or record, read along, download",

@@ -1,4 +1,4 @@
-"""`tiny-audio leaderboard add outputs/eval_...`: an evaluation's line in the README's table.
+"""`tiny-audio leaderboard add outputs/eval_...`: add an evaluation to the table in docs/evaluate.md.
 
 The lines are in docs/leaderboard.json, the table is made from it. See CONTRIBUTING.md.
 """
@@ -47,18 +47,18 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Add a line to the file of the clone one stands in, and write its README's table anew."""
+    """Add a line to docs/leaderboard.json and rewrite the table that is made from it."""
     parser = parser_of("leaderboard", __doc__)
     parser.add_argument("action", choices=["add"])
     parser.add_argument("folder", type=Path, help="what tiny-audio eval wrote")
     parser.add_argument("--contributor", required=True, metavar="NAME")
     args = parser.parse_args(argv)
-    file, readme = Path("docs/leaderboard.json"), Path("README.md")
+    file, page = Path("docs/leaderboard.json"), Path("docs/evaluate.md")
     if not file.is_file():
         sys.exit(f"error: {file} is not here: stand in the clone of tiny-audio")
     entries = [*json.loads(file.read_text()), entry(args.folder, args.contributor)]
-    before, rest = readme.read_text().split(BEGIN)
+    before, rest = page.read_text().split(BEGIN)
     file.write_text(json.dumps(entries, indent=2) + "\n")
-    readme.write_text(before + BEGIN + table(entries) + END + rest.split(END)[1])
+    page.write_text(before + BEGIN + table(entries) + END + rest.split(END)[1])
     print(table(entries))
     return 0
