@@ -357,6 +357,13 @@ def test_console_scripts_are_verbs(monkeypatch, capsys):
         assert f"usage: tiny-audio {own.get(script, 'dev')}" in capsys.readouterr().out
 
 
+def test_the_version_comes_from_one_place(capsys):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tiny-audio {version}\n"
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_docs_name_every_dev_task():
     for task in dev.TASKS:
         assert f"`{task}`" in DOCS["train"]

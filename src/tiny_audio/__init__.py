@@ -1,5 +1,7 @@
 """tiny-audio: train your own speech recogniser. docs/architecture.md says what to read first."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from .asr.asr_config import ASRConfig
@@ -13,5 +15,8 @@ AutoConfig.register(ASRConfig.model_type, ASRConfig)
 AutoModelForSpeechSeq2Seq.register(ASRConfig, ASRModel)
 AutoProcessor.register(ASRConfig, ASRProcessor)
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("tiny-audio")
+except PackageNotFoundError:  # run from the source tree
+    __version__ = "unknown"
 __all__ = ["ASRConfig", "ASRModel", "ASRPipeline", "ASRProcessor", "AudioProjector", "load_audio"]

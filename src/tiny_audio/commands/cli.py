@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import tiny_audio
+
 VERBS = {
     "train": "train a model: Hydra config and overrides, as src/train.py",
     "eval": "word error rate of a model on a dataset, with interval and report files",
@@ -33,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: tiny-audio <verb> [options]; `tiny-audio <verb> --help` teaches each\n")
         for verb, text in VERBS.items():
             print(f"  {verb:<12}{text}")
+        return 0
+    if argv[0] == "--version":
+        print(f"tiny-audio {tiny_audio.__version__}")
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:

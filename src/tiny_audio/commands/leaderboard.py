@@ -1,6 +1,7 @@
-"""`tiny-audio leaderboard add outputs/eval_...`: add an evaluation to the table in docs/evaluate.md.
+"""`tiny-audio leaderboard add outputs/eval_...`: add an evaluation to the leaderboard.
 
-The lines are in docs/leaderboard.json, the table is made from it. See CONTRIBUTING.md.
+The entries are in docs/leaderboard.json; the table in docs/evaluate.md is made from it. See
+CONTRIBUTING.md.
 """
 
 import json
