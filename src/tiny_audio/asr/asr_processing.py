@@ -225,6 +225,8 @@ def _resample(samples: np.ndarray, rate: int, mixer: Mixer) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
     if samples.ndim > 2 or samples.size == 0:
         raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
+    if samples.dtype == np.int64:  # Python's integers: they hold 16 or 32 bits
+        samples = samples.astype(np.int16 if np.abs(samples).max() < 2**15 else np.int32)
     if np.issubdtype(samples.dtype, np.integer):
         limits = np.iinfo(samples.dtype)
         middle = (limits.max + limits.min + 1) // 2  # 0, or 128 of unsigned bytes
