@@ -72,7 +72,7 @@ def read_audio(
         if not found:
             raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
         rate, audio = source.get("sampling_rate"), found[0]
-        audio = np.asarray(audio, np.float32) if isinstance(audio, list) else audio
+        audio = np.asarray(audio) if isinstance(audio, list) else audio
         rate = sampling_rate if rate is None else rate
         yield from read_audio(audio, rate, missing, notes)
         return
