@@ -135,7 +135,7 @@ def test_a_list_of_words_is_checked(tmp_path):
 def test_a_file_that_is_no_ngram_is_named(tmp_path):
     path = tmp_path / "n.arpa"
     path.write_text("\\data\\\n\\1-grams:\n-1.0\tone two\n")
-    with pytest.raises(ValueError, match=r"n\.arpa, line 3: no 1-gram"):
+    with pytest.raises(ValueError, match=r"n\.arpa, line 3: not a 1-gram"):
         load_arpa(path)
     path.write_text("\\data\\\n\\1-grams:\n-1.0\tone\n")
     with pytest.raises(ValueError, match="it lacks"):
@@ -179,7 +179,7 @@ def test_a_tree_of_texts_is_scored_as_each_alone(build, clips):
                 logits = model.decoder(inputs_embeds=whole).logits[0, own.shape[1] - 1 : -1]
                 wanted = logits.log_softmax(-1).gather(1, ids.T).sum()
                 assert score == pytest.approx(float(wanted), abs=1e-3)
-        with model.decoder_as_it_came():
+        with model.decoder_without_lora():
             bare = score_trees(model.decoder, embeds, mask, [TextTree(some) for some in texts])
         assert bare[0][0] != pytest.approx(found[0][0], abs=1e-3), "LoRA made no difference"
         alike = embeds[:1].expand(3, -1, -1), mask[:1].expand(3, -1)  # one prompt for all clips
