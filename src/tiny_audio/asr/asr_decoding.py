@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .asr_config import DECODE, DECODING_DEFAULTS, check_keys
 from .asr_search import Proposal
@@ -30,31 +29,34 @@ class TextTree:
     """A prefix tree of texts that a decoder scores in one pass.
 
     Each node is a token that follows its parent. A node sees the prompt, its ancestors and itself.
+    The last token of a text is no node: nothing follows it.
 
     Attributes:
         tokens: token id of each node.
         parents: parent of each node, -1 for the prompt.
         depths: number of tokens between the prompt and each node.
-        paths: the nodes of each text.
+        steps: each token of each text, as the node before it and its id.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self.paths: list[list[int]] = []
+        self.steps: list[list[tuple[int, int]]] = []
         nodes: dict[tuple[int, int], int] = {}
         for text in texts:
-            node, path = -1, []
+            node, steps = -1, []
             for depth, token in enumerate(text):
+                steps.append((node, token))
+                if depth == len(text) - 1:
+                    break
                 if (node, token) not in nodes:
                     nodes[node, token] = len(self.tokens)
                     self.tokens.append(token)
                     self.parents.append(node)
                     self.depths.append(depth)
                 node = nodes[node, token]
-                path.append(node)
-            self.paths.append(path)
+            self.steps.append(steps)
 
     def visible(self) -> np.ndarray:
         """Return the (n, n) bool mask of the nodes that each node sees."""
@@ -75,8 +77,8 @@ def score_trees(
 
     Args:
         decoder: a causal language model of transformers.
-        embeds: (b, s, d) left-padded prompts with their audio, or (1, s, d) shared by all clips.
-        attention_mask: (b, s), or (1, s).
+        embeds: (b, s, d) left-padded prompts with their audio.
+        attention_mask: (b, s).
         trees: the texts of each clip, including end tokens.
 
     Returns:
@@ -89,11 +91,7 @@ def score_trees(
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
     )
-    past, last = prompts.past_key_values, prompts.last_hidden_state[:, -1:]
-    if len(embeds) < b:
-        past.batch_repeat_interleave(b)
-        last, attention_mask = last.expand(b, -1, -1), attention_mask.expand(b, -1)
-    n = max(len(tree.tokens) for tree in trees)
+    n = max(1, *(len(tree.tokens) for tree in trees))
     tokens = torch.zeros(b, n, dtype=torch.long, device=device)
     depths = torch.zeros_like(tokens)
     tree_mask = torch.eye(n, dtype=torch.bool, device=device).repeat(b, 1, 1)
@@ -112,16 +110,16 @@ def score_trees(
             inputs_embeds=tree_embeds,
             attention_mask=bias[:, None],
             position_ids=prompt.sum(1, keepdim=True) + depths,
-            past_key_values=past,
+            past_key_values=prompts.past_key_values,
         ).last_hidden_state
-    hidden = torch.cat([last, nodes], 1)  # node -1 is the prompt's last token
+    hidden = torch.cat([prompts.last_hidden_state[:, -1:], nodes], 1)  # its last token is node -1
     scores = []
     for i, tree in enumerate(trees):
-        parents = 1 + torch.tensor(tree.parents, device=device)
-        logits = decoder.get_output_embeddings()(hidden[i, parents])
-        target = torch.tensor(tree.tokens, device=device)
-        log_probs = -F.cross_entropy(logits.float(), target, reduction="none")
-        scores.append([float(log_probs[path].sum()) for path in tree.paths])
+        logits = decoder.get_output_embeddings()(hidden[i, : len(tree.tokens) + 1])
+        log_probs = logits.float().log_softmax(-1)
+        for_text = [zip(*steps, strict=True) for steps in tree.steps]
+        scores.append([float(log_probs[[n + 1 for n in nodes], list(tokens)].sum())
+                       for nodes, tokens in for_text])  # fmt: skip
     return scores
 
 
@@ -309,11 +307,14 @@ def rescore(
             embeds, mask, _ = model.prompts(hidden[clips, :width], steps[clips], **prompt)
             _set_scores(kept, clips, "decoder", model.score_texts(embeds, mask, texts))
         if settings["language_model"]:
-            prompt = processor.prompt([0]).to(hidden.device)  # the same for all clips
+            prompt = processor.prompt([0]).to(hidden.device)
             embeds = model.get_input_embeddings()(prompt["input_ids"])
+            together = [text for some in texts for text in some]  # one tree: the prompt is the same
             with model.decoder_without_lora():
-                scores = model.score_texts(embeds, prompt["attention_mask"], texts)
-            _set_scores(kept, clips, "language_model", scores)
+                (scores,) = model.score_texts(embeds, prompt["attention_mask"], [together])
+            of_clip = iter(scores)
+            rows = [[next(of_clip) for _ in some] for some in texts]
+            _set_scores(kept, clips, "language_model", rows)
     return kept
 
 

@@ -366,8 +366,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Return the log-probability of each text of each clip after its prompt.
 
         Args:
-            embeds: (b, s, d) from `prompts`, or (1, s, d) if all clips share one prompt.
-            attention_mask: (b, s), or (1, s).
+            embeds: (b, s, d) from `prompts`.
+            attention_mask: (b, s).
             texts: token ids, without the end token, of at least one text for each clip.
         """
         end = self.config.end_token_id

@@ -160,7 +160,7 @@ class PrefixSearch:
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
         log_probs, lengths = log_probs.to(self.device), lengths.to(self.device)
-        scaled = (log_probs.double() / self.settings.temperature).log_softmax(-1)
+        scaled = (log_probs.float() / self.settings.temperature).log_softmax(-1)
         frames, dropped = squeeze_blanks(scaled, lengths)
         beams = self.start(len(frames), frames.device)
         history: list[tuple[Tensor, Tensor]] = []
@@ -174,7 +174,7 @@ class PrefixSearch:
         """Start each clip with the empty text; the other beams are impossible."""
         shape = (clips, self.settings.beams)
         zero = torch.zeros(shape, dtype=torch.long, device=device)
-        blank = torch.full(shape, IMPOSSIBLE, dtype=torch.double, device=device)
+        blank = torch.full(shape, IMPOSSIBLE, dtype=torch.float, device=device)
         blank[:, 0] = 0.0
         context = zero + (self.ngram.start if self.ngram else 0)
         return Beams(
