@@ -98,7 +98,7 @@ def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
     loss, described = real_step(model, processor, settings)
     with FlopCounterMode(display=False) as counter:
         loss().backward()
-    cost = plan.count(plan.twin_of(model), settings, **described)
+    cost = plan.count(plan.meta_copy(model), settings, **described)
     audio = described["seconds"] * described["clips"]
     ratio = sum(cost.gflop.values()) * audio * 1e9 / counter.get_total_flops()
     # With LoRA on q and k alone, the first layer's values need no gradient; a fused kernel, as a
@@ -135,7 +135,7 @@ def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
     with recorder:
         loss().backward()
         optimizer.step()
-    planned = sum(plan.count(plan.twin_of(model), settings, **described).memory.values())
+    planned = sum(plan.count(plan.meta_copy(model), settings, **described).memory.values())
     assert planned == pytest.approx(recorder.most, rel=0.15)
     states = sum(p.nbytes for p in model.parameters())
     assert recorder.most > 1.5 * states  # what the step needs beside the weights is what is tested
