@@ -278,7 +278,7 @@ def test_a_file_of_terms(tmp_path, capsys):
     path.write_text("Ada Lovelace\n\n  Łódź \n")
     assert read_terms(str(path)) == ["Ada Lovelace", "Łódź"]
     path.write_text("\n")
-    for bad, why in ((path, "names nothing"), (tmp_path / "none", "No such file")):
+    for bad, why in ((path, "is empty"), (tmp_path / "none", "No such file")):
         with pytest.raises(SystemExit):
             transcribe_command(["talk.wav", "--terms", str(bad)])
         assert why in capsys.readouterr().err
