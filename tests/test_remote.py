@@ -101,12 +101,12 @@ def call(task: str, sshd, folder, *args: str) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
-        (("--port", "1"), "nothing listens there: check --port"),
+        (("--port", "1"), "nothing listens on that port: check --port"),
         (("--host", "no-such-host.invalid"), "there is no such host: check --host"),
         (("--user", "nobody"), "it refuses your key"),
         (("--host", "-oProxyCommand=touch /tmp/x"), "is not a valid name"),
         (("--host", "a;touch x"), "is not a valid name"),
-        (("--folder", "~/x"), "--folder is absolute"),
+        (("--folder", "~/x"), "--folder must be absolute"),
     ],
 )
 def test_a_wrong_address_is_named(sshd, home, capsys, change, hint):

@@ -154,9 +154,9 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
     print(f"memory with {main.clips} clips of {own['seconds']:g} s: {memory} = {main.gb:.1f} GB,")
     print(f"of {gpu['memory']} GB, {MARGIN:.0%} left to driver and gaps: {fits(gpu['memory'])}")
     if bought := own["hours"] or (own["budget"] and own["budget"] / price):
-        heard = bought * rate / main.gflop
-        steps = heard / main.audio * main.cfg.training.max_steps
-        print(f"{bought:g} hours {dollars(bought)} buy {heard:,.0f} of audio, {steps:,.0f} steps")
+        audio = bought * rate / main.gflop
+        steps = audio / main.audio * main.cfg.training.max_steps
+        print(f"{bought:g} hours {dollars(bought)} buy {audio:,.0f} of audio, {steps:,.0f} steps")
     if not listed:
         return
     rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]

@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task.add_argument("--run", default="", help="name of the run; default: the last one")
         if name == "train":
             task.add_argument("--config", required=True, help="experiment: stage1, quickstart, ...")
-            task.add_argument("--beside", action="store_true", help="allow other runs beside it")
+            task.add_argument("--beside", action="store_true", help="allow another running run")
             task.add_argument("--detach", action="store_true", help="do not follow the log")
             task.add_argument("overrides", nargs="*", help="key=value, as for src/train.py")
         if name == "status":

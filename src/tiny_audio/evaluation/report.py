@@ -68,7 +68,7 @@ def write_report(
         confused=wrong.most_common(40),
         plots={
             "length of the clip, s": points(spoken, lambda row: row["duration"]),
-            "words said per second": points(spoken, lambda row: row["words"] / row["duration"]),
+            "words per second": points(spoken, lambda row: row["words"] / row["duration"]),
         },
     )
     (out / "report.html").write_text(page)
