@@ -1,6 +1,6 @@
-"""The page as a Hugging Face Space runs it: TINY_AUDIO_MODEL names the model.
+"""Run the web page as a Hugging Face Space; TINY_AUDIO_MODEL names the model.
 
-Beside it lies a `requirements.txt` that installs this package with its extra `demo`.
+The `requirements.txt` beside this file installs the package with its `demo` extra.
 """
 
 import os

@@ -103,6 +103,15 @@ def test_arrays_of_any_type(dtype):
     assert np.abs(samples - wave).max() < 1e-3
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+def test_lists_of_whole_numbers_have_16_or_32_bits(bits):
+    wave = tone(0.5)
+    whole = np.round(wave * (2 ** (bits - 1) - 1)).astype(np.int64)
+    assert (
+        np.abs(load_audio({"array": whole.tolist(), "sampling_rate": 16_000}) - wave).max() < 1e-3
+    )
+
+
 def test_unsigned_8_bit_has_its_zero_at_128():
     wave = tone(0.5)
     samples = load_audio((wave * 127 + 128).round().astype(np.uint8))

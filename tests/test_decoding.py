@@ -1,6 +1,7 @@
 """The search over the character head, the decoder's choice, the n-gram: against brute force."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tiny_audio.asr.asr_search import PrefixSearch, SearchSettings
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.training.manifests import DataError
-from tiny_audio.training.vocabulary import read_words
+from tiny_audio.training.vocabulary import blend, read_words
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})
@@ -134,11 +135,26 @@ def test_a_list_of_words_is_checked(tmp_path):
 def test_a_file_that_is_no_ngram_is_named(tmp_path):
     path = tmp_path / "n.arpa"
     path.write_text("\\data\\\n\\1-grams:\n-1.0\tone two\n")
-    with pytest.raises(ValueError, match=r"n\.arpa, line 3: no 1-gram"):
+    with pytest.raises(ValueError, match=r"n\.arpa, line 3: not a 1-gram"):
         load_arpa(path)
     path.write_text("\\data\\\n\\1-grams:\n-1.0\tone\n")
     with pytest.raises(ValueError, match="it lacks"):
         load_arpa(path)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_mixed_ngrams_are_a_distribution_with_the_words_of_both(order):
+    known = build_ngram([["go", "on"], ["go", "home", "now"]], {"rare": 3}, order)
+    new = build_ngram([["adler", "goes", "on"], ["go", "adler"]], order=order)
+    mixed = blend(known, new)
+    assert {"adler", "rare", "home"} <= {*mixed.words}
+    for context in mixed.table.number:
+        words = [i for i, word in enumerate(mixed.words) if word != "<s>"]
+        total = sum(math.exp(mixed.table.log_prob(context, word)) for word in words)
+        assert total == pytest.approx(1, abs=1e-6), context
+    for text in (["go", "on"], ["adler", "goes", "on"]):
+        both = max(known.score_text(text), new.score_text(text))
+        assert mixed.score_text(text) > both + (len(text) + 1) * math.log(0.5) - 1e-4
 
 
 # -- the decoder's choice ------------------------------------------------------------------------
@@ -163,7 +179,7 @@ def test_a_tree_of_texts_is_scored_as_each_alone(build, clips):
                 logits = model.decoder(inputs_embeds=whole).logits[0, own.shape[1] - 1 : -1]
                 wanted = logits.log_softmax(-1).gather(1, ids.T).sum()
                 assert score == pytest.approx(float(wanted), abs=1e-3)
-        with model.decoder_as_it_came():
+        with model.decoder_without_lora():
             bare = score_trees(model.decoder, embeds, mask, [TextTree(some) for some in texts])
         assert bare[0][0] != pytest.approx(found[0][0], abs=1e-3), "LoRA made no difference"
         alike = embeds[:1].expand(3, -1, -1), mask[:1].expand(3, -1)  # one prompt for all clips

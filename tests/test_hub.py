@@ -170,7 +170,7 @@ def test_a_refused_push_costs_nothing(hub, trained, corpus, tmp_path):
         hub.fail = False
     assert done.returncode == 1
     assert "push to someone/else failed" in done.stderr.splitlines()[-1]
-    assert (done.stdout + done.stderr).count("tried again at") == 2  # a warning for each checkpoint
+    assert (done.stdout + done.stderr).count("will retry at") == 2  # a warning for each checkpoint
     assert (tmp_path / "model/model.safetensors").exists()
     again = train(hub, home, corpus, tmp_path / "model", "training.hub_model_id=someone/else")
     assert again.returncode == 0 and "is finished" in again.stdout

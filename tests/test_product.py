@@ -326,6 +326,15 @@ def test_readme_python(workplace):
     assert done.stdout.strip()
 
 
+def test_the_notebook_runs(workplace):
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True,
+                          text=True, env={**os.environ, "MPLBACKEND": "agg"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "hypothesis:" in done.stdout
+
+
 def test_readme_quotes_the_runs_that_were_measured():
     """The table is the first run of docs/quickstart.json, the means are those of all of them."""
     runs = json.loads((ROOT / "docs/quickstart.json").read_text())["runs"]

@@ -218,11 +218,7 @@ def test_what_people_say_is_no_loop(text):
 
 
 def test_silence_is_not_decoded_and_said(pipe):
-    said = {
-        "text": "",
-        "silent": True,
-        "warnings": ["0.0-3.0 s: holds no sound, and was not decoded"],
-    }
+    said = {"text": "", "silent": True, "warnings": ["0.0-3.0 s: is silent and was not decoded"]}
     assert pipe(np.zeros(3 * SAMPLE_RATE, np.float32)) == said
     assert pipe(1e-6 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
     assert pipe(np.zeros(160, np.float32))["silent"]  # 10 ms
@@ -234,7 +230,7 @@ def test_a_pause_within_speech_is_said_and_no_flag(pipe):
     recording = Recording(None)
     recording.pieces = [Piece(0.0, np.zeros(16_000)), Piece(1.0, np.zeros(16_000), text="hello")]
     recording.pieces[0].flags = ["silent"]
-    said = ["0.0-1.0 s: holds no sound, and was not decoded"]
+    said = ["0.0-1.0 s: is silent and was not decoded"]
     assert pipe.postprocess(recording) == {"text": "hello", "warnings": said}
     recording.pieces[1].flags = ["no_speech"]  # a text that the audio does not support
     assert pipe.postprocess(recording).keys() == {"text", "warnings", "no_speech"}
@@ -329,9 +325,9 @@ def test_words_appear_as_they_are_decoded(pipe, clips):
 
 def test_rounds_do_not_change_the_text(pipe, monkeypatch, clips):
     expected = [r["text"] for r in pipe(clips)]
-    monkeypatch.setattr("tiny_audio.asr.asr_pipeline.ROUND", 3)
+    monkeypatch.setattr("tiny_audio.asr.asr_pipeline.READ_AHEAD", 3)
     assert [r["text"] for r in pipe(clips)] == expected
-    monkeypatch.setattr("tiny_audio.asr.asr_pipeline.ROUND", 1)
+    monkeypatch.setattr("tiny_audio.asr.asr_pipeline.READ_AHEAD", 1)
     mixed = pipe([clips[0], b"junk", clips[1]], skip_errors=True)
     assert [r["text"] for r in mixed] == [expected[0], "", expected[1]] and "error" in mixed[1]
 
@@ -402,7 +398,7 @@ def test_channels_that_cancel_are_said(tmp_path, pipe, caplog):
     for source in (str(path), np.stack([clip, -clip])):
         result = pipe(source)
         assert result["text"] == expected
-        assert "the channels cancel each other: the louder one is read" in result["warnings"]
+        assert "the channels cancel each other: the louder one is used" in result["warnings"]
     assert np.abs(load_audio(path) - clip).max() < 1e-6
     assert f"{path}: the channels cancel" in caplog.text
     beside = pipe(np.stack([clip, np.zeros_like(clip)]))

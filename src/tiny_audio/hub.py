@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: the model card, and pushes that never cost the local copy."""
+"""Model cards, and pushes to the Hugging Face Hub that never harm the local copy."""
 
 import json
 import logging
@@ -15,34 +15,34 @@ from transformers import TrainerCallback
 from .asr.asr_config import ASRConfig
 
 logger = logging.getLogger(__name__)
-# What a model folder holds for its users; checkpoints, caches and the optimizer stay at home.
-PUSHED = ["*.json", "*.py", "*.jinja", "*.md", "merges.txt", "*.model", "model.safetensors"]
-PUSHED += ["*.arpa.gz"]
-PUSHED += ["training_config.yaml"]
-KEPT = ["*/*", "trainer_state.json", "summary.json", "finished.json"]
+# Files of a model folder that users need; checkpoints, caches and the optimizer stay local.
+PUSH_PATTERNS = ["*.json", "*.py", "*.jinja", "*.md", "merges.txt", "*.model", "model.safetensors"]
+PUSH_PATTERNS += ["*.arpa.gz", "training_config.yaml"]
+IGNORE_PATTERNS = ["*/*", "trainer_state.json", "summary.json", "finished.json"]
 
 
 class PushError(RuntimeError):
-    """A push that failed; the message says why and that the local copy is whole."""
+    """A failed push; the message gives the reason and says that the local copy is intact."""
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message; its name where it has none, as timeouts often do."""
-    if isinstance(error.__cause__, HFValidationError):  # of a path that is not there
-        return "no such folder; `make quickstart` fetches those of its recipe"
+    """Return the first line of an error's message, or its class name if there is none."""
+    if isinstance(error.__cause__, HFValidationError):  # the path does not exist
+        return "no such folder; `make quickstart` fetches the models of its recipe"
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def push_folder(folder: Path, repo_id: str, message: str, private: bool | None = None) -> str:
-    """Upload a model folder's own files as one commit; returns the model's address.
+    """Upload the files of a model folder as one commit and return the model's URL.
 
     Args:
-        folder: as `save_pretrained` wrote it.
-        repo_id: "user/name"; made where it does not exist.
-        private: of a repository that is made now.
+        folder: folder written by `save_pretrained`.
+        repo_id: "user/name", created if missing.
+        message: commit message.
+        private: visibility of a newly created repository.
 
     Raises:
-        PushError: when the Hub refuses or cannot be reached.
+        PushError: if the Hub refuses or cannot be reached.
     """
     try:
         api = HfApi()
@@ -51,25 +51,26 @@ def push_folder(folder: Path, repo_id: str, message: str, private: bool | None =
             repo_id=repo_id,
             folder_path=folder,
             commit_message=message,
-            allow_patterns=PUSHED,
-            ignore_patterns=KEPT,
+            allow_patterns=PUSH_PATTERNS,
+            ignore_patterns=IGNORE_PATTERNS,
         )
         return str(url)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise PushError(
-            f"push to {repo_id} failed ({one_line(error)}); nothing is lost: "
+            f"push to {repo_id} failed ({one_line(error)}); the local copy is intact: "
             f"`tiny-audio push {folder} {repo_id}` tries again"
         ) from error
 
 
 def hub_target(push: bool | None, repo_id: str | None) -> str | None:
-    """Where a run pushes: `repo_id`, or <user>/tiny-audio; None where it does not.
+    """Return the repository that a run pushes to, or None if it does not push.
 
-    `push` None means: where there is a token. Asked before the training, not after it.
+    The default is <user>/tiny-audio. If `push` is None, a run pushes if HF_TOKEN is set. Call this
+    before the training, which then fails early.
 
     Raises:
-        ValueError: when pushing is asked for and there is no token.
-        PushError: when the Hub does not say whose token it is.
+        ValueError: if `push` is True and HF_TOKEN is not set.
+        PushError: if the Hub does not return the user of HF_TOKEN.
     """
     token = os.environ.get("HF_TOKEN")
     if push is False or (push is None and not token):
@@ -85,30 +86,30 @@ def hub_target(push: bool | None, repo_id: str | None) -> str | None:
         return f"{HfApi().whoami()['name']}/tiny-audio"
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise PushError(
-            f"the Hub does not say whose HF_TOKEN this is ({one_line(error)}): set "
+            f"the Hub did not return the user of HF_TOKEN ({one_line(error)}): set "
             "training.hub_model_id=<user>/<name>, or training.push_to_hub=false"
         ) from error
 
 
 class HubPusher(TrainerCallback):
-    """Pushes every checkpoint; a failure is a warning, and the run goes on."""
+    """Push every checkpoint; after a failure, log a warning and continue the run."""
 
     def __init__(self, repo_id: str) -> None:
         self.repo_id = repo_id
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Push the checkpoint that was just written."""
+        """Push the checkpoint that was just saved."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         try:
             push_folder(folder, self.repo_id, f"step {state.global_step}")
         except PushError as error:
-            logger.warning("%s; tried again at the next checkpoint and at the end", error)
+            logger.warning("%s; will retry at the next checkpoint and at the end", error)
 
 
 def git_hash() -> str:
-    """Commit of the working tree, with + when it was changed, or "unknown" outside git."""
+    """Return the commit of the working tree, with + for changes; "unknown" outside git."""
     run = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         out = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -118,10 +119,10 @@ def git_hash() -> str:
 
 
 def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:
-    """README.md of a model folder, filled from what lies in it: nothing is made up.
+    """Render the README.md of a model folder from the files in it.
 
-    Reads `config.json`, and where they exist `training_config.yaml`, `finished.json` (steps, clips,
-    hours, parameters) and `summary.json` (the evaluation).
+    Reads `config.json` and, if present, `training_config.yaml`, `finished.json` (steps, clips,
+    hours, parameters) and `summary.json` (the evaluation). `known` adds further facts.
     """
     config = ASRConfig.from_pretrained(folder)
     facts: dict[str, Any] = dict(known or {})
@@ -138,7 +139,7 @@ def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:
         template_path=str(Path(__file__).with_name("model_card.md")),
         name=folder.resolve().name,
         config=config,
-        whole=(folder / "training_config.yaml").exists(),
+        has_training_config=(folder / "training_config.yaml").exists(),
         facts=facts,
     )
     return str(card)

@@ -1,4 +1,4 @@
-"""Load a trained model for use: the one way of commands, page, endpoint and evaluation."""
+"""Load a trained model for the commands, the web page, the endpoint and the evaluation."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .progress import quiet_libraries
 
 
 def check_device(device: str | None) -> None:
-    """Raises SystemExit, with one line, for a device that this machine does not have."""
+    """Exit with a one-line error if this machine does not have the device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -29,13 +29,13 @@ def load_pipeline(
     decode: str | None = None,
     terms: Sequence[str] | None = None,
 ) -> Any:
-    """The ASR pipeline of a trained folder or Hub id, on the best device unless one is named.
+    """Load the ASR pipeline of a trained folder or Hub id.
 
-    `decode` and `terms`, which the lexicon prefers, are for models of ours: see
-    `asr_decoding.transcribe`.
+    It runs on the best available device unless `device` names one. `decode` and `terms` (words to
+    prefer) apply only to tiny-audio models, see `asr_decoding.transcribe`.
 
     Raises:
-        SystemExit: with one line, when `model` is no model of ours or does not exist.
+        SystemExit: with a one-line error, if `model` does not exist or cannot be loaded.
     """
     logging.set_verbosity_error()
     quiet_libraries()
@@ -45,20 +45,20 @@ def load_pipeline(
         sys.exit(
             f"error: {model} has no config.json: no finished model (make quickstart trains one)"
         )
-    chosen: Any = {"decode": decode} if decode else {}
-    chosen |= {"decoding": {"words": list(terms)}} if terms else {}
+    options: Any = {"decode": decode} if decode else {}
+    options |= {"decoding": {"words": list(terms)}} if terms else {}
     try:
         kind = AutoConfig.from_pretrained(model).model_type
-        ours = ASRPipeline if kind == ASRConfig.model_type else None  # not the folder's copy of it
+        ours = ASRPipeline if kind == ASRConfig.model_type else None  # not the folder's copy
         return pipeline(
             "automatic-speech-recognition",
             model=model,
             device=device,
             pipeline_class=ours,
             trust_remote_code=ours is not None,
-            **(chosen if ours else {}),
+            **(options if ours else {}),
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        where = "cannot be loaded" if folder else "is no folder here, and not loaded from the Hub"
+        where = "cannot be loaded" if folder else "is not a folder; loading it from the Hub failed"
         sys.exit(f"error: {model} {where}: {reason}")

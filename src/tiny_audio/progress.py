@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, or a line every few seconds in a log."""
 
 import sys
 from typing import Any
@@ -8,19 +8,19 @@ from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging
 
-LINE_SECONDS = 10.0  # between two lines where nobody watches
+LINE_SECONDS = 10.0  # between two lines of a log
 LINE = "{desc}: {percentage:3.0f} %, {n_fmt} of {total_fmt}{postfix}, {remaining} left\n"
 
 
 def progress_bar(**options: Any) -> tqdm:
-    """tqdm's bar on a terminal; elsewhere (`nohup`, a CI log) a line every ten seconds."""
+    """Return tqdm's bar; without a terminal (`nohup`, CI) it logs a line every ten seconds."""
     if not sys.stderr.isatty():
         options |= {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "bar_format": LINE}
     return tqdm(**options)
 
 
 def quiet_libraries() -> None:
-    """Without a terminal no bars of other libraries: each redraw would be a line of the log."""
+    """Turn off other libraries' bars in a log, because each redraw would add a line."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -28,7 +28,7 @@ def quiet_libraries() -> None:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

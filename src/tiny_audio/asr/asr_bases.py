@@ -1,4 +1,4 @@
-"""The base models: how they are loaded, and the LoRA that is put into them."""
+"""Load the base models (encoder and decoder) and add LoRA to them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,68 +15,70 @@ from transformers.utils import cached_file
 from .asr_config import ASRConfig
 from .asr_encoder import encoder_class, has_ctc_head, read_ctc_head
 
-# Parameters that a checkpoint of the base model may lack: used only by SpecAugment in training.
-MAY_BE_MISSING = {"masked_spec_embed", "encoder.masked_spec_embed"}
+# Weights that a base checkpoint may lack: only SpecAugment uses them, during training.
+OPTIONAL_WEIGHTS = {"masked_spec_embed", "encoder.masked_spec_embed"}
 
 
 def load_base(
     config: ASRConfig, part: str, dtype: torch.dtype | None, **kwargs: Any
 ) -> tuple[Any, tuple[Tensor, Tensor] | None]:
-    """One of the base models that `config` names; the commit that was resolved is written into it.
+    """Load one of the base models that `config` names.
+
+    The resolved commit is written into `config`.
 
     Args:
-        config: names the models.
+        config: names the models and their revisions.
         part: "encoder" or "decoder".
-        dtype: of the weights, float32 by default.
+        dtype: dtype of the weights (default float32).
         kwargs: `attn_implementation`, `token`, `cache_dir`, `local_files_only`.
 
     Returns:
-        The model, and the CTC head that it brings, see `read_ctc_head`, where there is one and the
-        character head is not trained yet.
+        The model, and the encoder's own CTC head (see `read_ctc_head`). The head is None if the
+        model has none, or if `config.ctc_direct` is already decided.
 
     Raises:
-        OSError: when it is not found.
-        ValueError: when it lacks weights.
+        OSError: if the model is not found.
+        ValueError: if weights are missing.
     """
-    where = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
+    hub = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
     name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
     kind: Any = AutoModelForCausalLM
     base, extra, head = None, dict[str, Any](), None
-    file = Path(str(cached_file(name, "config.json", revision=revision, **where)))
-    if file.parts[-3:-2] == ("snapshots",):  # the Hub's cache: the folder is the commit
+    file = Path(str(cached_file(name, "config.json", revision=revision, **hub)))
+    if file.parts[-3:-2] == ("snapshots",):  # the Hub's cache names folders after commits
         revision = file.parts[-2]
     if part == "encoder":
-        base = AutoConfig.from_pretrained(name, revision=revision, **where)
+        base = AutoConfig.from_pretrained(name, revision=revision, **hub)
         kind, extra = encoder_class(base)
     options = {"dtype": dtype or torch.float32, "output_loading_info": True, **extra, **kwargs}
     attention = options.pop("attn_implementation", None)
     model, info = kind.from_pretrained(name, revision=revision, **options)
     choose_attention(model, attention)
     if "layerdrop" in vars(model.config):
-        model.config.layerdrop = 0.0  # a dropped layer's LoRA has no gradient: DDP would fail
-    if missing := set(info["missing_keys"]) - MAY_BE_MISSING:
+        model.config.layerdrop = 0.0  # DDP fails if a dropped layer's LoRA has no gradient
+    if missing := set(info["missing_keys"]) - OPTIONAL_WEIGHTS:
         raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
     setattr(config, f"{part}_revision", revision)
     if base is None or not has_ctc_head(base):
         return model, None
     if config.ctc_alphabet and config.ctc_direct is None:
-        head = read_ctc_head(model, config.ctc_alphabet, name, revision=revision, **where)
+        head = read_ctc_head(model, config.ctc_alphabet, name, revision=revision, **hub)
     return model.base_model, head
 
 
 def choose_attention(model: Any, attention: str | None) -> None:
-    """Switch a base model to an attention implementation, None being transformers' choice.
+    """Set the attention implementation of a base model; None keeps transformers' choice.
 
-    FlashAttention is left out where the family does not support it (Parakeet, WavLM).
+    FlashAttention is skipped for families that do not support it (Parakeet, WavLM).
     """
     if attention and ("flash" not in attention or model._supports_flash_attn):
         model.set_attn_implementation(attention)
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put a base model's weights into a dtype, None leaving them as they are.
+    """Cast the frozen weights of a base model in place; None leaves them unchanged.
 
-    `Module.to` would round the rotary frequencies and the LoRA too.
+    `Module.to` would also round the rotary frequencies and the LoRA weights.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if dtype and tensor.is_floating_point() and not is_trained(name):
@@ -84,39 +86,39 @@ def cast_base(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
+    """Read the tensors of a safetensors file, by name.
 
     Raises:
-        OSError: when it is damaged, or not what its name says.
+        OSError: if the file is damaged or is not a safetensors file.
     """
     try:
         return load_file(path)
     except SafetensorError as error:
-        again = "fetch it again (`git lfs pull`, where Git LFS left a pointer)"
-        raise OSError(f"{path} holds no whole weights ({error}): {again}") from error
+        remedy = "download it again (`git lfs pull` if it is a Git LFS pointer)"
+        raise OSError(f"{path} is not a valid weights file ({error}): {remedy}") from error
 
 
-def shared_as(tensor: Tensor, place: Tensor) -> Tensor:
-    """A whole tensor, cut into the shards that `place` has, if it has any."""
-    if not isinstance(place, DTensor):
+def shard_like(tensor: Tensor, target: Tensor) -> Tensor:
+    """Shard a full tensor like `target`; return it unchanged if `target` is not sharded."""
+    if not isinstance(target, DTensor):
         return tensor
-    whole = tensor.to(place.device, place.dtype)
-    return distribute_tensor(whole, place.device_mesh, place.placements)
+    full = tensor.to(target.device, target.dtype)
+    return distribute_tensor(full, target.device_mesh, target.placements)
 
 
 def is_trained(name: str) -> bool:
-    """Whether a parameter of this name is trained, and so belongs in every checkpoint."""
+    """Tell whether a parameter is trained, and therefore saved in every checkpoint."""
     return name.startswith(("projector.", "ctc.", "characters.", "residual.")) or ".lora_" in name
 
 
 def add_lora(module: nn.Module, settings: Any, part: str) -> None:
-    """Put LoRA (Hu et al. 2021, arXiv 2106.09685) on the named modules of `module`, in place.
+    """Add LoRA (Hu et al. 2021, arXiv 2106.09685) to the named modules of `module`, in place.
 
-    Its weights are float32 whatever the base model's dtype is: in bfloat16 most updates of a small
-    learning rate would be rounded away.
+    LoRA weights are float32 for every dtype of the base model. In bfloat16, rounding would erase
+    most updates of a small learning rate.
 
     Raises:
-        ValueError: when a target matches no module.
+        ValueError: if a target matches no module.
     """
     if not settings["r"]:
         return

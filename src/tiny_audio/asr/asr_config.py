@@ -1,8 +1,8 @@
-"""ASRConfig: every choice that defines a trained model, and nothing about the run.
+"""ASRConfig: every setting that defines a trained model, and nothing about the run.
 
-Device, dtype and attention implementation are choices of whoever loads the model; they are never
-saved. Hugging Face's names for composite models are kept: `audio_config` describes the encoder,
-`text_config` the decoder.
+Device, dtype and attention implementation are chosen when the model is loaded and never saved. The
+names follow Hugging Face's composite models: `audio_config` describes the encoder, `text_config`
+the decoder.
 """
 
 import difflib
@@ -12,42 +12,42 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-# Where a LoRA goes and how large it is; `r` = 0 leaves that part frozen.
+# Size and place of a LoRA; `r` = 0 leaves that part frozen.
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 0,
     "lora_alpha": 16,
     "lora_dropout": 0.0,
     "target_modules": [],
 }
-# How text is found: see `asr_decoding`. Weights are chosen on the evaluation clips after training.
+# Decoding settings, see `asr_decoding`. After training, weights are tuned on evaluation clips.
 DECODING_DEFAULTS: dict[str, Any] = {
-    "beams": 48,  # hypotheses of the CTC search
-    "candidates": 12,  # most likely characters that it tries in a frame
-    "temperature": 1.5,  # flattens the posteriors: sharp ones hide the right word
-    "lexicon": True,  # False: search characters alone, without words
+    "beams": 48,  # hypotheses that the CTC search keeps
+    "candidates": 12,  # most likely characters that it tries in each frame
+    "temperature": 1.5,  # flattens the posteriors: sharp ones hide the correct word
+    "lexicon": True,  # False: search characters, without words
     "ngram": 0.5,  # weight of the n-gram of the training transcripts
-    "word": 0.5,  # bonus of each word
-    "open_character": 4.0,  # price of each character of a word that the lexicon lacks
-    "words": [],  # names and terms to prefer, whether the lexicon holds them or not
-    "proposals": 8,  # texts that the decoder scores, at most
-    "margin": 6.0,  # how far below the best of them a text may lie
-    "prior": 0.4,  # weight of n-gram, word bonus and prices beside the decoder's scores
-    "decoder": 0.5,  # weight of log p(text | audio), by the trained decoder
-    "language_model": 0.0,  # weight of log p(text), by the decoder as it came
-    "decoder_word": 0.0,  # bonus of each word beside those two, which prefer short texts
+    "word": 0.5,  # bonus for each word
+    "open_character": 4.0,  # cost of each character of a word that the lexicon lacks
+    "words": [],  # names and terms to prefer; the lexicon may lack them
+    "proposals": 8,  # maximum number of texts that the decoder scores
+    "margin": 6.0,  # maximum distance of a text's score from the best one
+    "prior": 0.4,  # weight of n-gram, word bonus and character costs when the decoder scores
+    "decoder": 0.5,  # weight of log p(text | audio) from the trained decoder
+    "language_model": 0.0,  # weight of log p(text) from the decoder without LoRA
+    "decoder_word": 0.0,  # bonus for each word: the two scores above prefer short texts
 }
 DECODE = ("rescore", "ctc", "generate")
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
-IGNORE = -100  # label positions that carry no target
+IGNORE = -100  # label of positions without a target
 BRIDGES = ("frames", "posteriors")
-# Keys that transformers itself writes into or passes to a config.
+# Keys that transformers itself writes into a config or passes to it.
 HF_KEYS = {
     *("auto_map", "custom_pipelines", "model_type", "name_or_path", "num_labels"),
     *("attn_implementation", "output_attentions", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 }
 
-# What the saved config says about the code beside it, for trust_remote_code.
+# Entries of a saved config that tell trust_remote_code which classes to load.
 PIPELINE = {"impl": "asr_pipeline.ASRPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
 AUTO_MAP: dict[str, Any] = {
     "auto_map": {
@@ -60,10 +60,10 @@ AUTO_MAP: dict[str, Any] = {
 
 
 def check_keys(given: Any, known: Any, where: str) -> None:
-    """Refuse unknown keys by name, with the nearest valid one.
+    """Refuse unknown keys and suggest the nearest valid one.
 
     Raises:
-        ValueError: naming each key of `given` that is not in `known`.
+        ValueError: naming the first key of `given` that is not in `known`.
     """
     for key in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
@@ -72,13 +72,13 @@ def check_keys(given: Any, known: Any, where: str) -> None:
 
 
 def lora_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
-    """Fill a LoRA setting with its defaults, refusing unknown keys.
+    """Fill in the defaults of LoRA settings and refuse unknown keys.
 
     Args:
         settings: any of `r`, `lora_alpha`, `lora_dropout`, `target_modules`; None means no LoRA.
 
     Raises:
-        ValueError: for an unknown key, or a rank without target modules.
+        ValueError: if a key is unknown, or a rank is set without target modules.
     """
     check_keys(settings or {}, LORA_DEFAULTS, "LoRA settings")
     full = {**LORA_DEFAULTS, **(settings or {})}
@@ -89,7 +89,7 @@ def lora_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def decoding_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
-    """Fill decoding settings with `DECODING_DEFAULTS`, refusing unknown keys."""
+    """Fill in `DECODING_DEFAULTS` and refuse unknown keys."""
     check_keys(settings or {}, DECODING_DEFAULTS, "decoding settings")
     return {**DECODING_DEFAULTS, **(settings or {})}
 
@@ -101,34 +101,35 @@ class ASRConfig(PreTrainedConfig):
     Args:
         encoder_name: Hub id or folder of the audio encoder.
         decoder_name: Hub id or folder of the causal language model.
-        encoder_revision: commit of the encoder that was resolved when it was first loaded.
-        decoder_revision: the same for the decoder.
+        encoder_revision: commit of the encoder, resolved when it is first loaded.
+        decoder_revision: commit of the decoder.
         audio_config: the encoder's own config.
         text_config: the decoder's own config.
-        stack: encoder frames that are concatenated into one projected frame.
+        stack: number of encoder frames concatenated into one projected frame.
         projector_hidden: width of the SwiGLU projector.
         projector_dropout: dropout after the gate, in training.
-        projector_scale: RMS of the decoder's token embeddings, where the projector's output starts.
-        bridge: what the decoder is fed: "frames", the projected frames themselves, or
-            "posteriors", the CTC-weighted sum of its own token embeddings plus a learned residual.
+        projector_scale: initial RMS of the projector's output, that of the token embeddings.
+        bridge: input of the decoder: "frames" (the projected frames) or "posteriors" (the
+            CTC-weighted sum of its own token embeddings plus a learned residual).
         encoder_lora: LoRA on the encoder, see `lora_settings`.
         decoder_lora: LoRA on the decoder.
-        ctc_token_ids: decoder token ids that the CTC head knows, in the order of its classes
-            1, 2, ...; class 0 is the blank. Empty means that there is no CTC head.
-        ctc_alphabet: byte values that the character head knows, in the order of its classes
-            1, 2, ...; class 0 is the blank. Empty means that there is no such head.
+        ctc_token_ids: decoder token ids of the CTC head's classes 1, 2, ...; class 0 is the
+            blank. Empty: no CTC head.
+        ctc_alphabet: byte values of the character head's classes 1, 2, ...; class 0 is the
+            blank. Empty: no character head.
         ctc_hidden: width of the character head.
-        ctc_direct: the character head started from the encoder's own CTC head; None: not known yet.
-        decoding: weights and sizes of the search for text, see `DECODING_DEFAULTS`.
-        ngram_file: n-gram of the training transcripts, an ARPA file beside the weights.
-        prompt_prefix: text before the audio tokens, special tokens of the chat format included.
+        ctc_direct: whether the character head starts from the encoder's own CTC head; None until
+            the encoder is first loaded.
+        decoding: settings of the search for text, see `DECODING_DEFAULTS`.
+        ngram_file: ARPA file beside the weights, the n-gram of the training transcripts.
+        prompt_prefix: text before the audio tokens, including special tokens of the chat format.
         prompt_suffix: text after the audio tokens.
-        audio_token_id: id of the token that stands for one projected frame.
+        audio_token_id: id of the placeholder token of one projected frame.
         end_token_id: id of the token that ends a transcript.
-        self_contained: the folder's weights file carries the base models too.
+        self_contained: whether the weights file also holds the base models.
 
     Raises:
-        ValueError: for an unknown key or a value out of range.
+        ValueError: if a key is unknown or a value is out of range.
     """
 
     model_type = "tiny_audio"
@@ -162,8 +163,8 @@ class ASRConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "ctc_decode_weight" in kwargs:
             raise ValueError(
-                "this model was saved by an older version, which decoded in another way: train it "
-                "again with its own training_config.yaml, e.g. make quickstart"
+                "this model was saved by an older version that decodes differently: train it again "
+                "with its training_config.yaml, e.g. make quickstart"
             )
         if self.bridge not in BRIDGES:
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")
@@ -184,14 +185,16 @@ class ASRConfig(PreTrainedConfig):
 
 
 def encoder_frames(audio_config: Any, n: Any) -> Any:
-    """Encoder frames that `n` input steps give, from the encoder's own convolution geometry.
+    """Compute how many encoder frames `n` input steps give.
+
+    The encoder's own convolutions determine the number.
 
     Args:
         audio_config: config of the encoder.
         n: int or integer tensor; mel frames for a mel encoder, samples for a waveform encoder.
 
     Raises:
-        ValueError: for an encoder family that is not supported.
+        ValueError: if the encoder family is not supported.
     """
     if audio_config.model_type == "whisper":
         return (n + 1) // 2  # the second convolution has stride 2, kernel 3, padding 1

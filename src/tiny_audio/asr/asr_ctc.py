@@ -1,4 +1,4 @@
-"""The CTC side of the model: its two heads, forced alignment, and the limit on new tokens.
+"""The two CTC heads, forced alignment, and the limit on new tokens.
 
 Shapes: b clips, t encoder frames, f projected frames, d a hidden size, c CTC classes (class 0 is
 the blank), rows hypotheses of a beam search.
@@ -12,16 +12,16 @@ from transformers import LogitsProcessor
 
 from .asr_config import IGNORE, ASRConfig
 
-CONTEXT = 9  # encoder frames that the character head looks at together
-LAG = 0.06  # seconds that a word sounds behind the CTC peak of its last letter, by measurement
+CONTEXT = 9  # encoder frames that each output of the character head sees
+LAG = 0.06  # measured seconds from the CTC peak of a last letter to the end of the word
 
 
 class CTCHead(nn.Module):
-    """CTC over projected frames whose classifier is the decoder's own token embeddings.
+    """CTC over projected frames that classifies with the decoder's token embeddings.
 
-    logit(token) = scale * cosine(frame - mean, embedding - mean), with a learned blank: a frame
-    that means a word lies where the decoder already has that word. Classes 1.. are
-    `ctc_token_ids`; class 0 is the blank.
+    logit(token) = scale * cosine(frame - mean, embedding - mean), and the blank's logit is learned.
+    Training moves the frames of a word close to the decoder's embedding of that word. Classes 1..
+    are `ctc_token_ids`; class 0 is the blank.
     """
 
     token_ids: Tensor
@@ -34,8 +34,8 @@ class CTCHead(nn.Module):
         class_of = torch.zeros(config.text_config.vocab_size, dtype=torch.long)
         class_of[ids] = torch.arange(1, len(ids) + 1)
         self.register_buffer("token_ids", ids, persistent=False)
-        self.register_buffer("class_of", class_of, persistent=False)  # 0: not a class of ours
-        self.log_scale = nn.Parameter(torch.tensor([3.0]))  # FSDP2 shards no scalar
+        self.register_buffer("class_of", class_of, persistent=False)  # 0: token without a class
+        self.log_scale = nn.Parameter(torch.tensor([3.0]))  # a vector: FSDP2 cannot shard scalars
         self.blank = nn.Linear(d, 1)
         nn.init.zeros_(self.blank.weight)
         nn.init.zeros_(self.blank.bias)
@@ -43,7 +43,7 @@ class CTCHead(nn.Module):
     def forward(self, frames: Tensor, embedding: Tensor, classes: Tensor | None = None) -> Tensor:
         """Frames (b, f, d) and the embedding matrix (vocab, d) -> log-probabilities (b, f, c).
 
-        With `classes` (n,), some of 1.., only of the blank and those: (b, f, n + 1).
+        `classes` (n,), a subset of 1.., limits the output to the blank and these: (b, f, n + 1).
         """
         ids = self.token_ids if classes is None else self.token_ids[classes - 1]
         rows = embedding.detach()[self.token_ids].to(frames.dtype)  # (c - 1, d)
@@ -56,14 +56,14 @@ class CTCHead(nn.Module):
     def loss(
         self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor, negatives: int = 0
     ) -> Tensor:
-        """Summed negative log-likelihood (Graves et al. 2006) of `labels` (b, s); -100 is skipped.
+        """Sum the CTC negative log-likelihood (Graves et al. 2006) of `labels` (b, s).
 
-        Tokens that are no class are left out of the target; a target that does not fit into its
-        frames adds nothing (`data.py` drops such clips by name before they come here).
+        Labels of -100 and tokens without a class are skipped. A target that does not fit into its
+        frames adds nothing to the loss; `data.py` drops such clips beforehand and names them.
 
         Args:
-            negatives: score the batch's own tokens against so many others drawn at random (a
-                sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
+            negatives: score the batch's own tokens against this number of others, drawn at random
+                (a sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
         """
         targets = self.class_of[labels.clamp(min=0)].masked_fill(labels == IGNORE, 0)
         present = targets > 0
@@ -82,24 +82,25 @@ class CTCHead(nn.Module):
         )
 
     def greedy(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-        """Best path, repeats merged and blanks dropped: token ids for each clip."""
+        """Decode the best path of each clip to token ids, without repeats and blanks."""
         best = log_probs.argmax(-1)
         paths = [row[:n].unique_consecutive() for row, n in zip(best, lengths, strict=True)]
         return [self.token_ids[path[path > 0] - 1].tolist() for path in paths]
 
     def spelled(self, ids: list[int]) -> list[int]:
-        """Token ids -> their classes; none for a token that is no class of ours."""
+        """Map token ids to classes, and skip tokens without a class."""
         return [c for c in self.class_of[ids].tolist() if c > 0]
 
 
 class CharacterHead(nn.Module):
     """CTC over encoder frames (50 Hz) whose classes are the bytes of lower-cased text.
 
-    A few dozen classes need little speech, so it spells words that no training text holds, where
-    a head over tokens can only say words that it was shown. `asr_decoding` searches its output
-    for words. Class 0 is the blank, classes 1.. are the bytes of `ctc_alphabet`.
+    A few dozen classes need little speech to learn, so this head spells words that no training
+    transcript contains. A head over tokens only outputs words that it was trained on.
+    `asr_decoding` searches this head's output for words. Class 0 is the blank, classes 1.. are the
+    bytes of `ctc_alphabet`.
 
-    With `ctc_direct` a linear map of the frames is added, which starts as the encoder's own head.
+    `ctc_direct` adds a linear map of the frames, which starts as the encoder's own CTC head.
     """
 
     def __init__(self, config: ASRConfig) -> None:
@@ -113,7 +114,7 @@ class CharacterHead(nn.Module):
         self.direct = nn.Linear(d, len(config.ctc_alphabet) + 1) if config.ctc_direct else None
 
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
-        """Begin as another head over the same frames and classes: (c, d) and (c,)."""
+        """Start as another head over the same frames and classes: (c, d) and (c,)."""
         assert self.direct is not None
         with torch.no_grad():
             self.direct.weight.copy_(weight)
@@ -131,7 +132,7 @@ class CharacterHead(nn.Module):
         return logits.float().log_softmax(-1)
 
     def loss(self, hidden: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
-        """Summed negative log-likelihood of `targets` (b, n), classes padded with 0."""
+        """Sum the negative log-likelihood of `targets` (b, n), classes padded with 0."""
         present = targets > 0
         return F.ctc_loss(
             self(hidden).transpose(0, 1),
@@ -144,13 +145,13 @@ class CharacterHead(nn.Module):
 
 
 class LengthLimit(LogitsProcessor):
-    """Ends each row at its own number of new tokens, whatever else is in the batch."""
+    """End each row at its own number of new tokens, independent of the batch."""
 
     def __init__(self, limits: Tensor, end: int) -> None:
         self.limits, self.end = limits, end
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores (rows, vocab) with nothing but the end token left where a limit is reached."""
+        """Allow only the end token in rows of `scores` (rows, vocab) that reached their limit."""
         rows = self.limits.repeat_interleave(len(scores) // len(self.limits))
         over = (input_ids.shape[1] >= rows)[:, None]
         only_end = torch.full_like(scores, float("-inf"))
@@ -159,22 +160,22 @@ class LengthLimit(LogitsProcessor):
 
 
 def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Forced alignment: where the best CTC path (Viterbi) says each of `targets`.
+    """Align `targets` to frames along the best CTC path (Viterbi).
 
-    All states of a frame are computed at once; the loop is over frames.
+    All states of a frame are computed at once; the loop runs over frames.
 
     Args:
-        log_probs: (t, c) float32, class 0 the blank.
-        targets: (s,) classes from 1 on, of which t frames must have room (`fits`).
+        log_probs: (t, c) float32, class 0 is the blank.
+        targets: (s,) classes from 1 on, which must fit into t frames (see `fits`).
 
     Returns:
-        `spans` (s, 2): the first frame of each target and the one behind its last, and `scores`
-        (s,): the highest log-probability that the target has in its span.
+        `spans` (s, 2): the first frame of each target and the frame after its last, and `scores`
+        (s,): the highest log-probability of each target in its span.
     """
     t, s = len(log_probs), len(targets)
     states = np.zeros(2 * s + 1, np.int64)  # blanks between and around the targets
     states[1::2] = targets
-    skip = np.full(2 * s + 1, -np.inf, np.float32)  # a blank may be left out between two unlike
+    skip = np.full(2 * s + 1, -np.inf, np.float32)  # different targets need no blank between them
     skip[3::2][targets[1:] != targets[:-1]] = 0.0
     emit = log_probs[:, states]  # (t, 2 s + 1)
     best = np.full((t, 2 * s + 3), -np.inf, np.float32)  # two columns of "impossible" first
@@ -190,7 +191,7 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
     at = 2 * s - int(best[-1, -2] > best[-1, -1])
     for i in range(t - 1, 0, -1):
         path[i] = at
-        before = best[i - 1, at : at + 3]  # from two states back, from one, from the same
+        before = best[i - 1, at : at + 3]  # two states back, one back, the same state
         at -= int(np.argmax((before[2], before[1], before[0] + skip[at])))
     path[0] = at
     label = np.arange(s) * 2 + 1
@@ -200,27 +201,27 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def fits(frames: int, targets: np.ndarray) -> bool:
-    """Whether `frames` have room for `targets`: one each, and a blank between equal ones."""
+    """Tell whether `targets` fit: one frame each, and a blank between equal neighbours."""
     return len(targets) > 0 and len(targets) + (targets[1:] == targets[:-1]).sum() <= frames
 
 
 def time_words(
     log_probs: np.ndarray, spelled: list[list[int]], space: int, step: float, seconds: float
 ) -> tuple[np.ndarray, list[float | None], float | None]:
-    """Word times by forced alignment.
+    """Compute word times by forced alignment.
 
     Args:
-        log_probs: (t, c), as `align` takes them.
-        spelled: the classes of each of n words; a word without any (digits, punctuation alone)
-            shares the time between its neighbours, and has no confidence.
-        space: the class that belongs to no word.
-        step: seconds of a frame.
+        log_probs: (t, c), as for `align`.
+        spelled: classes of each of n words. A word without classes (only digits or punctuation)
+            shares the time between its neighbours and has no confidence.
+        space: class that belongs to no word.
+        step: seconds per frame.
         seconds: length of the clip.
 
     Returns:
-        Start and end of each word (n, 2) in seconds, never falling; the confidence of each, the
-        geometric mean of its letters' probabilities; and that of all letters, 0.0 where more is
-        said than there is time for, None where there are none.
+        Start and end of each word (n, 2) in seconds, non-decreasing; the confidence of each word,
+        the geometric mean of its letters' probabilities; and the confidence of all letters. The
+        last is 0.0 if the text does not fit into the frames, and None if there are no letters.
     """
     targets = np.array([c for word in spelled for c in word], int)
     owner = np.repeat(np.arange(len(spelled)), [len(word) for word in spelled])
@@ -236,6 +237,6 @@ def time_words(
             sure[k] = round(float(np.exp(scores[own].mean())), 3)
     edges, at = edges.clip(0, seconds).reshape(-1), np.arange(edges.size)
     on = np.isfinite(edges)
-    known = np.minimum(edges[on], [*edges[on][1:], seconds])  # no word ends in the next
+    known = np.minimum(edges[on], [*edges[on][1:], seconds])  # no word overlaps the next
     edges = np.interp(at, [-1, *at[on], edges.size], [0.0, *known, seconds])
     return edges.reshape(-1, 2), [sure.get(k) for k in range(len(spelled))], confidence

@@ -1,9 +1,11 @@
-"""What an encoder family needs beyond its transformers class.
+"""Adapt encoder families beyond their transformers classes.
 
-Whisper runs at the real length; the group norm of the smaller HuBERT and wav2vec2 models takes its
-statistics from real samples alone, and their fine-tuned ones bring a CTC head; Parakeet comes out
-of its CTC model. Shapes: b clips, n input steps, t encoder frames, c channels, d the encoder's
-hidden size.
+- Whisper runs at the real length of the audio instead of 30 s.
+- The group norm of the smaller HuBERT and wav2vec2 models ignores padding in its statistics.
+- Fine-tuned HuBERT, wav2vec2 and WavLM models bring a CTC head.
+- Parakeet's encoder is loaded from a CTC or transducer model.
+
+Shapes: b clips, n input steps, t encoder frames, c channels, d the encoder's hidden size.
 """
 
 import logging
@@ -19,20 +21,20 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from .asr_config import WAVEFORM_ENCODERS
 
 logger = logging.getLogger(__name__)
-UNHEARD = -15.0  # logit of a character that the encoder's own head does not know
+UNKNOWN_LOGIT = -15.0  # logit of a character that the encoder's own CTC head lacks
 
 
 class WhisperEncoderHalf(WhisperEncoder):
-    """Whisper's encoder, loaded from a checkpoint whose decoder is not wanted."""
+    """Whisper's encoder, loaded from a full checkpoint without its decoder."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", "proj_out"]  # noqa: RUF012
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group norm of one channel a group over time that leaves padding out of its statistics.
+    """Group norm over time, one channel per group, that ignores padding in its statistics.
 
-    With `lengths` (b,) in steps a clip is normalised as it would be alone; transformers'
-    feature extractors of this kind take the padding for silence.
+    With `lengths` (b,) in steps, a clip is normalised as it would be alone. The group norms of
+    transformers count padding as silence.
     """
 
     lengths: Tensor | None = None
@@ -51,7 +53,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 def mask_group_norm(encoder: nn.Module) -> None:
-    """Put a `MaskedGroupNorm` in the place of every group norm of an encoder."""
+    """Replace every group norm of an encoder with a `MaskedGroupNorm`."""
     for name, norm in list(encoder.named_modules()):
         if isinstance(norm, nn.GroupNorm):
             masked = MaskedGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
@@ -60,62 +62,62 @@ def mask_group_norm(encoder: nn.Module) -> None:
 
 
 def encoder_class(base: Any) -> tuple[Any, dict[str, Any]]:
-    """The class that loads the encoder of a base model's config, and arguments to load it with."""
-    if base.model_type == "whisper":  # its decoder is not wanted
+    """Return the class that loads the encoder of a base model's config, and its arguments."""
+    if base.model_type == "whisper":  # without its decoder
         return WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
-    if base.model_type.startswith("parakeet"):  # nor the CTC or transducer head
+    if base.model_type.startswith("parakeet"):  # without its CTC or transducer head
         config = vars(base).get("encoder_config", base)
         return ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}, "config": config}
     return (AutoModelForCTC if has_ctc_head(base) else AutoModel), {}
 
 
 def has_ctc_head(base: Any) -> bool:
-    """Whether a base model was fine-tuned to spell: HuBERT-ls960-ft and its like.
+    """Tell whether a base model was fine-tuned to spell with CTC, as HuBERT-ls960-ft was.
 
-    Parakeet's head knows pieces of words at 12.5 Hz, which no head over characters can start from.
+    Parakeet's head outputs word pieces at 12.5 Hz, so a character head cannot start from it.
     """
     named = any(name.endswith("ForCTC") for name in base.architectures or ())
     return named and base.model_type in WAVEFORM_ENCODERS
 
 
 def read_ctc_head(
-    model: Any, alphabet: Sequence[int], name: str, **where: Any
+    model: Any, alphabet: Sequence[int], name: str, **hub: Any
 ) -> tuple[Tensor, Tensor]:
-    """The CTC head of a fine-tuned encoder, its rows in the order of our classes.
+    """Read the CTC head of a fine-tuned encoder, with rows in the order of our classes.
 
     Args:
         model: `HubertForCTC`, `Wav2Vec2ForCTC` or `WavLMForCTC`.
         alphabet: byte of each class from 1 on; class 0 is the blank.
-        name: Hub id or folder, where its vocabulary lies too.
-        where: `revision`, and other arguments that say where.
+        name: Hub id or folder that also holds the vocabulary.
+        hub: `revision` and other arguments of `from_pretrained`.
 
     Returns:
         Weights (c, d) and biases (c,).
 
     Raises:
-        ValueError: when the vocabulary is missing.
+        ValueError: if the vocabulary is missing.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, TypeError) as error:  # TypeError: no vocab.json
-        raise ValueError(f"{name} has a CTC head, but no vocabulary beside it: {error}") from error
+        raise ValueError(f"{name} has a CTC head, but no vocabulary: {error}") from error
     row_of = {token.lower(): row for token, row in tokenizer.get_vocab().items()}
     row_of[" "] = row_of[tokenizer.word_delimiter_token.lower()]
     weight = torch.zeros(len(alphabet) + 1, model.lm_head.in_features)
-    bias = torch.full((len(alphabet) + 1,), UNHEARD)
-    # A byte of 128 or more is a part of a letter, which such a head has whole.
+    bias = torch.full((len(alphabet) + 1,), UNKNOWN_LOGIT)
+    # A byte of 128 or more is part of a letter, and these heads only have whole letters.
     letters = [chr(byte) if byte < 128 else f"byte {byte}" for byte in alphabet]
     rows = [model.config.pad_token_id, *(row_of.get(letter, -1) for letter in letters)]
     known = torch.tensor(rows) >= 0
     weight[known] = model.lm_head.weight.detach().float()[rows][known]
     bias[known] = model.lm_head.bias.detach().float()[rows][known]
     if unknown := [letter for letter, row in zip(letters, rows[1:], strict=True) if row < 0]:
-        logger.warning("the CTC head of %s does not know %s: they are learned", name, unknown)
+        logger.warning("the CTC head of %s lacks %s: training must learn them", name, unknown)
     return weight, bias
 
 
 def build_encoder(audio_config: Any) -> nn.Module:
-    """An encoder with random weights from its config (the encoder half, for Whisper)."""
+    """Build an encoder with random weights from its config, without a decoder."""
     if audio_config.model_type == "whisper":
         return WhisperEncoderHalf(audio_config)
     if audio_config.model_type == "parakeet_encoder":
@@ -124,30 +126,30 @@ def build_encoder(audio_config: Any) -> nn.Module:
 
 
 def run_encoder(encoder: Any, config: Any, features: Tensor, mask: Tensor) -> Tensor:
-    """Features (b, n) or (b, mels, n) with their mask (b, n) -> frames (b, t, d).
+    """Features (b, n) or (b, mels, n) and their mask (b, n) -> frames (b, t, d).
 
-    What lies beyond a clip's own frames is arbitrary; the frames themselves do not depend on it.
+    Frames beyond a clip's length are arbitrary. A clip's own frames do not depend on padding.
     """
     features = features.to(encoder.dtype)
     if config.model_type == "whisper":
         return encode_whisper(encoder, features, mask)
     for module in encoder.modules():
-        if isinstance(module, MaskedGroupNorm):  # it stands behind the first convolution
+        if isinstance(module, MaskedGroupNorm):  # it follows the first convolution
             kernel, stride = config.conv_kernel[0], config.conv_stride[0]
             module.lengths = (mask.sum(1) - kernel) // stride + 1
-    if features.ndim == 3:  # Parakeet takes time before mels
+    if features.ndim == 3:  # Parakeet expects (b, n, mels)
         features = features.transpose(1, 2)
     return encoder(features, attention_mask=mask.long()).last_hidden_state
 
 
 def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
-    """Whisper's encoder at the real length instead of 30 s: (b, mels, n) -> (b, t, d).
+    """Run Whisper's encoder at the real length instead of 30 s: (b, mels, n) -> (b, t, d).
 
-    Position embeddings are cut to t; padding is zeroed before each convolution and hidden from
-    attention, so that a clip's frames do not depend on what else is in the batch.
+    Position embeddings are cut to t. Padding is zeroed before each convolution and hidden from
+    attention, so a clip's frames do not depend on the rest of the batch.
 
     Raises:
-        ValueError: when the audio is longer than the encoder's positions.
+        ValueError: if the audio is longer than the encoder's positions.
     """
     mask = mask[:, None].to(features.dtype)  # (b, 1, n)
     positions = encoder.embed_positions.weight
@@ -156,8 +158,8 @@ def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
     t = x.shape[1]
     if t > len(positions):
         raise ValueError(
-            f"{t} encoder frames, but Whisper has {len(positions)} positions: audio over 30 s must "
-            "be split (the pipeline does)"
+            f"{t} encoder frames, but Whisper has {len(positions)} positions: split audio that is "
+            "longer than 30 s (the pipeline does this)"
         )
     x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
     visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i

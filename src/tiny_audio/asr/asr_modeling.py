@@ -31,7 +31,7 @@ from .asr_bases import (
     is_trained,
     load_base,
     load_weights,
-    shared_as,
+    shard_like,
 )
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
@@ -42,15 +42,16 @@ from .asr_projector import AudioProjector
 from .asr_search import PrefixSearch, SearchSettings
 
 WEIGHTS = "model.safetensors"
-NGRAM = "ngram.arpa.gz"  # of the training transcripts, beside the weights
-SPARE_TOKENS = 8  # a clip may have one token for each projected frame, and these
+NGRAM = "ngram.arpa.gz"  # n-gram of the training transcripts, beside the weights
+SPARE_TOKENS = 8  # tokens that a clip may have beyond one per projected frame
 
 
 class ASRModel(PreTrainedModel, GenerationMixin):
-    """An audio encoder and a causal language model with a trained projector between them.
+    """An audio encoder and a causal language model, connected by a trained projector.
 
-    Built from the base models by `from_base`, from a trained folder or Hub id by
-    `from_pretrained`. Only the projector, the CTC head and LoRA weights are trained.
+    `from_base` builds it from the base models, and `from_pretrained` loads it from a trained folder
+    or Hub id. Only the projector, the bridge's residual, the CTC heads and the LoRA weights are
+    trained.
     """
 
     config_class = ASRConfig
@@ -64,7 +65,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self, config: ASRConfig, encoder: nn.Module | None = None, decoder: Any = None
     ) -> None:
         super().__init__(config)
-        self.post_init()  # before there are children: each of them brings its own weights
+        self.post_init()  # before the submodules exist: they initialise their own weights
         self.encoder: Any = encoder or build_encoder(config.audio_config)
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
         mask_group_norm(self.encoder)
@@ -93,12 +94,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     def encode(
         self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Encoder frames at the clips' real lengths.
+        """Run the encoder at the real lengths of the clips.
 
         Args:
-            encoded: `input_features` are such frames already, (b, t, d_encoder), from a cache.
             input_features: (b, samples), or (b, mels, frames) for a mel encoder.
-            input_features_mask: (b, samples or frames), 1 where there is audio.
+            input_features_mask: (b, samples or frames), 1 for audio and 0 for padding.
+            encoded: `input_features` already holds encoder frames (b, t, d_encoder), from a cache.
 
         Returns:
             Hidden states (b, t, d_encoder), zero beyond each clip, and lengths (b,) in frames.
@@ -115,17 +116,18 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     def project(
         self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Audio -> projected frames (b, f, d) in fp32 or autocast dtype, and lengths (b,)."""
+        """Audio -> projected frames (b, f, d) in fp32 or the autocast dtype, and lengths (b,)."""
         return self.projector(*self.encode(input_features, input_features_mask, encoded))
 
     def bridge(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder is fed for each projected frame, and which of them it may see.
+        """Turn projected frames into decoder inputs, with a mask of the frames to keep.
 
-        "frames": the projected frames. "posteriors": the decoder's own token embeddings weighted
-        by the CTC posterior, blank frames dropped and runs of one best class averaged (LegoSLM,
-        arXiv 2505.11352; CTC compression, arXiv 2411.07607), plus a residual of the frames that
-        starts at zero. The prompt keeps a placeholder for every frame, so that their number
-        depends on the audio's length alone; `embed` leaves out the dropped ones.
+        "frames" uses the projected frames as they are. "posteriors" weights the decoder's own token
+        embeddings by the CTC posterior and adds a residual of the frames that starts at zero
+        (LegoSLM, arXiv 2505.11352). It drops blank frames and averages each run of frames with the
+        same best class (CTC compression, arXiv 2411.07607). The prompt keeps a placeholder for
+        every frame, so their number depends only on the audio's length. `embed` leaves out the
+        dropped frames.
 
         Returns:
             Embeddings (b, f, d) and a boolean mask (b, f).
@@ -139,7 +141,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         best = log_probs.argmax(-1)
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
-        run = (starts.cumsum(1) - 1).clamp(min=0)  # (b, f): the run that each frame belongs to
+        run = (starts.cumsum(1) - 1).clamp(min=0)  # (b, f): index of the run of each frame
         rows = embedding[self.ctc.token_ids].to(frames.dtype)  # (c - 1, d)
         weights = log_probs[..., 1:].softmax(-1).to(frames.dtype)  # without the blank
         mixed = weights @ rows + self.residual(frames)
@@ -160,17 +162,17 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scatter audio embeddings (b, f, d) onto the placeholders of `input_ids` (b, s).
 
-        Placeholders of frames that are not kept are moved to the left, into the padding, and
-        columns that are padding in every row are cut: the decoder never computes them.
+        Placeholders of dropped frames move to the left, into the padding. Columns that are padding
+        in every row are cut, so the decoder never computes them.
 
         Returns:
             Embeddings (b, s', d) in the decoder's dtype, the attention mask (b, s') and the labels
-            (b, s'), all -100 when none are given.
+            (b, s'), which are all -100 if none are given.
 
         Raises:
-            ValueError: unless a row has one placeholder for each of its `lengths` (b,) frames.
+            ValueError: if the number of placeholders in a row differs from its `lengths` (b,).
         """
-        slots = input_ids == self.config.audio_token_id  # no row of the embedding: never looked up
+        slots = input_ids == self.config.audio_token_id  # has no embedding row: do not look it up
         text_ids = input_ids.masked_fill(slots, self.config.end_token_id)
         embeds = self.decoder.get_input_embeddings()(text_ids)
         if not torch.equal(slots.sum(1), lengths):
@@ -183,7 +185,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         embeds = torch.where(slots[..., None], picked.to(embeds.dtype), embeds)
         mask = attention_mask * (~slots | keep.gather(1, index))
         width = int(mask.sum(1).max())
-        order = mask.argsort(dim=1, stable=True)[:, -width:]  # (b, s'): what is masked goes left
+        order = mask.argsort(dim=1, stable=True)[:, -width:]  # (b, s'): masked ones go left
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
         labels = torch.full_like(input_ids, IGNORE) if labels is None else labels
         return embeds, mask.gather(1, order), labels.gather(1, order)
@@ -203,19 +205,20 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         character_loss_weight: float = 0.0,
         encoded: bool = False,
     ) -> CausalLMOutput:
-        """Loss, and logits at label positions only: those of the whole vocabulary elsewhere cost
-        memory and teach nothing.
+        """Compute the loss, and the logits at label positions only.
+
+        Logits at other positions would cost memory and teach nothing.
 
         Args:
             input_features: (b, samples) or (b, mels, frames).
             input_features_mask: (b, samples or frames).
             input_ids: (b, s) prompt with one placeholder per projected frame, then the transcript.
             attention_mask: (b, s).
-            labels: (b, s) transcript and end token, -100 elsewhere; None gives all logits.
-            character_labels: (b, n) classes of the character head, 0 behind their ends.
-            num_items_in_batch: label positions over all accumulated batches and ranks; the loss is
-                their mean.
-            decoder_loss_weight: 0 skips the decoder: the cheap alignment stage.
+            labels: (b, s) transcript and end token, -100 elsewhere; None returns all logits.
+            character_labels: (b, n) classes of the character head, padded with 0.
+            num_items_in_batch: number of label positions over all accumulated batches and ranks;
+                the loss is the mean over these.
+            decoder_loss_weight: 0 skips the decoder (the cheap alignment stage).
             ctc_loss_weight: weight of the CTC loss per label.
             ctc_negatives: see `CTCHead.loss`.
             character_loss_weight: weight of the character head's loss per label.
@@ -237,9 +240,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             losses.append(ctc_loss_weight * nll)
         if labels is not None and character_loss_weight:
             if self.characters is None:
-                raise ValueError("character_loss_weight is set but the model has no such head")
+                raise ValueError("character_loss_weight is set but the model has no character head")
             if character_labels is None:
-                raise ValueError("character_loss_weight is set but the batch has no such labels")
+                raise ValueError("character_loss_weight is set but character_labels is missing")
             nll = self.characters.loss(hidden, steps, character_labels)
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
@@ -283,18 +286,18 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         encoded: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Let the decoder alone write what it hears, token by token, for a left-padded batch.
+        """Transcribe a left-padded batch with the decoder alone, token by token.
 
         Args:
             input_features, input_features_mask, input_ids, attention_mask: from `ASRProcessor`.
             generation_config: replaces the model's own.
-            logits_processor: further processors.
+            logits_processor: additional processors.
             encoded: see `encode`.
             kwargs: any argument of `GenerationMixin.generate` (num_beams, streamer, ...).
 
         Returns:
-            New token ids alone, (b, new tokens). Each row may have one token per projected frame
-            and `SPARE_TOKENS` more.
+            Only the new token ids, (b, new tokens). Each row may have one token per projected
+            frame plus `SPARE_TOKENS`.
         """
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
         embeds, attention_mask, lengths = self.prompts(hidden, steps, input_ids, attention_mask)
@@ -314,16 +317,16 @@ class ASRModel(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def token_limits(lengths: Tensor) -> Tensor:
-        """Most new tokens that each clip of `lengths` (b,) projected frames may have."""
+        """Maximum number of new tokens for clips of `lengths` (b,) projected frames."""
         return lengths + SPARE_TOKENS
 
     def prompts(
         self, hidden: Tensor, steps: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder frames of a batch and their prompts, from `ASRProcessor`, as the decoder is fed.
+        """Build the decoder's inputs from encoder frames and the prompts of `ASRProcessor`.
 
         Returns:
-            Embeddings (b, s', d), their attention mask (b, s') and projected frames (b,).
+            Embeddings (b, s', d), attention mask (b, s') and numbers of projected frames (b,).
         """
         frames, lengths = self.projector(hidden, steps)
         audio, keep = self.bridge(frames, lengths)
@@ -331,28 +334,28 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         return embeds, mask, lengths
 
     def search(self, settings: dict[str, Any]) -> PrefixSearch:
-        """The search over the character head's output, with `ASRConfig.decoding`'s settings."""
+        """Return the search over the character head's output, see `ASRConfig.decoding`."""
         if self.characters is None:
-            raise ValueError("this model has no character head: decode='generate' is what it can")
+            raise ValueError("this model has no character head: use decode='generate'")
         names = [field.name for field in fields(SearchSettings)]
         own = SearchSettings(**{name: settings[name] for name in names})
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
         key = own, ngram, words
         if self.last_search is None or self.last_search[0] != key:
             if words and ngram is None:
-                raise ValueError("words to prefer need a lexicon, and this search has none")
+                raise ValueError("words to prefer need a lexicon: use lexicon=True and an n-gram")
             ngram = ngram.preferring(words) if ngram and words else ngram
-            # Its many small steps suit a CPU; CUDA queues them as fast.
+            # The many small steps suit a CPU, and CUDA queues them just as fast.
             device = self.device if self.device.type == "cuda" else torch.device("cpu")
             search = PrefixSearch(self.config.ctc_alphabet, ngram, own, device)
-            self.last_search = key, search  # its lexicon takes a moment to build
+            self.last_search = key, search  # cached, because the lexicon takes a moment to build
         return self.last_search[1]
 
     @torch.no_grad()
     def ctc_greedy(self, hidden: Tensor, steps: Tensor) -> list[list[int]]:
-        """Token ids of each clip by the best path of the CTC head over tokens."""
+        """Decode each clip to token ids by the best path of the CTC head over tokens."""
         if self.ctc is None:
-            raise ValueError("this model has no CTC head: decode='generate' is what it can")
+            raise ValueError("this model has no CTC head: use decode='generate'")
         frames, lengths = self.projector(hidden, steps)
         return self.ctc.greedy(self.ctc(frames, self.get_input_embeddings().weight), lengths)
 
@@ -360,20 +363,20 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     def score_texts(
         self, embeds: Tensor, attention_mask: Tensor, texts: list[list[list[int]]]
     ) -> list[list[float]]:
-        """Log-probability of each of a clip's texts, token ids without an end, behind its prompt.
+        """Return the log-probability of each text of each clip after its prompt.
 
         Args:
-            embeds: (b, s, d), from `prompts`, or (1, s, d) where all clips have the same.
+            embeds: (b, s, d) from `prompts`, or (1, s, d) if all clips share one prompt.
             attention_mask: (b, s), or (1, s).
-            texts: of each clip, at least one.
+            texts: token ids, without the end token, of at least one text for each clip.
         """
         end = self.config.end_token_id
-        trees = [TextTree([[*text, end] for text in some]) for some in texts]
+        trees = [TextTree([[*text, end] for text in clip]) for clip in texts]
         return score_trees(self.decoder, embeds, attention_mask, trees)
 
     @contextmanager
-    def decoder_as_it_came(self) -> Iterator[None]:
-        """The decoder without its LoRA: a language model that was never told of audio."""
+    def decoder_without_lora(self) -> Iterator[None]:
+        """Disable the decoder's LoRA: this leaves a plain language model."""
         layers = [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             layer.enable_adapters(False)
@@ -387,18 +390,22 @@ class ASRModel(PreTrainedModel, GenerationMixin):
 
     @property
     def encoder_is_trained(self) -> bool:
-        """True when LoRA weights of the encoder are trained, so that gradients must reach it."""
+        """True if LoRA weights of the encoder are trained, so it needs gradients."""
         return any(p.requires_grad for n, p in self.encoder.named_parameters() if ".lora_" in n)
 
     def train(self, mode: bool = True) -> "ASRModel":
-        """Training mode for the trained parts; a frozen encoder stays as it was pretrained, with
-        no dropout, layer drop or time masking. The decoder follows: gradients flow through it."""
+        """Set the mode of all parts but a frozen encoder, which stays in evaluation mode.
+
+        The encoder then uses no dropout, layer drop or time masking. The decoder follows `mode`,
+        because gradients flow through it.
+        """
         super().train(mode)
-        # Running statistics are no trained weights: they would not be saved. Feature extractors of
-        # waveform encoders hold no LoRA, and would ask for gradients of their input.
-        still = ("feature_extractor",) if self.encoder_is_trained else ("",)
+        # Batch norms stay in evaluation mode, because checkpoints do not save their statistics.
+        # Feature extractors of waveform encoders do too: they have no LoRA, and in training mode
+        # they request gradients of their input.
+        frozen = ("feature_extractor",) if self.encoder_is_trained else ("",)
         for name, module in self.encoder.named_modules():
-            if name.startswith(still) or isinstance(module, nn.BatchNorm1d):
+            if name.startswith(frozen) or isinstance(module, nn.BatchNorm1d):
                 module.eval()
         return self
 
@@ -409,7 +416,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     # -- saving and loading --------------------------------------------------------------------
 
     def checkpoint_names(self, self_contained: bool) -> list[str]:
-        """Names of the tensors that a checkpoint holds; of tied ones, the first."""
+        """List the tensors that a checkpoint holds; of tied tensors, only the first."""
         names: dict[int, str] = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             if self_contained or is_trained(name):
@@ -417,11 +424,14 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         return list(names.values())
 
     def checkpoint(self, self_contained: bool) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by name. Shards are gathered: every process must ask."""
+        """Collect the tensors of a checkpoint by name.
+
+        This gathers shards, so every process must call it.
+        """
         state = self.state_dict()
-        found = {name: state[name] for name in self.checkpoint_names(self_contained)}
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
-        return {name: tensor.contiguous() for name, tensor in whole.items()}
+        saved = {name: state[name] for name in self.checkpoint_names(self_contained)}
+        full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in saved.items()}
+        return {name: tensor.contiguous() for name, tensor in full.items()}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, self_contained: bool | None = None,
@@ -430,12 +440,13 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Write config, generation config, tensors and the code that loads them.
 
         Args:
-            save_directory: folder, made if missing.
-            state_dict: from `checkpoint`; None: it is asked for.
-            self_contained: write the base models' weights too, so that the folder needs nothing
-                else. None: only where a base model is a local folder, which others lack.
+            save_directory: folder, created if missing.
+            state_dict: result of `checkpoint`; None calls it.
+            self_contained: also write the weights of the base models, so the folder needs nothing
+                else. None does so if the model was loaded from such a folder, or if a base model is
+                a local folder.
         """
-        unused = {"is_main_process", "safe_serialization", "max_shard_size"}  # it is one file
+        unused = {"is_main_process", "safe_serialization", "max_shard_size"}  # ignored: one file
         check_keys(kwargs, unused, "save_pretrained")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -451,16 +462,16 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             save_arpa(self.ngram, folder / NGRAM)
         config = self.config.to_dict()
         config.update(AUTO_MAP, architectures=["ASRModel"], self_contained=self_contained)
-        if self_contained:  # no path of this machine travels with the model
+        if self_contained:  # leave local paths out of the saved model
             config.update(encoder_name=Path(bases[0]).name, decoder_name=Path(bases[1]).name)
         for part in (config, config["audio_config"], config["text_config"]):
             for key in ("dtype", "_name_or_path", "_attn_implementation", "attn_implementation"):
-                part.pop(key, None)  # choices of the run
+                part.pop(key, None)  # settings of the run
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         self.generation_config.save_pretrained(folder)
         for name in CODE:
             source = Path(__file__).with_name(f"{name}.py")
-            if not source.exists():  # where the code is the model's: only what was imported is here
+            if not source.exists():  # code from a model folder: unimported files are elsewhere
                 source = Path(str(cached_file(str(self.config.name_or_path), source.name)))
             if source.resolve() != (folder / source.name).resolve():
                 shutil.copyfile(source, folder / source.name)
@@ -469,17 +480,17 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     def from_base(
         cls, config: ASRConfig, *, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> "ASRModel":
-        """Load the base models that `config` names and put fresh trained parts between them.
+        """Load the base models that `config` names and add newly initialised trained parts.
 
         Args:
-            config: its `audio_config` and `text_config` may be None; they are read here, and the
-                commits that were resolved are written into it.
-            dtype: of the base weights; the trained parts stay in fp32.
+            config: its `audio_config` and `text_config` may be None. This method fills them in,
+                together with the resolved commits.
+            dtype: dtype of the base weights; the trained parts stay in fp32.
             kwargs: `attn_implementation`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
-            OSError: when a base model is not found.
-            ValueError: when a base model lacks weights.
+            OSError: if a base model is not found.
+            ValueError: if a base model lacks weights.
         """
         encoder, own_head = load_base(config, "encoder", dtype, **kwargs)
         decoder, _ = load_base(config, "decoder", dtype, **kwargs)
@@ -488,32 +499,32 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         config.projector_scale = embeddings.float().pow(2).mean().sqrt().item()
         if config.ctc_direct is None:
             config.ctc_direct = own_head is not None
-        made = cls(config, encoder, decoder)
+        model = cls(config, encoder, decoder)
         if own_head:
-            made.characters.start_from(*own_head)
-        return made
+            model.characters.start_from(*own_head)
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, name_or_path: str | Path, *, config: ASRConfig | None = None, **kwargs: Any
     ) -> "ASRModel":
-        """Load a trained model from a folder or Hub id; its base models from where it says.
+        """Load a trained model from a folder or Hub id, and the base models that it names.
 
         Args:
             name_or_path: folder written by `save_pretrained`, or Hub id.
-            config: replaces the one beside the weights.
+            config: replaces the saved config.
             kwargs: `dtype`, `attn_implementation`, `device_map` ("auto" or a device),
                 and Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
 
         Raises:
-            OSError: when the folder or its weights are missing.
-            ValueError: for tensors that are missing, unexpected or of another shape.
+            OSError: if the folder or its weights are missing.
+            ValueError: if tensors are missing, unexpected or of another shape.
         """
         hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
         for key in AUTO_CLASS_KEYS:
             kwargs.pop(key, None)
         dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None)
-        if isinstance(device, dict) and len({*device.values()}) == 1:  # all of it on one
+        if isinstance(device, dict) and len({*device.values()}) == 1:  # one device for all
             device = next(iter(device.values()))
         attention = kwargs.pop("attn_implementation", None)
         if isinstance(dtype, str):
@@ -547,12 +558,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     def load_tensors(
         self, tensors: dict[str, Tensor], source: str, fresh_lora: bool = False
     ) -> None:
-        """Fill in checkpoint tensors; every expected one must be there, and nothing else.
+        """Load the tensors of a checkpoint; none may be missing or unexpected.
 
         Args:
             tensors: by name, as `checkpoint_names` lists them.
-            source: file that they come from, for messages.
-            fresh_lora: LoRA weights that the file lacks may keep their start (a new stage).
+            source: file that they come from, for error messages.
+            fresh_lora: keep the initial values of LoRA weights that the file lacks (a new stage).
 
         Raises:
             ValueError: naming the tensors that are missing, unexpected or of another shape.
@@ -573,12 +584,12 @@ class ASRModel(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{source}: {len(bad)} {kind} tensors, first {sorted(bad)[:3]}")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                expected[name].copy_(shared_as(tensor, expected[name]))
+                expected[name].copy_(shard_like(tensor, expected[name]))
 
 
 CODE = "asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram".split()
 CODE += ["asr_pipeline", "asr_processing", "asr_projector", "asr_search", "handler"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
-# What transformers' Auto classes and pipelines pass along beside their user's arguments.
+# Arguments that transformers' Auto classes and pipelines add to those of the user.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
 AUTO_CLASS_KEYS |= {"trust_remote_code", "code_revision", "low_cpu_mem_usage", "use_safetensors"}

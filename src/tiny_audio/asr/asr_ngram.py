@@ -1,7 +1,7 @@
-"""Words for the CTC search: a lexicon as a prefix tree and an n-gram of the training transcripts.
+"""Word n-gram of the training transcripts, for the CTC search.
 
-Both are tensors, so that a search looks up a whole batch of hypotheses at once. Saved as a plain
-ARPA file beside the weights: any toolkit's n-gram may take its place.
+Its tables are tensors, so the search looks up a whole batch of hypotheses at once. It is saved as a
+plain ARPA file beside the weights, and an n-gram from any toolkit can replace it.
 """
 
 import gzip
@@ -17,18 +17,18 @@ from torch import Tensor
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LOG10 = math.log(10.0)
-PREFERRED = math.log(1e-3)  # of a word that the user names: about the hundredth commonest's
-# An n-gram of more than this many entries is cut down to the most frequent ones.
-MOST_WORDS, MOST_NGRAMS = 200_000, 2_000_000
+PREFERRED = math.log(1e-3)  # minimum for preferred words: about the 100th most common word's
+# Only the most frequent entries are kept.
+MAX_WORDS, MAX_NGRAMS = 200_000, 2_000_000
 
 
 @dataclass
 class Table:
-    """The entries of a backoff n-gram (Katz 1987), by word ids; log-probabilities are natural.
+    """Entries of a backoff n-gram (Katz 1987) over word ids, with natural logarithms.
 
     Attributes:
-        number: of each context, which is a tuple of word ids; the empty one is 0.
-        backoff: log weight of each context.
+        number: number of each context, a tuple of word ids; the empty context is 0.
+        backoff: log backoff weight of each context.
         arcs: (number of a context, word) -> log-probability.
     """
 
@@ -37,13 +37,13 @@ class Table:
     arcs: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def add(self, context: tuple[int, ...], backoff: float, after: dict[int, float]) -> None:
-        """Add a context, its weight, and the words behind it."""
+        """Add a context, its backoff weight, and the words that follow it."""
         self.number[context] = len(self.backoff)
         self.arcs.update({(len(self.backoff), word): value for word, value in after.items()})
         self.backoff.append(backoff)
 
     def log_prob(self, context: tuple[int, ...], word: int) -> float:
-        """Log-probability of a word behind a context."""
+        """Return the log-probability of a word after a context."""
         at = self.number.get(context)
         if at is None:
             return self.log_prob(context[1:], word)
@@ -52,18 +52,18 @@ class Table:
         return self.backoff[at] + self.log_prob(context[1:], word)
 
     def longest(self, words: tuple[int, ...]) -> int:
-        """The number of the longest context that `words` end with."""
+        """Return the number of the longest context that `words` end with."""
         while words not in self.number:
             words = words[1:]
         return self.number[words]
 
 
 class NGram:
-    """A backoff n-gram of words whose lookups take whole tensors.
+    """A backoff n-gram over words with batched lookups.
 
     Args:
-        words: the vocabulary; a word's id is its place. `</s>` and `<unk>` are among them.
-        table: every word of it but `<s>` must have an arc from the empty context.
+        words: the vocabulary, including `<s>`, `</s>` and `<unk>`; a word's id is its index.
+        table: must have an arc from the empty context for every word except `<s>`.
     """
 
     def __init__(self, words: Sequence[str], table: Table) -> None:
@@ -81,9 +81,9 @@ class NGram:
         self.next = torch.tensor([table.longest((*contexts[at], word)) for at, word in arcs])
 
     def preferring(self, words: Iterable[str]) -> "NGram":
-        """A copy that expects each of `words` as it does a common word; unknown ones are added.
+        """Copy the n-gram and make each of `words` at least as likely as a common word.
 
-        Its probabilities do not sum to 1 any more.
+        Words that the vocabulary lacks are added. The probabilities no longer sum to 1.
         """
         vocabulary = list(self.words)
         vocabulary += [word for word in dict.fromkeys(words) if word not in self.id_of]
@@ -94,15 +94,15 @@ class NGram:
         return NGram(vocabulary, Table(self.table.number, self.table.backoff, arcs))
 
     def to(self, device: Any) -> "NGram":
-        """Move the tables to a device, in place."""
+        """Move the tables to a device in place."""
         for name in ("backoff", "shorter", "keys", "log_probs", "next"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     def score(self, context: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
-        """Contexts and word ids (any one shape) -> log-probabilities, and the contexts behind.
+        """Contexts and word ids (of one shape) -> log-probabilities and the next contexts.
 
-        Every word of the vocabulary has an arc from the empty context, so backing off ends there.
+        Every word of the vocabulary has an arc from the empty context, so backoff ends there.
         """
         weight = torch.zeros_like(context, dtype=self.log_probs.dtype)
         for _ in range(self.order):
@@ -114,7 +114,7 @@ class NGram:
         return weight + self.log_probs[at], self.next[at]
 
     def score_text(self, words: Sequence[str]) -> float:
-        """Log-probability of a sentence, its end included."""
+        """Return the log-probability of a sentence, including its end."""
         total, context = 0.0, torch.tensor([self.start], device=self.keys.device)
         for word in [*words, END]:
             i = torch.full_like(context, self.id_of.get(word, self.unknown))
@@ -124,18 +124,18 @@ class NGram:
 
 
 def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter]:
-    """Counts of the 1-grams to `order`-grams of sentences, their starts and ends included.
+    """Count the n-grams of orders 1 to `order`, including sentence starts and ends.
 
-    While there are more than twice `MOST_NGRAMS` of an order, the rare ones are forgotten (lossy
-    counting, Manku and Motwani 2002), so that 25,000 hours of transcripts fit into memory.
+    If an order has more than twice `MAX_NGRAMS`, the rare ones are dropped (lossy counting, Manku
+    and Motwani 2002). This way 25,000 hours of transcripts fit into memory.
     """
     counts: list[Counter] = [Counter() for _ in range(order)]
     for sentence in sentences:
         padded = (START, *sentence, END)
         for n, counter in enumerate(counts, 1):
             counter.update(zip(*(padded[i:] for i in range(n)), strict=False))
-            if len(counter) > 2 * MOST_NGRAMS:
-                counts[n - 1] = Counter(dict(counter.most_common(MOST_NGRAMS)))
+            if len(counter) > 2 * MAX_NGRAMS:
+                counts[n - 1] = Counter(dict(counter.most_common(MAX_NGRAMS)))
     return counts
 
 
@@ -148,14 +148,14 @@ def build_ngram(
     """Estimate an n-gram with interpolated absolute discounting (Ney, Essen and Kneser 1994).
 
     Args:
-        sentences: the transcripts, in words.
-        counts_elsewhere: how often words are met in other text. What the discount leaves over is
-            shared in proportion to them; a word that is not among them has the least of them.
-        order: longest n-gram, in words.
-        discount: taken off every count, and given to the words that were not seen.
+        sentences: transcripts, split into words.
+        counts_elsewhere: word counts in other text. The discounted probability is shared in
+            proportion to them. A word without a count gets the smallest one.
+        order: length of the longest n-gram, in words.
+        discount: subtracted from every count and shared among all words.
     """
     counts = count_ngrams(sentences, order)
-    seen = {word for (word,), _ in counts[0].most_common(MOST_WORDS)} - {START}
+    seen = {word for (word,), _ in counts[0].most_common(MAX_WORDS)} - {START}
     elsewhere = counts_elsewhere or {}
     words = [*sorted(seen | elsewhere.keys() | {END, UNKNOWN}), START]
     id_of = {word: i for i, word in enumerate(words)}
@@ -164,14 +164,14 @@ def build_ngram(
     least = min(elsewhere.values(), default=1.0)
     share = {word: elsewhere.get(word, least) for word in words[:-1]}
     share[END] = share[UNKNOWN] = sum(share.values()) / len(share)
-    whole = sum(share.values())
+    shares = sum(share.values())
     table = Table()
-    for word in words[:-1]:  # a sentence starts once: no word is followed by its start
+    for word in words[:-1]:  # all but <s>, which follows no word
         kept = max(counts[0][word,] - discount, 0.0) / max(total, 1)
-        table.arcs[0, id_of[word]] = math.log(kept + left * share[word] / whole)
+        table.arcs[0, id_of[word]] = math.log(kept + left * share[word] / shares)
     for n in range(2, order + 1):
         following: dict[tuple[str, ...], list[tuple[str, int]]] = {}
-        for ngram, count in counts[n - 1].most_common(MOST_NGRAMS):
+        for ngram, count in counts[n - 1].most_common(MAX_NGRAMS):
             if id_of.keys() >= {*ngram}:
                 following.setdefault(ngram[:-1], []).append((ngram[-1], count))
         for history, after in following.items():
@@ -187,7 +187,7 @@ def build_ngram(
 
 
 def save_arpa(ngram: NGram, path: Path) -> None:
-    """Write an n-gram in the ARPA format, gzipped."""
+    """Write an n-gram as a gzipped ARPA file."""
     table, words = ngram.table, ngram.words
     contexts = list(table.number)
     by_order: list[list[str]] = [[] for _ in range(ngram.order)]
@@ -212,10 +212,10 @@ def _arpa_line(log_prob: float, words: Sequence[str], backoff: float | None) -> 
 
 
 def load_arpa(path: Path) -> NGram:
-    """Read an n-gram in the ARPA format, gzipped or not.
+    """Read an n-gram from an ARPA file, gzipped or not.
 
     Raises:
-        ValueError: naming the line that cannot be read.
+        ValueError: if a line cannot be read, or a special word is missing.
     """
     words: list[str] = []
     id_of: dict[str, int] = {}
@@ -230,18 +230,18 @@ def load_arpa(path: Path) -> NGram:
                 columns = line.split("\t")
                 text = columns[1].split(" ") if len(columns) > 1 else []
                 if len(text) != order:
-                    raise ValueError(f"{path}, line {number}: no {order}-gram: {line[:60]!r}")
+                    raise ValueError(f"{path}, line {number}: not a {order}-gram: {line[:60]!r}")
                 if order == 1:
                     id_of[text[0]] = len(words)
                     words += text
                 ids = tuple(id_of[word] for word in text)
                 if text != [START]:
-                    if ids[:-1] not in table.number:  # no backoff column: a weight of one
+                    if ids[:-1] not in table.number:  # no backoff column means a weight of one
                         table.add(ids[:-1], 0.0, {})
                     at = table.number[ids[:-1]]
                     table.arcs[at, ids[-1]] = float(columns[0]) * LOG10
                 if len(columns) > 2:
                     table.add(ids, float(columns[2]) * LOG10, {})
     if missing := {START, END, UNKNOWN} - id_of.keys():
-        raise ValueError(f"{path}: no ARPA file of a whole n-gram, it lacks {sorted(missing)}")
+        raise ValueError(f"{path} is not a complete ARPA file: it lacks {sorted(missing)}")
     return NGram(words, table)

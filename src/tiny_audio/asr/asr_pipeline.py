@@ -1,7 +1,7 @@
-"""ASRPipeline: audio of any length in, text and times out, decoded in batches by length.
+"""ASRPipeline: transcribe audio of any length into text and times, in batches of similar length.
 
-The pipeline decodes with the model's own generation settings, so that `pipeline(...)`, the
-command line, the page, the endpoint and the evaluation give the same text.
+The pipeline decodes with the model's own generation settings, so `pipeline(...)`, the command line,
+the web page, the endpoint and the evaluation return the same text.
 """
 
 import logging
@@ -22,33 +22,33 @@ from .asr_decoding import Transcript, transcribe
 from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, read_audio
 
 logger = logging.getLogger(__name__)
-HOP = SAMPLE_RATE // 100  # 10 ms: the grid on which pauses are looked for
-PAUSE_WINDOW = 20  # grid steps (0.2 s) that a cut should find quiet
-ROUND = 64  # pieces that are read before they are decoded: bounds memory
+HOP = SAMPLE_RATE // 100  # 10 ms: grid of the search for pauses
+PAUSE_WINDOW = 20  # grid steps (0.2 s) over which the energy is averaged
+READ_AHEAD = 64  # pieces read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
-# Call arguments, by the step of the pipeline that they go to.
+# Call arguments of preprocess, _forward and postprocess.
 ARGUMENTS = (
     {"sampling_rate", "limit_seconds", "skip_errors"},
     {"batch_seconds", "progress", "decode", "decoding", "generate_kwargs"},
     {"return_timestamps"},
 )
-# What has a length and items, and is one input all the same.
+# Types that have a length and items but are a single input.
 ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
-# Threads may share a pipeline: scoring turns the decoder's LoRA off for a moment. It is the
-# module's, for a pipeline with a lock in it could not be pickled.
-ONE_AT_A_TIME = threading.Lock()
-LEAST_PIECE = 1.0  # seconds; what is shorter than two of them is not split
-SILENCE = 1e-5  # a piece whose samples are all below this (-100 dBFS) holds no speech
-# A transcript of less CTC confidence is not what was said; a loop needs more of it.
+# Threads may share a pipeline, and scoring turns the decoder's LoRA off for a moment. The lock
+# belongs to the module, because a pipeline that holds a lock cannot be pickled.
+DECODE_LOCK = threading.Lock()
+MIN_PIECE = 1.0  # seconds; pieces shorter than twice this are not split
+SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
+# Flag a transcript below the first CTC confidence, and a loop below the second.
 UNSUPPORTED, PLAUSIBLE = 0.22, 0.5
 FLAGS = {
-    "truncated": "stopped at the limit of tokens for its length",
-    "repetition": "says one thing over and over",
-    "no_speech": "may hold no speech",
-    "silent": "holds no sound, and was not decoded",
+    "truncated": "reached the token limit for its length",
+    "repetition": "repeats the same text over and over",
+    "no_speech": "may contain no speech",
+    "silent": "is silent and was not decoded",
 }
 LOOP = re.compile(r"(?i)(?<!\S)(\S+(?:\s+\S+){0,7}?)(?:\s+\1(?!\S)){3,}|([^\W\d_]{1,8}?)\2{5,}")
-# A subtitle ends at a pause, at the end of a sentence, or before it is longer than this, seconds.
+# A subtitle ends at a pause, at the end of a sentence, or at its maximum length (seconds).
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0
 
 
@@ -57,15 +57,15 @@ class Piece:
     """A stretch of one input's audio, short enough for the model.
 
     Attributes:
-        start: offset in the input, seconds.
+        start: offset in the input (seconds).
         seconds: length.
-        samples: mono 16 kHz, shape (n,); given up once they are decoded.
+        samples: mono 16 kHz, shape (n,); released once decoded.
         text: transcript, once decoded.
-        words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`;
-            the whole text as one, where the model has no CTC head.
-        confidence: geometric mean of the CTC probabilities of what the text is spelled with.
-        flags: what is wrong with it, keys of `FLAGS`.
-        parts: the pieces that it was split into, for want of memory.
+        words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`.
+            Without a CTC head, the whole text is one word.
+        confidence: geometric mean of the CTC probabilities of the text's letters.
+        flags: problems with the text, keys of `FLAGS`.
+        parts: shorter pieces that replace this one after it ran out of memory.
     """
 
     start: float
@@ -81,14 +81,14 @@ class Piece:
         self.seconds = len(self.samples) / SAMPLE_RATE
 
     def halve(self) -> list["Piece"]:
-        """Split it near its middle, in the quietest place, unless it is short already."""
-        if self.seconds >= 2 * LEAST_PIECE:
+        """Split near the middle, at the quietest place, unless the piece is too short."""
+        if self.seconds >= 2 * MIN_PIECE:
             cuts = split_blocks([self.samples], 0.7 * self.seconds)
             self.parts = [Piece(self.start + at / SAMPLE_RATE, part) for at, part in cuts]
         return self.parts
 
     def final(self) -> list["Piece"]:
-        """The pieces that make up its text: itself, unless it was split."""
+        """Return the pieces that hold the text: this one, or its parts if it was split."""
         return [leaf for part in self.parts for leaf in part.final()] or [self]
 
 
@@ -98,10 +98,10 @@ class Recording:
 
     Attributes:
         source: see `read_audio`.
-        pieces: what it was cut into so far.
-        missing: what could not be decoded.
-        notes: what else should be known of it.
-        error: why it cannot be read at all.
+        pieces: pieces cut so far.
+        missing: stretches that could not be decoded.
+        notes: other warnings.
+        error: why the input cannot be read.
     """
 
     source: Any
@@ -114,11 +114,10 @@ class Recording:
 def split_blocks(
     blocks: Iterable[np.ndarray], max_seconds: float
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut a recording that comes in blocks into pieces of at most `max_seconds`: (start, samples)
-    of each, without gap or overlap.
+    """Cut a recording that arrives in blocks into pieces of at most `max_seconds`.
 
-    Within the last half of each allowed stretch the cut goes where a 0.2 s window has the least
-    energy, so a pause is found wherever there is one.
+    Yields the first sample's index and the samples of each piece, without gap or overlap. Each cut
+    is at the quietest 0.2 s in the second half of the allowed length, which finds any pause there.
     """
     limit, margin = int(max_seconds * SAMPLE_RATE), PAUSE_WINDOW * HOP
     held: list[np.ndarray] = []
@@ -137,7 +136,7 @@ def split_blocks(
 
 
 def _quietest(samples: np.ndarray, limit: int) -> int:
-    """Where to cut within the last half of the first `limit` samples."""
+    """Return where to cut in the second half of the first `limit` samples."""
     steps = len(samples) // HOP
     energy = np.square(samples[: steps * HOP]).reshape(steps, HOP).mean(1)
     energy = np.pad(energy, (PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1), mode="edge")
@@ -149,22 +148,22 @@ def _quietest(samples: np.ndarray, limit: int) -> int:
 class ASRPipeline(Pipeline):
     """`pipeline("automatic-speech-recognition", model=..., trust_remote_code=True)`.
 
-    Call it with a path, URL, bytes, array, dict or a list of them; it returns a dict, or a list of
-    dicts, with `text`, and where there is something to say
+    Call it with a path, URL, bytes, array, dict or a list of these. It returns a dict, or a list of
+    dicts, with `text` and, if they apply:
     - `chunks`: dicts of `text`, `timestamp` (start, end) in seconds and `confidence`;
-    - `truncated`, `repetition`, `no_speech`, `silent`: True, see `FLAGS`, with `warnings`, which
-      say where; a pause within speech has its warning alone;
-    - `missing`: what could not be decoded of a damaged file.
+    - `truncated`, `repetition`, `no_speech`, `silent`: True, see `FLAGS`; `warnings` give the
+      times. A pause between speech only adds a warning;
+    - `missing`: stretches of a damaged file that could not be decoded.
 
     Call arguments:
-        return_timestamps: True adds `chunks` of a subtitle's length, "word" of single words.
-        batch_seconds: padded seconds of audio decoded together.
-        sampling_rate: Hz, of raw arrays.
-        limit_seconds: longer inputs are refused.
-        skip_errors: an input that cannot be read gives `{"text": "", "error": reason}` instead of
-            ending the call.
+        return_timestamps: True adds `chunks` of subtitle length, "word" adds single words.
+        batch_seconds: seconds of audio decoded together, including padding.
+        sampling_rate: Hz of raw arrays.
+        limit_seconds: refuse longer inputs.
+        skip_errors: return `{"text": "", "error": reason}` for an input that cannot be read,
+            instead of raising.
         decode: "rescore", "ctc" or "generate", see `asr_decoding.transcribe`.
-        decoding: settings that override the config's `decoding`, by name.
+        decoding: settings that override the config's `decoding`.
         progress: called with the seconds of audio of each batch.
         generate_kwargs: arguments of `generate`, for decode="generate".
     """
@@ -180,7 +179,7 @@ class ASRPipeline(Pipeline):
         self.model.eval()
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write model, processor and code: all that `pipeline` loads."""
+        """Write everything that `pipeline` loads: model, processor and code."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
@@ -188,19 +187,19 @@ class ASRPipeline(Pipeline):
         check_keys(kwargs, [name for names in ARGUMENTS for name in names], "the pipeline's call")
         times = kwargs.get("return_timestamps")
         if times not in (None, False, True, "word"):
-            raise ValueError("return_timestamps is False, True or 'word'")
+            raise ValueError("return_timestamps must be False, True or 'word'")
         if times == "word" and self.model.ctc is None:
-            raise ValueError("word times need a CTC head, which this model lacks; use True")
+            raise ValueError("return_timestamps='word' needs a CTC head; this model has none")
         return tuple({k: kwargs[k] for k in names & kwargs.keys()} for names in ARGUMENTS)
 
     def settings(self, **kwargs: Any) -> tuple[dict, ...]:
-        """Arguments of `preprocess`, `_forward` and `postprocess` for these call arguments."""
+        """Split call arguments into those of `preprocess`, `_forward` and `postprocess`."""
         own = (self._preprocess_params, self._forward_params, self._postprocess_params)
         given = self._sanitize_parameters(**kwargs)
         return tuple({**a, **b} for a, b in zip(own, given, strict=True))
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Transcribe one input (a dict comes back), or a list, generator or column (a list)."""
+        """Transcribe one input to a dict, or a list, generator or column to a list."""
         column = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
         column = column and not isinstance(inputs, ONE_INPUT)
         several = column or (isinstance(inputs, Iterator) and not hasattr(inputs, "read"))
@@ -209,17 +208,17 @@ class ASRPipeline(Pipeline):
         return results if several else results[0]
 
     def stream(self, inputs: Iterable[AudioInput], **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Results in the order of `inputs`, decoded some minutes at a time (constant memory)."""
+        """Yield results in the order of `inputs`, in constant memory."""
         pre, forward, post = self.settings(**kwargs)
         read = self._read(inputs, **pre)
-        while some := list(islice(read, ROUND)):
-            self._forward([piece for _, piece in some if piece], **forward)
-            yield from (self.postprocess(recording, **post) for recording, p in some if not p)
+        while ready := list(islice(read, READ_AHEAD)):
+            self._forward([piece for _, piece in ready if piece], **forward)
+            yield from (self.postprocess(recording, **post) for recording, p in ready if not p)
 
     def _read(
         self, inputs: Iterable[AudioInput], skip_errors: bool = False, **pre: Any
     ) -> Iterator[tuple[Recording, Piece | None]]:
-        """The pieces of each input, and None behind its last."""
+        """Yield the pieces of each input, followed by None."""
         for source in inputs:
             recording = Recording(source)
             try:
@@ -231,23 +230,23 @@ class ASRPipeline(Pipeline):
             yield recording, None
 
     def pieces(self, source: AudioInput | Recording, **kwargs: Any) -> Iterator[Piece]:
-        """The pieces of one input in order, each as soon as its batch is decoded.
+        """Yield the pieces of one input in order, each as soon as its batch is decoded.
 
-        Joined with spaces, their texts are the text that a call gives.
+        Their texts joined with spaces equal the text that a call returns.
         """
         pre, forward, _ = self.settings(**kwargs)
         recording = source if isinstance(source, Recording) else Recording(source)
         cut = self.preprocess(recording, **pre)
-        while some := list(islice(cut, max(1, int(BATCH_SECONDS / self.processor.max_seconds)))):
-            yield from self._forward(some, **forward)
+        while batch := list(islice(cut, max(1, int(BATCH_SECONDS / self.processor.max_seconds)))):
+            yield from self._forward(batch, **forward)
 
     def preprocess(  # type: ignore[override]
         self, recording: Recording, sampling_rate: int = SAMPLE_RATE, limit_seconds: float = 1e9
     ) -> Iterator[Piece]:
-        """One input -> pieces that the model can take, which are also kept in `recording`.
+        """Cut one input into pieces that fit the model, and also store them in `recording`.
 
         Raises:
-            AudioError: see `read_audio`; or for more than `limit_seconds`.
+            AudioError: see `read_audio`; also if the input is longer than `limit_seconds`.
         """
         blocks = read_audio(recording.source, sampling_rate, recording.missing, recording.notes)
         for at, samples in split_blocks(blocks, self.processor.max_seconds):
@@ -263,7 +262,7 @@ class ASRPipeline(Pipeline):
         progress: Callable[[float], Any] = lambda seconds: None,
         **options: Any,
     ) -> list[Piece]:
-        """Fill in the text of each piece, longest first, in batches of `batch_seconds`.
+        """Transcribe pieces in batches of `batch_seconds`, longest first.
 
         Returns:
             The final pieces in the order of `pieces`.
@@ -275,7 +274,7 @@ class ASRPipeline(Pipeline):
             else:
                 piece.flags = ["silent"]
         progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
-        again: list[Piece] = []
+        retries: list[Piece] = []
         for batch in length_batches(loud, batch_seconds):
             try:
                 self._decode(batch, **options)
@@ -283,10 +282,10 @@ class ASRPipeline(Pipeline):
                 if "memory" not in str(error):
                     raise
                 logger.warning("out of memory: pieces of %.0f s are halved", batch[0].seconds)
-                again += [half for p in batch for half in p.halve() or [p]]
+                retries += [half for p in batch for half in p.halve() or [p]]
                 batch_seconds /= 2
             progress(sum(p.seconds for p in batch))
-        for batch in length_batches(again, batch_seconds):
+        for batch in length_batches(retries, batch_seconds):
             self._decode(batch, **options)
         final = [leaf for piece in pieces for leaf in piece.final()]
         for piece in [*pieces, *final]:
@@ -301,11 +300,11 @@ class ASRPipeline(Pipeline):
         decoding: dict[str, Any] | None = None,
         generate_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Fill in texts, words and flags of a batch; the encoder runs once for all of it."""
+        """Fill in texts, words and flags of a batch. The encoder runs only once."""
         features = [self.processor.features(piece.samples) for piece in batch]
         inputs = self.processor.collate(features).to(self.model.device)
         options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
-        with ONE_AT_A_TIME:
+        with DECODE_LOCK:
             hidden, steps = self.model.encode(inputs.input_features, inputs.input_features_mask)
             found = transcribe(self.model, self.processor, hidden, steps, **options)
         for piece, transcript, log_probs in zip(
@@ -322,8 +321,10 @@ class ASRPipeline(Pipeline):
     def _emissions(
         self, hidden: torch.Tensor, steps: torch.Tensor, found: list[Transcript]
     ) -> list[np.ndarray | None]:
-        """What words are aligned with: log-probabilities (t, c) of each clip by the character head
-        or else by the one over tokens; None without a head."""
+        """Return the log-probabilities (t, c) of each clip for aligning words.
+
+        They come from the character head, or else from the CTC head; None if there is neither.
+        """
         if self.model.characters is not None:
             return [transcript.log_probs for transcript in found]
         if self.model.ctc is None:
@@ -357,7 +358,7 @@ class ASRPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self, recording: Recording, return_timestamps: bool | str = False
     ) -> dict[str, Any]:
-        """Join the pieces of one input."""
+        """Join the pieces of one input into a result."""
         if recording.error:
             return {"text": "", "error": recording.error}
         pieces = [leaf for piece in recording.pieces for leaf in piece.final()]
@@ -368,7 +369,7 @@ class ASRPipeline(Pipeline):
         if recording.notes:
             result["warnings"] = list(recording.notes)
         for piece in pieces:
-            pause = bool(result["text"]) and not piece.text  # of a recording that holds speech
+            pause = bool(result["text"]) and not piece.text  # no text, but speech elsewhere
             for flag in piece.flags:
                 where = f"{piece.start:.1f}-{piece.start + piece.seconds:.1f} s"
                 result.setdefault("warnings", []).append(f"{where}: {FLAGS[flag]}")
@@ -380,7 +381,7 @@ class ASRPipeline(Pipeline):
 
 
 def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
-    """Words of decoded pieces with their times, or words grouped to the length of a subtitle."""
+    """Return the words of decoded pieces with times, or grouped into subtitles."""
     words = [word for piece in pieces for word in piece.words]
     if by_word:
         return words
@@ -404,7 +405,7 @@ def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
 
 
 def length_batches(pieces: list[Piece], batch_seconds: float) -> Iterator[list[Piece]]:
-    """Pieces sorted longest first, cut where padding to the longest exceeds `batch_seconds`."""
+    """Yield batches of at most `batch_seconds` including padding, longest pieces first."""
     left = sorted(pieces, key=lambda piece: piece.seconds, reverse=True)
     while left:
         many = max(1, int(batch_seconds / left[0].seconds))

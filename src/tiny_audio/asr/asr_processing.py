@@ -20,25 +20,25 @@ from .asr_config import IGNORE, encoder_frames
 
 logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # Hz
-LOUD, LOUD_PERCENTILE = 0.1, 95  # -20 dBFS of the loudest twentieth of a clip
-MOST_GAIN = 1e4  # 80 dB: digital silence stays silent
-CANCELLED = 0.1  # of the loudest channel's level: a mix below it has lost what they share
-# A jump of a file's clock within these bounds, in seconds, is audio that is missing.
-LEAST_GAP, MOST_GAP = 0.1, 600.0
-ESTIMATED = ("mp3", "aac")  # containers whose duration is a guess
+LOUD, LOUD_PERCENTILE = 0.1, 95  # target RMS (-20 dBFS) of the loudest twentieth of a clip
+MAX_GAIN = 1e4  # 80 dB: digital silence stays silent
+CANCELLED = 0.1  # a mix below this share of the loudest channel's level has cancelled out
+# A jump of a file's clock between these bounds (seconds) means that audio is missing.
+MIN_GAP, MAX_GAP = 0.1, 600.0
+ESTIMATED = ("mp3", "aac")  # containers whose duration is an estimate
 
-# What can be transcribed: a path or URL, the bytes of a file, an open file, samples, or a dict.
+# Supported inputs: a path or URL, the bytes of a file, an open file, samples, or a dict.
 AudioInput = str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor | dict[str, Any]
 
 
 class AudioError(ValueError):
-    """Audio that cannot be read; the message names the file and what is wrong with it."""
+    """Audio that cannot be read; the message names the file and the reason."""
 
 
 def load_audio(source: AudioInput, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Any audio as mono float32 samples at 16 kHz, in [-1, 1], shape (samples,).
+    """Load any audio as mono float32 samples at 16 kHz, in [-1, 1], shape (samples,).
 
-    Takes and raises what `read_audio` does; damaged audio is an error here.
+    Accepts the inputs of `read_audio` and raises the same errors. Damaged audio is an error here.
     """
     return np.concatenate(list(read_audio(source, sampling_rate)))
 
@@ -49,22 +49,22 @@ def read_audio(
     missing: list[str] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[np.ndarray]:
-    """The samples of `load_audio` in blocks, so that a file of any length takes little memory.
+    """Yield the samples of `load_audio` in blocks: a file of any length takes little memory.
 
-    Files are decoded, resampled and mixed down by FFmpeg through PyAV, so every format and rate
-    that FFmpeg reads works, the audio track of a video too.
+    FFmpeg decodes and resamples files through PyAV. Every format and rate that FFmpeg reads works,
+    including the audio track of a video.
 
     Args:
         source: path, http(s) URL, bytes, file object, array of shape (samples,) or
             (channels, samples), or a dict with `array` or `raw` and `sampling_rate`, or with
             `bytes` or `path`, as `datasets` has them.
-        sampling_rate: Hz, of an array that does not say its own.
-        missing: is given a line for each stretch that cannot be decoded, which is silence in the
-            blocks. None: damage is an error.
-        notes: is given a line for what else should be known. None: it is logged.
+        sampling_rate: Hz of an array that does not come with its own.
+        missing: receives a line for each stretch that cannot be decoded; the blocks contain silence
+            there. None makes damage an error.
+        notes: receives a line for each other warning. None logs it.
 
     Raises:
-        AudioError: for anything that holds no decodable, finite audio.
+        AudioError: if there is no decodable, finite audio.
     """
     if isinstance(source, dict):
         keys = ("array", "raw", "bytes", "path")
@@ -72,7 +72,7 @@ def read_audio(
         if not found:
             raise AudioError(f"an audio dict needs array, raw, bytes or path; got {sorted(source)}")
         rate, audio = source.get("sampling_rate"), found[0]
-        audio = np.asarray(audio, np.float32) if isinstance(audio, list) else audio
+        audio = np.asarray(audio) if isinstance(audio, list) else audio
         rate = sampling_rate if rate is None else rate
         yield from read_audio(audio, rate, missing, notes)
         return
@@ -83,9 +83,9 @@ def read_audio(
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
         if not isinstance(sampling_rate, Real) or sampling_rate <= 0:
-            raise AudioError(f"sampling_rate is a number of Hz above 0, not {sampling_rate!r}")
+            raise AudioError(f"sampling_rate must be a positive number (Hz), not {sampling_rate!r}")
         samples = _resample(np.asarray(source), int(sampling_rate), mixer)
-        # in seconds: each piece cut from it in one would keep a copy of all the rest alive
+        # one-second blocks: pieces of a single block would keep a copy of the rest in memory
         yield from np.split(samples, range(SAMPLE_RATE, len(samples), SAMPLE_RATE))
         return
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -95,19 +95,19 @@ def read_audio(
     if isinstance(source, bytes | bytearray | memoryview):
         source = io.BytesIO(source)
     if not isinstance(source, str) and not hasattr(source, "read"):
-        raise AudioError(f"a {type(source).__name__} is no audio: see read_audio for what is")
+        raise AudioError(f"a {type(source).__name__} is not audio: pass a path, bytes or samples")
     yield from _decode(source, name, missing, mixer)
 
 
 class Mixer:
-    """Mixes channels down, and notices where they cancel each other.
+    """Mix channels down to mono, and detect channels that cancel each other.
 
-    A channel that is another one inverted (a balanced line, a wrong plug) leaves nothing of a mean:
-    the loudest is taken there instead.
+    If one channel is the inverse of another (a balanced line, a wrong plug), their mean is silent.
+    The mixer then uses the loudest channel.
     """
 
     def __init__(self, name: str, notes: list[str] | None) -> None:
-        self.name, self.notes, self.said = name, notes, False
+        self.name, self.notes, self.warned = name, notes, False
 
     def __call__(self, channels: np.ndarray) -> np.ndarray:
         """(channels, n) -> (n,)."""
@@ -115,13 +115,13 @@ class Mixer:
         power = np.square(channels, dtype=np.float64).mean(1)
         if not np.square(mono, dtype=np.float64).mean() < CANCELLED**2 * power.max():
             return mono
-        if not self.said:
-            self.said = True
-            self.note("the channels cancel each other: the louder one is read")
+        if not self.warned:
+            self.warned = True
+            self.note("the channels cancel each other: the louder one is used")
         return channels[power.argmax()]
 
     def note(self, line: str) -> None:
-        """Say what should be known of this file."""
+        """Report a warning about this file."""
         if self.notes is None:
             logger.warning("%s: %s", self.name, line)
         else:
@@ -137,14 +137,14 @@ def _fetch(url: str) -> bytes:
 
 
 def open_audio(source: str | IO[bytes]) -> Any:
-    """PyAV's container of a local path or an open file.
+    """Open a local path or a file object as a PyAV container.
 
-    FFmpeg tells a playlist by its content: one that was sent in for a recording would have it read
-    our files aloud, so an open file opens nothing else, and a path nothing from the network.
+    FFmpeg detects playlists by their content, and an uploaded playlist could make it read local
+    files. Therefore a file object cannot open anything else, and a path cannot open network URLs.
     """
-    if isinstance(source, str):  # absolute: a name with a colon would be taken for a protocol
+    if isinstance(source, str):  # absolute, or a name with a colon would look like a protocol
         return av.open(str(Path(source).absolute()), options={"protocol_whitelist": "file"})
-    # The mode is ours: an upload's file is open for writing too, and PyAV would go by that.
+    # Set the mode: PyAV takes it from the file, and the file of an upload is also writable.
     return av.open(source, mode="r", options={"protocol_whitelist": "none"})
 
 
@@ -157,15 +157,15 @@ def _decode(
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no audio track")
             if len(container.streams.audio) > 1:
-                mixer.note(f"it has {len(container.streams.audio)} audio tracks: one is read")
+                mixer.note(f"it has {len(container.streams.audio)} audio tracks: one is used")
             for block in _blocks(container, missing, mixer):
                 done += len(block)
                 yield _finite(block, name)
             stream = _track(container)
             if missing is not None and stream.duration and container.format.name not in ESTIMATED:
-                says, there = float(stream.duration * (stream.time_base or 0)), done / SAMPLE_RATE
-                if there < 0.98 * says - 1:
-                    missing.append(f"ends at {there:.1f} s of {says:.1f}")
+                total, end = float(stream.duration * (stream.time_base or 0)), done / SAMPLE_RATE
+                if end < 0.98 * total - 1:
+                    missing.append(f"ends at {end:.1f} s of {total:.1f}")
     except AudioError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -176,29 +176,29 @@ def _decode(
 
 
 def _track(container: Any) -> Any:
-    """The audio track that a player plays: the default one, or else the first."""
+    """Return the audio track that a player would play: the default one, else the first."""
     tracks = container.streams.audio
     return next((t for t in tracks if t.disposition & Disposition.default), tracks[0])
 
 
 def _channels(frame: Any) -> np.ndarray:
-    """(channels, n) of a packed frame; PyAV crashes on planes of eight channels and more."""
+    """Samples (channels, n) of a packed frame: PyAV crashes on 8 or more planar channels."""
     return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).T
 
 
 def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator[np.ndarray]:
-    """Decode packet by packet, so that the packets behind a damaged one are still read."""
+    """Decode packet by packet, and continue after a damaged packet."""
     resampler, form = av.AudioResampler(format="flt", rate=SAMPLE_RATE), None  # keeps the channels
     packets = container.demux(_track(container))
-    packet, done = True, 0  # samples given
-    clock = max(0, container.start_time or 0) / av.time_base  # where the next frame should begin, s
+    packet, done = True, 0  # done: samples yielded so far
+    clock = max(0, container.start_time or 0) / av.time_base  # expected start of the next frame (s)
     while packet is not None:
         at, blocks = done / SAMPLE_RATE, []
         try:
-            packet = next(packets, None)  # it ends, if the container itself is damaged
+            packet = next(packets, None)  # None too after a damaged container raised
             for frame in [None] if packet is None else packet.decode():
                 now = frame and (frame.layout.name, frame.format.name, frame.sample_rate)
-                if now != form:  # the end, or a part of other channels or rate, of files joined
+                if now != form:  # end, or joined files of different format
                     blocks += [mixer(_channels(block)) for block in resampler.resample(None)]
                     resampler, form = av.AudioResampler(format="flt", rate=SAMPLE_RATE), now
                 if frame is None:
@@ -206,9 +206,9 @@ def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator
                 if frame.time is not None:
                     gap = frame.time - clock
                     clock = frame.time + frame.samples / frame.sample_rate
-                    if missing is not None and LEAST_GAP < gap < MOST_GAP:
-                        if done:  # else the sound of a video begins after its picture
-                            missing.append(f"nothing from {at:.1f} to {at + gap:.1f} s")
+                    if missing is not None and MIN_GAP < gap < MAX_GAP:
+                        if done:  # a video's sound may begin after its picture
+                            missing.append(f"no audio from {at:.1f} to {at + gap:.1f} s")
                         blocks.append(np.zeros(round(gap * SAMPLE_RATE), np.float32))
                 blocks += [mixer(_channels(block)) for block in resampler.resample(frame)]
         except (av.FFmpegError, ValueError) as error:
@@ -224,10 +224,12 @@ def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator
 def _resample(samples: np.ndarray, rate: int, mixer: Mixer) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
     if samples.ndim > 2 or samples.size == 0:
-        raise AudioError(f"an array of shape {samples.shape} is not audio: (samples,) is expected")
+        raise AudioError(f"an array of shape {samples.shape} is not audio: expected (samples,)")
+    if samples.dtype == np.int64:  # Python's integers: they hold 16 or 32 bits
+        samples = samples.astype(np.int16 if np.abs(samples).max() < 2**15 else np.int32)
     if np.issubdtype(samples.dtype, np.integer):
         limits = np.iinfo(samples.dtype)
-        middle = (limits.max + limits.min + 1) // 2  # 0, or 128 of unsigned bytes
+        middle = (limits.max + limits.min + 1) // 2  # 0, or 128 for unsigned bytes
         samples = (samples.astype(np.float64) - middle) / (limits.max - middle)
     samples = _finite(samples.astype(np.float32), "array")
     if samples.ndim == 2:
@@ -250,32 +252,34 @@ def _finite(samples: np.ndarray, name: str) -> np.ndarray:
 
 
 def normalise_level(samples: np.ndarray) -> np.ndarray:
-    """Samples (n,) whose loud parts have an RMS of `LOUD`: the encoder need not know the gain."""
+    """Scale samples (n,) until their loud parts have an RMS of `LOUD`, whatever the gain was."""
     size = SAMPLE_RATE // 40  # 25 ms
     frames = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
     loud = np.percentile(np.sqrt(np.square(frames).mean(1)), LOUD_PERCENTILE)
-    return (samples * min(LOUD / max(loud, 1e-9), MOST_GAIN)).astype(np.float32)
+    return (samples * min(LOUD / max(loud, 1e-9), MAX_GAIN)).astype(np.float32)
 
 
 class ASRProcessor(ProcessorMixin):
-    """Turns audio (and, for training, text) into what `ASRModel` takes, and ids into text.
+    """Turn audio (and, for training, text) into inputs of `ASRModel`, and token ids into text.
 
-    The prompt is one fixed string of the decoder's chat format, `prompt_prefix` + one placeholder
-    per projected frame + `prompt_suffix`: SmolLM3's own template would add today's date.
+    The prompt is a fixed string in the decoder's chat format: `prompt_prefix`, one placeholder per
+    projected frame, `prompt_suffix`. SmolLM3's own chat template is not used, because it adds
+    today's date.
 
     Args:
-        feature_extractor: the encoder's own.
-        tokenizer: the decoder's own.
-        encoder: what the number of frames depends on: `model_type` and, for waveform encoders,
-            `conv_kernel` and `conv_stride`.
-        stack: encoder frames in a projected frame.
+        feature_extractor: feature extractor of the encoder.
+        tokenizer: tokenizer of the decoder.
+        encoder: settings that determine the number of frames: `model_type` and, for waveform
+            encoders, `conv_kernel` and `conv_stride`.
+        stack: number of encoder frames in a projected frame.
         prompt_prefix, prompt_suffix: text around the audio.
-        audio_token: name of the placeholder, added to the tokenizer.
-        end_token: ends every transcript.
+        audio_token: the placeholder, which is added to the tokenizer.
+        end_token: token that ends every transcript.
         min_seconds: shorter clips are padded with silence to this length.
         tail_seconds: silence appended to every clip, which steadies the last frames.
-        max_seconds: longest piece that the model is given; the pipeline splits what is longer.
-        alphabet: byte of each class of the character head from 1 on; empty without such a head.
+        max_seconds: longest piece that the model receives; the pipeline splits longer audio.
+        alphabet: byte of each class of the character head from 1 on; empty without a character
+            head.
     """
 
     def __init__(
@@ -304,14 +308,14 @@ class ASRProcessor(ProcessorMixin):
         names = [audio_token, end_token]
         self.audio_token_id, self.end_token_id = tokenizer.convert_tokens_to_ids(names)
         if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"end_token {end_token!r} is no token of the decoder's tokenizer")
+            raise ValueError(f"end_token {end_token!r} is not in the decoder's tokenizer")
         self.prefix_ids = tokenizer.encode(prompt_prefix, add_special_tokens=False)
         self.suffix_ids = tokenizer.encode(prompt_suffix, add_special_tokens=False)
 
     def features(self, samples: np.ndarray) -> torch.Tensor:
-        """Mono 16 kHz samples (n,) -> features of this clip alone, time first: (n,) or (t, mels).
+        """Mono 16 kHz samples (n,) -> features of one clip, time first: (n,) or (t, mels).
 
-        Each clip is normalised on its own, never with its batch, so a batch changes nothing.
+        Each clip is normalised on its own, so its features do not depend on its batch.
         """
         samples = normalise_level(samples)
         short = max(0, math.ceil(self.min_seconds * SAMPLE_RATE) - len(samples))
@@ -321,20 +325,20 @@ class ASRProcessor(ProcessorMixin):
             samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="np"
         )
         values = torch.from_numpy(np.asarray(out[self.feature_extractor.model_input_names[0]][0]))
-        if self.encoder["model_type"] == "parakeet_encoder":  # time first, a frame of padding last
+        if self.encoder["model_type"] == "parakeet_encoder":  # time first; cut its padding frame
             return values[: int(out["attention_mask"][0].sum())]
         return values.T if values.ndim == 2 else values
 
     def encoder_steps(self, steps: int) -> int:
-        """Encoder frames for `steps` feature steps."""
+        """Number of encoder frames for `steps` feature steps."""
         return encoder_frames(SimpleNamespace(**self.encoder), steps)
 
     def frames(self, steps: int) -> int:
-        """Projected frames, which is placeholder tokens, for `steps` feature steps."""
+        """Number of projected frames, or placeholder tokens, for `steps` feature steps."""
         return math.ceil(self.encoder_steps(steps) / self.stack)
 
     def frames_for_seconds(self, seconds: float) -> int:
-        """Projected frames for a clip of so many seconds."""
+        """Number of projected frames for a clip of `seconds`."""
         samples = int(max(seconds, self.min_seconds) * SAMPLE_RATE)
         samples += round(self.tail_seconds * SAMPLE_RATE)
         hop = getattr(self.feature_extractor, "hop_length", 1)  # waveform encoders have none
@@ -343,33 +347,33 @@ class ASRProcessor(ProcessorMixin):
     @property
     def frame_seconds(self) -> float:
         """Seconds between two encoder frames."""
-        hop, many = getattr(self.feature_extractor, "hop_length", 1), 1_000_000
-        frames = encoder_frames(SimpleNamespace(**self.encoder), many)
-        return round(many * hop / frames) / SAMPLE_RATE
+        hop, steps = getattr(self.feature_extractor, "hop_length", 1), 1_000_000
+        frames = encoder_frames(SimpleNamespace(**self.encoder), steps)
+        return round(steps * hop / frames) / SAMPLE_RATE
 
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.
 
-        Every word is given its leading space, the first too, so that a word has one spelling for
-        the CTC head and the decoder wherever it stands.
+        Every word has a leading space, including the first. The CTC head and the decoder thus see
+        the same tokens for a word in every position.
         """
         return self.tokenizer.encode(" " + text, add_special_tokens=False) if text else []
 
     def spell(self, text: str) -> list[int]:
-        """Transcript -> classes of the character head; what is not in its alphabet is left out."""
+        """Transcript -> classes of the character head, without characters that it lacks."""
         class_of = {byte: i for i, byte in enumerate(self.alphabet, 1)}
         return [class_of[byte] for byte in self.spoken(text).encode()]
 
     @property
     def space(self) -> int:
-        """The character head's class of the space, 0 where the script has none."""
+        """Class of the space in the character head, 0 if the script has none."""
         return self.alphabet.index(ord(" ")) + 1 if ord(" ") in self.alphabet else 0
 
     def spoken(self, text: str) -> str:
-        """Transcript as the character head spells it: in its alphabet, single spaces."""
+        """Reduce a transcript to the character head's alphabet and single spaces."""
         known = {*self.alphabet}
-        heard = bytes(byte for byte in text.lower().encode() if byte in known)
-        return " ".join(heard.decode(errors="ignore").split())
+        kept = bytes(byte for byte in text.lower().encode() if byte in known)
+        return " ".join(kept.decode(errors="ignore").split())
 
     def __call__(  # type: ignore[override]
         self,
@@ -377,20 +381,20 @@ class ASRProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         sampling_rate: int = SAMPLE_RATE,
     ) -> BatchFeature:
-        """A left-padded batch from clips and, for training, their transcripts.
+        """Build a left-padded batch from clips and, for training, their transcripts.
 
         Args:
-            audio: one clip or a list of them, each as `load_audio` takes it.
-            text: the transcripts; adds `labels`.
-            sampling_rate: Hz, of arrays.
+            audio: one clip or a list of clips, each as `load_audio` accepts it.
+            text: the transcripts; adds `labels` and `character_labels`.
+            sampling_rate: Hz of arrays.
 
         Returns:
             `input_features` (b, samples) or (b, mels, frames), `input_features_mask` (b, samples
-            or frames), `input_ids` and `attention_mask` (b, s); with transcripts `labels` (b, s),
-            -100 outside them, and `character_labels` (b, n), 0 behind their ends.
+            or frames), `input_ids` and `attention_mask` (b, s). Transcripts add `labels` (b, s),
+            -100 outside the transcript, and `character_labels` (b, n), padded with 0.
 
         Raises:
-            AudioError: for a clip that cannot be read.
+            AudioError: if a clip cannot be read.
         """
         clips: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
         features = [self.features(load_audio(clip, sampling_rate)) for clip in clips]
@@ -409,10 +413,9 @@ class ASRProcessor(ProcessorMixin):
         spelled: list[list[int]] | None = None,
         encoded: bool = False,
     ) -> BatchFeature:
-        """Pad clips' features (see `features`) and, for training, their token ids and character
-        classes to a batch.
+        """Pad features of clips and, for training, token ids and character classes to a batch.
 
-        With `encoded` the features are encoder frames (t, d_encoder), as a cache holds them, and
+        With `encoded`, the features are encoder frames (t, d_encoder) from a cache, and
         `input_features` is (b, t, d_encoder).
         """
         batch: dict[str, Any] = {"encoded": True} if encoded else {}
@@ -429,8 +432,11 @@ class ASRProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def prompt(self, steps: Sequence[int], targets: list[list[int]] | None = None) -> BatchFeature:
-        """The left-padded prompts of clips with so many encoder frames, each followed by its token
-        ids, if there are any: `input_ids`, `attention_mask` and then `labels`, all (b, s)."""
+        """Build the left-padded prompts of clips with `steps` encoder frames each.
+
+        The token ids of `targets` follow their prompts. Returns `input_ids`, `attention_mask` and,
+        with targets, `labels`, all (b, s).
+        """
         rows, labels = [], []
         for i, frames in enumerate(steps):
             placeholders = [self.audio_token_id] * math.ceil(frames / self.stack)
@@ -445,7 +451,7 @@ class ASRProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Token ids of one clip -> text, without outer space and, unless asked, special tokens."""
+        """Token ids of one clip -> stripped text, by default without special tokens."""
         return self.tokenizer.decode(token_ids, **{"skip_special_tokens": True, **kwargs}).strip()
 
 

@@ -1,4 +1,4 @@
-"""The projector: encoder frames into the space of the decoder's token embeddings.
+"""The projector, which maps encoder frames to the space of the decoder's token embeddings.
 
 Shapes: b clips, t encoder frames, f projected frames (f = ceil(t / stack)), d the decoder's hidden
 size.
@@ -11,10 +11,10 @@ from .asr_config import ASRConfig
 
 
 class AudioProjector(nn.Module):
-    """Stack `stack` frames, then a SwiGLU (Shazeer 2020, arXiv 2002.05202) into decoder space.
+    """Stack `stack` frames and project them with a SwiGLU (Shazeer 2020, arXiv 2002.05202).
 
-    The output norm starts at `projector_scale`, the RMS of the decoder's token embeddings, so that
-    projected frames are as loud as the tokens that they stand among.
+    The output norm starts at `projector_scale`, the RMS of the decoder's token embeddings. The
+    projected frames then have the same magnitude as the tokens around them.
     """
 
     def __init__(self, config: ASRConfig) -> None:

@@ -1,7 +1,7 @@
-"""The first pass: N-best search over the character head's posteriors.
+"""First pass of decoding: N-best search over the character head's posteriors.
 
-Prefix beam search with the words and the n-gram of the training transcripts. It cannot loop, and
-cannot say more than the audio has room for.
+It is a prefix beam search with the words and the n-gram of the training transcripts. It cannot
+loop, and its text cannot be longer than the audio allows.
 
 Shapes: b clips, t encoder frames, k beams, c classes of characters (class 0 is the blank).
 """
@@ -18,23 +18,23 @@ from torch.nn import functional as F
 
 from .asr_ngram import NGram
 
-NEVER = -1e30  # log of "impossible", finite so that sums of it stay comparable
+IMPOSSIBLE = -1e30  # log of "impossible"; finite, so sums of it stay comparable
 SPACE = 32  # the byte between words
-NO_TEXT, NO_PARENT = -2, -1  # hashes that no text has
-OPEN = -1  # node of a word that the lexicon does not hold
+NO_TEXT, NO_PARENT = -2, -1  # hashes that never match a text
+OPEN = -1  # node of a word that the lexicon lacks
 
 
 @dataclass
 class SearchSettings:
-    """How the first pass weighs what it hears against what it knows; natural logarithms.
+    """Weights and sizes of the first pass, in natural logarithms.
 
     Attributes:
-        beams: hypotheses that are kept in every frame.
-        temperature: the posteriors are flattened by it; sharp ones hide the right word.
+        beams: hypotheses kept in each frame.
+        temperature: flattens the posteriors; sharp ones hide the correct word.
         ngram: weight of the n-gram.
-        word: bonus of every word.
-        open_character: price of each character of a word that the lexicon does not hold.
-        candidates: most likely characters that are tried in a frame.
+        word: bonus for each word.
+        open_character: cost of each character of a word that the lexicon lacks.
+        candidates: most likely characters tried in each frame.
     """
 
     beams: int = 48
@@ -50,10 +50,10 @@ class Proposal:
     """A text that the search proposes for a clip.
 
     Attributes:
-        text: as it is spelled.
+        text: as the character head spells it.
         ctc: log-probability of the characters, at the search's temperature.
-        prior: what n-gram, word bonus and the price of unknown words add to it.
-        score: both together; the best comes first.
+        prior: sum of the n-gram score, the word bonuses and the costs of unknown words.
+        score: `ctc` + `prior`; the search returns the highest first.
     """
 
     text: str
@@ -62,15 +62,15 @@ class Proposal:
 
     @property
     def score(self) -> float:
-        """Of the first pass."""
+        """Score of the first pass."""
         return self.ctc + self.prior
 
 
 class Lexicon:
     """Words as a prefix tree over character classes.
 
-    `child` (nodes, c) is the node that a class leads to, `OPEN` for none; node 0 is the root.
-    `word` (nodes,) is the n-gram's id of the word that ends in a node, its `<unk>` for none.
+    `child` (nodes, c) is the next node for each class, `OPEN` for none; node 0 is the root.
+    `word` (nodes,) is the n-gram's id of the word that ends at a node, its `<unk>` for none.
     """
 
     def __init__(self, ngram: NGram, alphabet: Sequence[int]) -> None:
@@ -96,53 +96,53 @@ class Lexicon:
         self.word = torch.tensor(words)
 
     def to(self, device: Any) -> "Lexicon":
-        """Move the tables to a device, in place."""
+        """Move the tables to a device in place."""
         self.child, self.word = self.child.to(device), self.word.to(device)
         return self
 
 
 @dataclass
 class Beams:
-    """Hypotheses of a batch of clips, all tensors (b, k)."""
+    """Hypotheses of a batch of clips; every tensor is (b, k)."""
 
     blank: Tensor  # log-probability of the paths that end in a blank
-    label: Tensor  # ... and in the last character
-    prior: Tensor  # see Proposal
-    hash: Tensor  # of all characters
+    label: Tensor  # log-probability of the paths that end in the last character
+    prior: Tensor  # see `Proposal`
+    hash: Tensor  # hash of all characters
     parent: Tensor  # hash of all characters but the last
     last: Tensor  # class of the last character, 0 at the start
-    node: Tensor  # of the lexicon, within the current word
-    depth: Tensor  # characters of the current word
-    context: Tensor  # of the n-gram, before the current word
+    node: Tensor  # lexicon node within the current word
+    depth: Tensor  # number of characters in the current word
+    context: Tensor  # n-gram context before the current word
 
     @property
     def score(self) -> Tensor:
-        """(b, k): what the hypotheses are ranked by."""
+        """Score (b, k) that ranks the hypotheses."""
         return torch.logaddexp(self.blank, self.label) + self.prior
 
     def take(self, index: Tensor) -> "Beams":
-        """The hypotheses at `index` (b, k)."""
+        """Select the hypotheses at `index` (b, k)."""
         return Beams(**{name: value.gather(1, index) for name, value in vars(self).items()})
 
 
 def _hash(parent: Tensor, character: Tensor) -> Tensor:
-    """Hash of a text with one character more; 64 bits, which wrap around."""
+    """Hash a text after adding a character, in 64 bits that wrap around."""
     return (parent + character + 1) * 6364136223846793005 + 1442695040888963407
 
 
 class PrefixSearch:
     """Prefix beam search (Hannun et al. 2014, arXiv 1408.2873) over a batch of posteriors.
 
-    All clips and hypotheses move together, frame by frame, as a few tensor operations; a text is
-    one hypothesis, however many paths spell it. Words of the lexicon are scored by the n-gram when
-    they end; a word outside it is allowed at a price for each of its characters. Without an n-gram
-    (scripts that put no spaces between words) characters alone count.
+    All clips and hypotheses advance together, frame by frame, in a few tensor operations. A text is
+    one hypothesis, however many paths spell it. The n-gram scores a word of the lexicon when the
+    word ends. A word that the lexicon lacks costs `open_character` for each of its characters.
+    Without an n-gram (scripts without spaces), only the characters count.
 
     Args:
         alphabet: byte of each class from 1 on.
-        ngram: of the training transcripts, or None.
+        ngram: n-gram of the training transcripts, or None.
         settings: weights and sizes.
-        device: where the search runs.
+        device: device that runs the search.
     """
 
     def __init__(
@@ -171,15 +171,15 @@ class PrefixSearch:
         return self.read(beams, history, dropped)
 
     def start(self, clips: int, device: torch.device) -> Beams:
-        """The empty text, once for each clip; the other beams are impossible."""
+        """Start each clip with the empty text; the other beams are impossible."""
         shape = (clips, self.settings.beams)
         zero = torch.zeros(shape, dtype=torch.long, device=device)
-        blank = torch.full(shape, NEVER, dtype=torch.double, device=device)
+        blank = torch.full(shape, IMPOSSIBLE, dtype=torch.double, device=device)
         blank[:, 0] = 0.0
         context = zero + (self.ngram.start if self.ngram else 0)
         return Beams(
             blank=blank,
-            label=torch.full_like(blank, NEVER),
+            label=torch.full_like(blank, IMPOSSIBLE),
             prior=torch.zeros_like(blank),
             hash=torch.where(blank == 0.0, 0, NO_TEXT),
             parent=zero + NO_PARENT,
@@ -190,34 +190,34 @@ class PrefixSearch:
         )
 
     def step(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor, Tensor]:
-        """One frame (b, c) further.
+        """Advance by one frame (b, c).
 
         Returns:
-            The best hypotheses, where each comes from (b, k), and the character that it gained
-            (b, k), 0 for none.
+            The best hypotheses, the index (b, k) of the hypothesis that each comes from, and the
+            character (b, k) that each gained, 0 for none.
         """
         b, k = beams.last.shape
         c = frame.shape[1]
         total = torch.logaddexp(beams.blank, beams.label)
-        # A hypothesis stays as it is by a blank, or by its last character once more ...
+        # A hypothesis stays the same if the frame is a blank or repeats its last character.
         again = frame.gather(1, beams.last)
         stay_blank, stay_label = total + frame[:, :1], beams.label + again
-        # ... or another one, its parent, reaches it by gaining its last character.
+        # Its parent also becomes this hypothesis, by gaining the last character.
         is_parent = beams.parent[:, :, None] == beams.hash[:, None]  # (b, k, k)
-        double = beams.last[:, :, None] == beams.last[:, None]  # needs a blank between
+        double = beams.last[:, :, None] == beams.last[:, None]  # needs a blank in between
         reached = torch.where(double, beams.blank[:, None], total[:, None])
-        reached = torch.where(is_parent, reached, NEVER).amax(2) + again
+        reached = torch.where(is_parent, reached, IMPOSSIBLE).amax(2) + again
         stay_label = torch.logaddexp(stay_label, reached)
         taken = is_parent.any(2)
         place = is_parent.int().argmax(2) * c + beams.last
         merged = torch.zeros(b, k * c, device=frame.device).scatter_add(1, place, taken.float())
-        # Every other one gains a character.
+        # All other extensions are new hypotheses.
         new = frame[:, 1:].topk(min(self.settings.candidates, c - 1)).indices + 1  # (b, n)
         new = new[:, None].expand(-1, k, -1)
         double = new == beams.last[..., None]
         label = torch.where(double, beams.blank[..., None], total[..., None])
         label = label + frame[:, None].expand(-1, k, -1).gather(2, new)
-        label = label.masked_fill(merged.view(b, k, c).gather(2, new) > 0, NEVER)
+        label = label.masked_fill(merged.view(b, k, c).gather(2, new) > 0, IMPOSSIBLE)
         grown = self.extend(beams, new, label)
         stay = replace(beams, blank=stay_blank, label=stay_label)
         both = {name: torch.cat([one, vars(grown)[name].flatten(1)], 1)
@@ -227,12 +227,12 @@ class PrefixSearch:
         gained = torch.where(best < k, 0, everything.last.gather(1, best))
         origin = torch.where(best < k, best, (best - k) // new.shape[2])
         beams = everything.take(best)
-        beams.hash = beams.hash.masked_fill(dead := beams.score < NEVER / 2, NO_TEXT)
+        beams.hash = beams.hash.masked_fill(dead := beams.score < IMPOSSIBLE / 2, NO_TEXT)
         beams.parent = beams.parent.masked_fill(dead, NO_PARENT)
         return beams, origin, gained
 
     def extend(self, beams: Beams, new: Tensor, label: Tensor) -> Beams:
-        """Each hypothesis with each of the characters `new` (b, k, n): tensors (b, k, n)."""
+        """Extend each hypothesis by each of the characters `new`, to tensors (b, k, n)."""
         old = Beams(**{name: value[..., None] for name, value in vars(beams).items()})
         prior, context = old.prior.expand_as(label), old.context.expand_as(new)
         node, depth = torch.full_like(new, OPEN), (old.depth + 1).expand_as(new)
@@ -245,13 +245,13 @@ class PrefixSearch:
             prior = prior - self.settings.open_character * prices
         if self.lexicon and self.space:
             is_space = new == self.space
-            ended, behind = self.end_word(beams)
+            ended, following = self.end_word(beams)
             prior = torch.where(is_space, ended[..., None], prior)
-            context = torch.where(is_space, behind[..., None], context)
-            label = label.masked_fill(is_space & (old.depth == 0), NEVER)
+            context = torch.where(is_space, following[..., None], context)
+            label = label.masked_fill(is_space & (old.depth == 0), IMPOSSIBLE)
             node, depth = node.masked_fill(is_space, 0), depth.masked_fill(is_space, 0)
         return Beams(
-            blank=torch.full_like(label, NEVER),
+            blank=torch.full_like(label, IMPOSSIBLE),
             label=label,
             prior=prior,
             hash=_hash(old.hash, new),
@@ -263,7 +263,7 @@ class PrefixSearch:
         )
 
     def end_word(self, beams: Beams) -> tuple[Tensor, Tensor]:
-        """The prior and the n-gram's context (b, k) behind the current word, if it ended here."""
+        """Return the prior and the n-gram context (b, k) if the current word ended here."""
         assert self.ngram and self.lexicon
         word = self.lexicon.word[beams.node.clamp(min=0)]
         word = word.masked_fill(beams.node == OPEN, self.ngram.unknown)
@@ -276,17 +276,17 @@ class PrefixSearch:
         """End the last word and the text."""
         if not self.ngram:
             return beams
-        ended, behind = self.end_word(beams)
+        ended, following = self.end_word(beams)
         inside = beams.depth > 0
         prior = torch.where(inside, ended, beams.prior)
-        context = torch.where(inside, behind, beams.context)
+        context = torch.where(inside, following, beams.context)
         log_prob, _ = self.ngram.score(context, torch.full_like(context, self.ngram.end))
         return replace(beams, prior=prior + self.settings.ngram * log_prob)
 
     def read(
         self, beams: Beams, history: list[tuple[Tensor, Tensor]], constant: Tensor
     ) -> list[list[Proposal]]:
-        """Follow the hypotheses back to their texts; `constant` (b,) is added to each score."""
+        """Trace the hypotheses back to their texts, and add `constant` (b,) to each score."""
         at = torch.arange(beams.last.shape[1], device=beams.last.device).expand_as(beams.last)
         gained = []
         for origin, character in reversed(history):
@@ -295,34 +295,34 @@ class PrefixSearch:
         characters = torch.stack(gained[::-1], -1).cpu().numpy() if gained else None
         ctc = (torch.logaddexp(beams.blank, beams.label) + constant[:, None]).tolist()
         prior = beams.prior.tolist()
-        found = []
+        proposals = []
         for i in range(len(ctc)):
             texts: dict[str, Proposal] = {}
-            for j, heard in enumerate(ctc[i]):
-                if heard < NEVER / 2:
+            for j, score in enumerate(ctc[i]):
+                if score < IMPOSSIBLE / 2:
                     continue
                 row = characters[i, j] if characters is not None else ()
                 text = bytes(self.alphabet[x - 1] for x in row if x).decode(errors="ignore").strip()
-                if text in texts:  # with and without a space at its end
-                    heard = float(np.logaddexp(texts[text].ctc, heard))
-                texts[text] = Proposal(text, heard, prior[i][j])
-            found.append(sorted(texts.values(), key=lambda proposal: -proposal.score))
-        return found
+                if text in texts:  # the same text with or without a final space
+                    score = float(np.logaddexp(texts[text].ctc, score))
+                texts[text] = Proposal(text, score, prior[i][j])
+            proposals.append(sorted(texts.values(), key=lambda proposal: -proposal.score))
+        return proposals
 
 
 def squeeze_blanks(
     log_probs: Tensor, lengths: Tensor, sure: float = 0.999
 ) -> tuple[Tensor, Tensor]:
-    """Leave out frames that are surely blank, all but the first of each run.
+    """Drop frames that are almost surely blank, except the first of each run.
 
     Args:
         log_probs: (b, t, c).
         lengths: (b,) in frames.
-        sure: probability of the blank above which a frame is left out.
+        sure: probability of the blank above which a frame is dropped.
 
     Returns:
-        Frames (b, t', c) of which those behind a clip's own can only be blank, and the
-        log-probability (b,) of what was left out.
+        Frames (b, t', c), which can only be blank beyond a clip's own, and the log-probability (b,)
+        of the dropped frames.
     """
     t = log_probs.shape[1]
     inside = torch.arange(t, device=log_probs.device) < lengths[:, None]
@@ -333,6 +333,6 @@ def squeeze_blanks(
     order = (~keep).long().argsort(dim=1, stable=True)[:, :width]
     frames = log_probs.gather(1, order[..., None].expand(-1, -1, log_probs.shape[2]))
     beyond = ~keep.gather(1, order)
-    frames = frames.masked_fill(beyond[..., None], NEVER)
+    frames = frames.masked_fill(beyond[..., None], IMPOSSIBLE)
     frames[..., 0] = frames[..., 0].masked_fill(beyond, 0.0)
     return frames, (log_probs[..., 0] * drop).sum(1)

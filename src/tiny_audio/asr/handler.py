@@ -1,7 +1,7 @@
 """Handler for Hugging Face inference endpoints.
 
-The inference toolkit loads this file by its path, from the model's folder, so it imports nothing
-of ours: it builds the pipeline that the folder itself describes. To try it in such a folder:
+The inference toolkit loads this file by its path in the model's folder. Therefore the file does not
+import the package; it builds the pipeline that the folder describes. To try it in such a folder:
 `python handler.py talk.mp3`.
 """
 
@@ -14,7 +14,7 @@ from transformers import pipeline
 
 
 class EndpointHandler:
-    """Answers `{"inputs": <bytes of an audio file>, "parameters": {...}}` with `{"text": ...}`."""
+    """Answer `{"inputs": <bytes of an audio file>, "parameters": {...}}` with `{"text": ...}`."""
 
     def __init__(self, path: str = "") -> None:
         model = path or str(Path(__file__).parent)
@@ -26,8 +26,8 @@ class EndpointHandler:
         """Transcribe `data["inputs"]`; `data["parameters"]` are the pipeline's call arguments.
 
         Raises:
-            ValueError: unless the inputs are bytes: no path or address of the caller's choice is
-                ever opened.
+            ValueError: if the inputs are not bytes. The handler never opens a path or URL that the
+                caller chooses.
         """
         if not isinstance(data["inputs"], bytes):
             raise ValueError("inputs must be the bytes of an audio file")

@@ -183,7 +183,7 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
             file.flush()
             wrong = sum(row.get("word_errors", 0) for row in rows.values())
             wer = 100 * wrong / max(1, sum(row.get("words", 0) for row in rows.values()))
-            bar.set_postfix_str(f"WER {wer:.1f} %, {len(rows)} of {len(clips)} clips")
+            bar.postfix = f"WER {wer:.1f} %, {len(rows)} of {len(clips)} clips"
             bar.update(lengths[batch].sum())
     return [rows[clip.id] for clip in clips]
 

@@ -53,7 +53,7 @@ from .trainer import (
     run_lock,
 )
 from .tuning import TUNED, tune
-from .vocabulary import ctc_vocabulary, extend_vocabulary, transcript_ngram
+from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "hydra"
 FINISHED, TUNING = "finished.json", "tuning.json"
@@ -350,9 +350,15 @@ def stage_model(
     model = build_model(cfg, processor, heads, start)
     if resume and (Path(resume) / NGRAM).exists():
         model.ngram = load_arpa(Path(resume) / NGRAM)
-    if model.characters is not None and model.ngram is None:
+    elif model.characters is not None:
         words = cfg.data.words and Path(cfg.data.words).expanduser()
-        model.ngram = transcript_ngram(processor, texts, words)
+        own = transcript_ngram(processor, texts, words)
+        if model.ngram is None:
+            model.ngram = own
+        elif own and start == cfg.model.pretrained_model_path:  # later stages have it already
+            new = len({*own.words} - {*model.ngram.words})
+            print(f"the model's n-gram is mixed with that of the transcripts: {new} new words")
+            model.ngram = blend(model.ngram, own)
     return model
 
 

@@ -1,12 +1,13 @@
 """The classes of the CTC heads and the vocabulary of the search."""
 
+import math
 import string
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..asr.asr_config import ASRConfig
-from ..asr.asr_ngram import NGram, build_ngram
+from ..asr.asr_ngram import START, NGram, Table, build_ngram
 from ..asr.asr_processing import ASRProcessor
 from .manifests import DataError, Example
 
@@ -107,3 +108,40 @@ def read_words(path: Path) -> dict[str, float]:
             raise DataError(f"{path}, line {number} is not word<TAB>count: {line[:60]!r}")
         counts[word] = float(count)
     return counts
+
+
+def blend(known: NGram, new: NGram, share: float = 0.5) -> NGram:
+    """Mix two n-grams: each probability is `share` times the new one plus the rest of the known.
+
+    Linear interpolation (Jelinek and Mercer 1980), written as one backoff n-gram. Words of either
+    are in the result.
+    """
+    words = [*known.words, *(word for word in new.words if word not in known.id_of)]
+    id_of = {word: i for i, word in enumerate(words)}
+    sources = ((1 - share, known), (share, new))
+
+    def mixed(context: tuple[str, ...], word: str) -> float:
+        total = 0.0
+        for weight, ngram in sources:
+            if word in ngram.id_of:
+                ids = tuple(ngram.id_of.get(w, ngram.unknown) for w in context)
+                total += weight * math.exp(ngram.table.log_prob(ids, ngram.id_of[word]))
+        return total
+
+    followers: dict[tuple[str, ...], set[str]] = {(): {*words} - {START}}
+    for _, ngram in sources:
+        contexts = [tuple(ngram.words[i] for i in ids) for ids in ngram.table.number]
+        for at, word in ngram.table.arcs:
+            followers.setdefault(contexts[at], set()).add(ngram.words[word])
+    table = Table()
+    for context, after in sorted(followers.items(), key=lambda item: len(item[0])):
+        ids = tuple(id_of[word] for word in context)
+        found = {id_of[word]: mixed(context, word) for word in sorted(after)}
+        log_probs = {word: math.log(p) for word, p in found.items()}
+        if not context:
+            table.arcs.update({(0, word): value for word, value in log_probs.items()})
+            continue
+        lower = sum(math.exp(table.log_prob(ids[1:], word)) for word in found)
+        left = (1 - sum(found.values())) / (1 - lower)
+        table.add(ids, math.log(max(left, 1e-10)), log_probs)
+    return NGram(words, table)
