@@ -337,8 +337,8 @@ def stage_model(
 ) -> ASRModel:
     """Build the model that a stage starts with.
 
-    The transcripts determine the classes of its heads and the words of its n-gram. A resumed run
-    takes them from its checkpoint.
+    The transcripts determine the classes of its heads and the words of its n-gram. A model to start
+    from keeps its own and gains the new ones. A resumed run takes them from its checkpoint.
     """
     streamed = isinstance(data, SpeechStream)
     texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
