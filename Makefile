@@ -1,4 +1,4 @@
-# make quickstart: train, score and use a real recogniser on this CPU.   make test: the tests.
+# make quickstart: train, score and use a real recogniser on this CPU.   make test: run the tests.
 PYTHON ?= python3
 BIN := .venv/bin
 

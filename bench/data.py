@@ -1,12 +1,14 @@
-"""Data: padding of length-budget batches, speed of loading, and time to continue a run.
+"""Measure the padding of length-budget batches, the speed of loading, and the time to resume.
 
     OMP_NUM_THREADS=1 python bench/data.py
 
-Padding is counted on the quickstart's clips, against random batches of as many clips each. Loading
-is CPU time of one core, of decoding and of decoding with the features. Continuing is the time from
-the checkpoint's name to the next step's line, of a model of toy size on an epoch of 12,000 rows.
-Its checkpoint of step 50 is real; the one of step 5,000 is the same with another step in it, and
-for a stream with the position that reading 5,000 batches leads to.
+Padding: measured on the quickstart's clips, and compared with random batches of the same sizes.
+
+Loading: CPU time on one core for decoding, and for decoding plus features.
+
+Resuming: time from the line with the checkpoint's name to the line of the next step, for a toy
+model on an epoch of 12,000 rows. The checkpoint of step 50 is real. The checkpoint of step 5,000 is
+a copy with the step changed and, for a stream, the position after 5,000 batches.
 """
 
 import json
@@ -37,11 +39,11 @@ from tiny_audio.training.train import CONFIGS, build_processor
 
 FORMATS = {"WAV": ("wav", "PCM_16"), "FLAC": ("flac", "PCM_16"),
            "MP3": ("mp3", "MPEG_LAYER_III"), "Opus": ("ogg", "OPUS")}  # fmt: skip
-SECONDS, BLOCK, MOST = 8.0, 500, 2  # of the run that is continued
+SECONDS, BLOCK, MOST = 8.0, 500, 2  # batch seconds, block and clips per batch of the resumed run
 
 
 def padding(cached: assets.Assets, folder: Path) -> list[str]:
-    """Padded share of an epoch's seconds at three budgets."""
+    """Measure the padded share of an epoch's seconds at three budgets."""
     manifests = (cached.train, cached.train.with_name("synthetic.jsonl"))
     clips = [example for path in manifests for example in read_source({"path": str(path)})]
     seconds = np.array([example.duration for example in clips if example.duration < 30])
@@ -61,7 +63,7 @@ def padding(cached: assets.Assets, folder: Path) -> list[str]:
 
 
 def loading(cached: assets.Assets, folder: Path) -> list[str]:
-    """Clips a second of one core, for each format."""
+    """Measure clips per second on one core, for each audio format."""
     clips = [clip for clip in read_source({"path": str(cached.dev)}) if clip.duration < 29]
     reader = Clips(build_processor(recipe_stages(["+experiments=quickstart"])[0]), Dropped())
     lines = [f"{len(clips)} clips, mean {np.mean([c.duration for c in clips]):.1f} s, 16 kHz\n",
@@ -74,7 +76,7 @@ def loading(cached: assets.Assets, folder: Path) -> list[str]:
         rates = []
         for read in (lambda clip: load_audio(clip.audio), reader.read):
             times = []
-            for _ in range(3):  # the best of them
+            for _ in range(3):  # take the best time
                 started = time.process_time()
                 for clip in clips:
                     assert not isinstance(out := read(clip), dict) or "features" in out, out
@@ -85,7 +87,7 @@ def loading(cached: assets.Assets, folder: Path) -> list[str]:
 
 
 def toy_run(cached: assets.Assets, folder: Path) -> list[str]:
-    """Command of a run of toy size whose epoch has over 5,000 batches; its parts in `folder`."""
+    """Create toy models and data in `folder`; return overrides for a run of over 5,000 batches."""
     config = AutoConfig.from_pretrained(cached.decoder)
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
     config.update({**sizes, "num_hidden_layers": 2, "intermediate_size": 96})
@@ -113,7 +115,10 @@ def toy_run(cached: assets.Assets, folder: Path) -> list[str]:
 
 
 def until(command: list[str], word: str) -> float:
-    """Run until a line has that word, then kill; seconds since `continuing from` was said."""
+    """Run until a line contains `word`, then kill the run.
+
+    Returns the seconds since the line "continuing from", or since the start if there is none.
+    """
     command = [sys.executable, "-u", str(CONFIGS.parents[3] / "src/train.py"), *command]
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
@@ -127,7 +132,7 @@ def until(command: list[str], word: str) -> float:
 
 
 def pretend(folder: Path, command: list[str], streaming: bool) -> None:
-    """Copy the checkpoint of step 50 as one of step 5,000."""
+    """Copy the checkpoint of step 50 and turn the copy into one of step 5,000."""
     path = shutil.copytree(folder, folder.with_name("checkpoint-5000"))
     state = json.loads((path / "trainer_state.json").read_text())
     (path / "trainer_state.json").write_text(json.dumps({**state, "global_step": 5000}))
@@ -146,7 +151,7 @@ def pretend(folder: Path, command: list[str], streaming: bool) -> None:
 
 
 def resuming(cached: assets.Assets, folder: Path) -> list[str]:
-    """Seconds to the first step after a checkpoint of step 50, and of step 5,000."""
+    """Measure the seconds to the first step after checkpoints of step 50 and step 5,000."""
     lines = ["| data | step 50 | step 5,000 |", "|---|---|---|"]
     command = toy_run(cached, folder)
     for streaming in (False, True):
@@ -155,7 +160,7 @@ def resuming(cached: assets.Assets, folder: Path) -> list[str]:
         checkpoint = folder / "run/train/checkpoint-50"
         pretend(checkpoint, own, streaming)
         times: dict[int, list[float]] = {50: [], 5000: []}
-        for step in [50, 5000] * 5:  # in turns: what else the machine does hits both
+        for step in [50, 5000] * 5:  # alternate, so that other load affects both
             resume = f"training.resume_from_checkpoint={checkpoint.with_name(f'checkpoint-{step}')}"
             times[step].append(until([*own, resume], f"step {step + 1:>5}/"))
         row = [f"{median(t):.2f} s ({min(t):.2f} to {max(t):.2f})" for t in times.values()]
@@ -164,7 +169,7 @@ def resuming(cached: assets.Assets, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Measure all three; a Markdown table, also in bench/results."""
+    """Measure all three; print Markdown tables and write them to bench/results."""
     torch.set_num_threads(1)
     cached = assets.prepare()
     path = Path(__file__).parent / f"results/data_{date.today()}.md"

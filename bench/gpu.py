@@ -1,17 +1,17 @@
-"""Measure training, decoding and resuming on a GPU, at the real sizes, without weights or data.
+"""Measure training, decoding and resuming on a GPU at full size, without weights or data.
 
     python bench/gpu.py                          # about 7 minutes on an H100, no network needed
     python bench/gpu.py --tiny                   # the same at toy sizes, 3 minutes on a CPU
-    python bench/gpu.py --parts decoding --again # measure one part once more
-    python bench/gpu.py --assets ~/.cache/tiny-audio --minutes 5   # a real training run as well
+    python bench/gpu.py --parts decoding --again # repeat one part
+    python bench/gpu.py --assets ~/.cache/tiny-audio --minutes 5   # also a real training run
 
-The base models have the sizes of `+experiments=stage1` and random weights, which are drawn on the
-device. The clips are noise of the lengths of LoquaciousSet (8.4 s on average) with random texts.
-Everything else is the product's own: recipe, data, trainer, search.
+The base models have the sizes of `+experiments=stage1` and random weights, initialised on the
+device. The clips are noise with random texts, as long as those of LoquaciousSet (8.4 s on average).
+Everything else is the product's own code: recipe, data, trainer and search.
 
-Each part runs in a process of its own with a time limit. A part that fails or hangs costs only
-itself. Results are written as soon as a part ends, and the same command continues: parts that are
-done are kept. The report is `gpu.json` and `gpu.md` in --out, and the log of all parts `gpu.log`.
+Each part runs in its own process with a time limit, so a part that fails or hangs affects no other.
+Results are written after each part. Repeating the command runs only the parts that are missing. The
+report is `gpu.json` and `gpu.md` in --out; `gpu.log` is the log of all parts.
 """
 
 import argparse
@@ -59,7 +59,7 @@ STAGES = ("projector", "lora")
 
 
 def attempt(about: Row, measure: Callable[[], Row]) -> Row:
-    """`about` with what was measured, or with the error of a measurement that failed."""
+    """Run `measure`; return `about` with its figures, or with its error."""
     try:
         return about | measure()
     except Exception as error:
@@ -72,14 +72,14 @@ def attempt(about: Row, measure: Callable[[], Row]) -> Row:
 def train_stage(
     bench: Bench, name: str, steps: int, changes: tuple[str, ...] = (), adapt: Any = None
 ) -> list[Row]:
-    """Train a stage of the recipe by the product's own `run_stage`; the rows of its log.
+    """Train a stage of the recipe with the product's `run_stage`; return the rows of its log.
 
     Args:
         bench: sizes and folders.
-        name: of the stage.
-        steps: of the optimizer.
+        name: name of the stage.
+        steps: number of optimizer steps.
         changes: overrides of the recipe.
-        adapt: called with the model before it is trained.
+        adapt: called with the model before training.
     """
     lengths = [f"stages.{i}.training.max_steps={steps}" for i in range(len(STAGES))]
     cfg = bench.stage(name, *lengths, *changes)
@@ -92,7 +92,7 @@ def train_stage(
             adapt(model)
 
     def counted(model: ASRModel, settings: Row, examples: Any) -> tuple[float, str]:
-        if name not in bench.counted:  # what checkpointing computes twice is no work
+        if name not in bench.counted:  # do not count recomputation by checkpointing as work
             plain = {**settings, "gradient_checkpointing": False}
             bench.counted[name] = cost(model, plain, examples)
         return bench.counted[name]
@@ -104,7 +104,7 @@ def train_stage(
 
 
 def speed(bench: Bench, *options: Any) -> Row:
-    """Figures of a short run, after its warm-up."""
+    """Measure a short run after its warm-up."""
     warm, measured = bench.size((3, 12), (1, 3))
     bench.start_counting()
     rows = train_stage(bench, options[0], warm + measured, *options[1:])
@@ -121,7 +121,7 @@ def speed(bench: Bench, *options: Any) -> Row:
 
 
 def compile_layers(model: ASRModel) -> None:
-    """torch.compile for each layer, so that layers of one kind share what was compiled."""
+    """Apply torch.compile layer by layer, so that equal layers share the compiled code."""
     torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
     for layer in [*model.encoder.encoder.layers, *model.decoder.model.layers]:
@@ -129,7 +129,7 @@ def compile_layers(model: ASRModel) -> None:
 
 
 def fuse_loss(model: ASRModel) -> None:
-    """Liger's cross-entropy, which never holds the logits."""
+    """Use Liger's fused cross-entropy, which never materialises the logits."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     head = model.decoder.get_output_embeddings()
@@ -138,11 +138,11 @@ def fuse_loss(model: ASRModel) -> None:
     def loss(hidden: Tensor, targets: Tensor, **_: Any) -> Tensor:
         return fused(head.weight, hidden.to(head.weight.dtype), targets)
 
-    model.decoder.get_output_embeddings = lambda: nn.Identity()  # its "logits" are the frames
+    model.decoder.get_output_embeddings = lambda: nn.Identity()  # `loss` gets hidden states
     asr_modeling.F = SimpleNamespace(pad=F.pad, cross_entropy=loss)  # type: ignore[assignment]
 
 
-# Stage, name, overrides, change of the model. What may break the process comes last.
+# Stage, name, overrides, change of the model. Variants that may crash the process come last.
 VARIANTS: list[tuple[str, str, tuple[str, ...], Any]] = [
     ("projector", "the recipe", (), None),
     ("projector", "no gradient checkpointing", ("training.gradient_checkpointing=false",), None),
@@ -159,7 +159,7 @@ VARIANTS: list[tuple[str, str, tuple[str, ...], Any]] = [
 
 
 def training(bench: Bench) -> Iterator[Row]:
-    """Both stages of the recipe, and variants of them."""
+    """Measure both stages of the recipe, and variants of them."""
     for stage, name, changes, adapt in VARIANTS:
         about = {"stage": stage, "variant": name}
         try:
@@ -168,11 +168,11 @@ def training(bench: Bench) -> Iterator[Row]:
             asr_modeling.F = F  # type: ignore[assignment]
 
 
-# -- what the plan says ----------------------------------------------------------------------------
+# -- planning --------------------------------------------------------------------------------------
 
 
 def planned_model(bench: Bench, name: str) -> tuple[Any, ASRModel, Row]:
-    """What `tiny-audio plan` says of a stage, the same model on the device, and its batch."""
+    """Return the plan of a stage, the same model on the device, and a batch of the planned size."""
     cfg, seconds = bench.stage(name), bench.mean
     recipe.fit_device(cfg.training)
     own = {**OWN, "seconds": seconds, "text_rate": made_up.TOKENS_A_SECOND}
@@ -193,7 +193,7 @@ def planned_model(bench: Bench, name: str) -> tuple[Any, ASRModel, Row]:
 
 
 def planned_and_measured(bench: Bench, name: str) -> Row:
-    """One step of a stage on clips of equal length, beside what the plan says of it."""
+    """Measure one step of a stage on clips of equal length, and compare it with the plan."""
     planned, model, batch = planned_model(bench, name)
     settings = planned.cfg.training
     if settings.gradient_checkpointing:
@@ -209,7 +209,7 @@ def planned_and_measured(bench: Bench, name: str) -> Row:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the optimizer's states
+    step()  # creates the optimizer states
     bench.start_counting()
     step()
     found = bench.memory()
@@ -227,7 +227,7 @@ def planned_and_measured(bench: Bench, name: str) -> Row:
 
 
 def planning(bench: Bench) -> Iterator[Row]:
-    """Memory and work of a step: what `tiny-audio plan` says, and what is measured."""
+    """Compare the memory and work of a step with the estimates of `tiny-audio plan`."""
     for name in STAGES:
         bench.start_counting()
         yield {"stage": name} | planned_and_measured(bench, name)
@@ -237,19 +237,19 @@ def planning(bench: Bench) -> Iterator[Row]:
 
 
 def decoder_model(bench: Bench) -> tuple[Any, ASRModel]:
-    """Processor and model with both heads and an n-gram of many sentences, on the device."""
+    """Create a processor and a model on the device, with both heads and a large n-gram."""
     cfg, rng, words = bench.stage("lora"), np.random.default_rng(2), made_up.lexicon(bench)
     recipe.fit_device(cfg.training)
     processor, model = made_up.model(bench, cfg)
     texts = [made_up.sentence(words, 20, rng) for _ in range(bench.size(20_000, 200))]
     examples = [Example("", None, text, 1.0) for text in texts]
     model.ngram = recipe.transcript_ngram(processor, examples, bench.work / "words.tsv")
-    model.characters = made_up.Spelt(model.characters)
+    model.characters = made_up.FixedPosteriors(model.characters)
     return processor, model.to(bench.device).eval()  # type: ignore[arg-type]
 
 
 def seconds_of(bench: Bench, function: Callable[[], Any]) -> float:
-    """The shorter time of two calls, after one more."""
+    """The shorter time of two calls, after a warm-up call."""
     function()
     times = [bench.now()]
     for _ in range(2):
@@ -259,7 +259,7 @@ def seconds_of(bench: Bench, function: Callable[[], Any]) -> float:
 
 
 def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
-    """Times of each part of decoding a batch of clips of average length."""
+    """Measure each part of decoding a batch of clips of about average length."""
     rng = np.random.default_rng(3)
     lengths = bench.mean * rng.uniform(0.8, 1.2, clips)
     noise, texts = made_up.noise_and_texts(bench, lengths.tolist(), seed=3)
@@ -270,29 +270,29 @@ def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
         hidden, steps = model.encode(*inputs)
         some = [made_up.posteriors(processor.spell(text), hidden.shape[1], rng) for text in texts]
         model.characters.log_probs = torch.stack(some).float().to(bench.device)
-        spelt = model.characters.log_probs, steps
+        given = model.characters.log_probs, steps
         search = model.search(model.config.decoding)
         on_cpu = PrefixSearch(made_up.ALPHABET, copy.copy(model.ngram), search.settings)
-        found["search s"] = seconds_of(bench, lambda: search(*spelt))
-        found["search on CPU s"] = seconds_of(bench, lambda: on_cpu(*spelt))
+        found["search s"] = seconds_of(bench, lambda: search(*given))
+        found["search on CPU s"] = seconds_of(bench, lambda: on_cpu(*given))
         most = {"max_new_tokens": max(1, round(made_up.TOKENS_A_SECOND * lengths.max()))}
         for decode in ("ctc", "rescore", "generate"):
             options = {"generate_kwargs": most} if decode == "generate" else {}
             decoded = partial(transcribe, model, processor, hidden, steps, decode, **options)
             found[f"{decode} s"] = seconds_of(bench, decoded)
-        heard = [t.text for t in transcribe(model, processor, hidden, steps, "ctc")]
-        flattened = (spelt[0] / search.settings.temperature).log_softmax(-1)
+        hypotheses = [t.text for t in transcribe(model, processor, hidden, steps, "ctc")]
+        flattened = (given[0] / search.settings.temperature).log_softmax(-1)
         frames, _ = squeeze_blanks(flattened, steps)
     audio = float(lengths.sum())
     for decode in ("ctc", "rescore", "generate"):
         found[f"{decode} audio-s/s"] = audio / (found["encode s"] + found[f"{decode} s"])
     found["search % of rescore"] = 100 * found["search s"] * found["rescore audio-s/s"] / audio
     found["frames searched %"] = 100 * frames.shape[1] / hidden.shape[1]
-    return found | {"WER % of the search": score(texts, heard)["wer"]} | bench.memory()
+    return found | {"WER % of the search": score(texts, hypotheses)["wer"]} | bench.memory()
 
 
 def decoding(bench: Bench) -> Iterator[Row]:
-    """Encoding, the search, one scoring pass and free writing, at three sizes of batches."""
+    """Measure encoding, search, rescoring and free generation at several batch sizes."""
     processor, model = decoder_model(bench)
     for clips in bench.size((1, 8, 32), (1, 4)):
         bench.start_counting()
@@ -303,7 +303,7 @@ def decoding(bench: Bench) -> Iterator[Row]:
 
 
 def gradients(bench: Bench, model: Any, batch: Row, weights: Row, half: bool) -> dict[str, Tensor]:
-    """Loss and gradients of a batch, by part and flat, in float32 on the CPU."""
+    """Loss and gradients of a batch by part, flattened to float32 on the CPU."""
     model.zero_grad()
     with torch.autocast(bench.device, torch.bfloat16, enabled=half):
         loss = model(**batch, **weights).loss
@@ -318,14 +318,14 @@ def gradients(bench: Bench, model: Any, batch: Row, weights: Row, half: bool) ->
 
 
 def precision(bench: Bench) -> Iterator[Row]:
-    """Loss and gradients in bfloat16 against float32; then a hundred steps."""
+    """Compare loss and gradients in bfloat16 with float32; then train for a hundred steps."""
     steps = bench.size(100, 10)
     cfg = bench.stage("lora", "training.dtype=null", "training.attn_implementation=sdpa")
     processor, model = made_up.model(bench, cfg)
-    model.to(bench.device).eval()  # no dropout: both see the same
+    model.to(bench.device).eval()  # no dropout, so both compute the same
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B" in name:  # it starts at zero, where lora_A has no gradient
+            if ".lora_B" in name:  # initialised to zero, which would zero lora_A's gradient
                 parameter.normal_(std=0.02)
     clips, texts = made_up.noise_and_texts(bench, [bench.mean] * 4, seed=4)
     batch = dict(processor(clips, texts).to(bench.device))
@@ -361,7 +361,7 @@ def start_training(overrides: list[str], log: Path, **environment: str) -> subpr
 
 
 def killed_and_resumed(toy: Bench) -> Row:
-    """Losses of a run that was killed and continued, against one that was left alone."""
+    """Compare the losses of a killed and resumed run with those of an uninterrupted one."""
     steps, killed_at = 24, 10
     saves = ["training.save_strategy=steps", "training.save_steps=6", "training.logging_steps=1"]
     saves += ["stages.0.training.max_steps=3", f"stages.1.training.max_steps={steps}"]
@@ -372,7 +372,7 @@ def killed_and_resumed(toy: Bench) -> Row:
     killed = start_training(commands["killed"], toy.work / "killed.txt")
     while len(read_log(logs["killed"])) < killed_at:
         if killed.poll() is not None:
-            raise RuntimeError(f"it ended too early: {(toy.work / 'killed.txt').read_text()}")
+            raise RuntimeError(f"the run ended early: {(toy.work / 'killed.txt').read_text()}")
         time.sleep(0.02)
     killed.kill()
     killed.wait()
@@ -388,7 +388,7 @@ def killed_and_resumed(toy: Bench) -> Row:
 
 
 def resume(bench: Bench) -> Iterator[Row]:
-    """Kill a small run and continue it by the same command."""
+    """Kill a small run and resume it with the same command."""
     toy = Bench(bench.work / "toy", True)
     toy.work.mkdir()
     made_up.make_bases(toy)
@@ -400,9 +400,9 @@ def resume(bench: Bench) -> Iterator[Row]:
 
 
 def learning(bench: Bench) -> Iterator[Row]:
-    """Train the quickstart for some minutes; its WER on the evaluation clips against time."""
+    """Train the quickstart for some minutes; report the evaluation WER over time."""
     if bench.assets is None or not (Path(bench.assets) / "speech/train.jsonl").exists():
-        yield {"skipped": "no --assets: the folder in which `make quickstart` keeps its parts"}
+        yield {"skipped": "needs --assets, the cache folder of `make quickstart`"}
         return
     run = bench.work / "learning"
     steps = [f"stages.{i}.training.{what}_steps={n}" for i, n in ((0, 100), (2, 20))
@@ -412,7 +412,7 @@ def learning(bench: Bench) -> Iterator[Row]:
     process = start_training(own, bench.work / "learning.txt", TINY_AUDIO_CACHE=bench.assets)
     with suppress(subprocess.TimeoutExpired):
         process.wait(60 * bench.minutes)
-    process.terminate()  # it saves, and ends with code 75
+    process.terminate()  # it saves a checkpoint and exits with code 75
     process.wait()
     print((bench.work / "learning.txt").read_text())
     for stage in ("characters", "align", "decoder"):
@@ -425,29 +425,29 @@ def learning(bench: Bench) -> Iterator[Row]:
 
 # -- the command -----------------------------------------------------------------------------------
 
-MADE_UP = "Posteriors of random sentences, spelt with rivals: random weights would spell noise."
+MADE_UP = "Made-up posteriors of random sentences, since random weights would output noise."
 PARTS = {
-    "training": Part(training, 300, "Clips of 8.4 s on average. MFU counts no operation twice."),
+    "training": Part(training, 300, "Clips of 8.4 s on average. MFU excludes recomputation."),
     "plan": Part(planning, 90, "Clips of one length; a CTC head over all tokens, as in `plan`."),
     "decoding": Part(decoding, 100, MADE_UP),
     "precision": Part(precision, 100, "Norms of loss and gradients of a batch, without dropout."),
-    "resume": Part(resume, 100, "kill -9 in the middle, then the same command again."),
+    "resume": Part(resume, 100, "kill -9 during training, then the same command again."),
     "learning": Part(learning, 600, "The quickstart's recipe."),
 }
 
 
 def main() -> int:
-    """Run the parts that are asked for and not done; the exit code is 1 where one failed."""
+    """Run the requested parts that are not done; return 1 if a part failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu_<date>")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
-    parser.add_argument("--again", action="store_true", help="run also the parts that are done")
+    parser.add_argument("--again", action="store_true", help="repeat parts that are done")
     parser.add_argument("--assets", type=Path, help="the quickstart's cache, for `learning`")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of `learning`")
-    parser.add_argument("--limit", type=float, help="seconds of each part, instead of its own")
+    parser.add_argument("--minutes", type=float, default=3.0, help="length of `learning`")
+    parser.add_argument("--limit", type=float, help="time limit of every part, in seconds")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -457,7 +457,7 @@ def main() -> int:
         return run_here(PARTS[name], bench.work / f"{name}.jsonl", bench)
     names = args.parts.split(",")
     if unknown := set(names) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     options = {key: vars(args)[key] for key in ("tiny", "minutes", "limit")}
     options["assets"] = args.assets and str(args.assets.expanduser())
     out = args.out or ROOT / f"bench/results/gpu_{date.today()}"

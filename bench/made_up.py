@@ -1,6 +1,6 @@
-"""The recipe `stage1` without weights or data: base models drawn at random, clips of noise.
+"""The recipe `stage1` with random base models and clips of noise.
 
-For measurements at the real sizes where nothing can be downloaded.
+For measurements at full size on machines that cannot download anything.
 """
 
 import gc
@@ -54,15 +54,15 @@ MEAN_SECONDS, WORDS_A_SECOND, TOKENS_A_SECOND = 8.4, 2.2, 3.0
 
 @dataclass
 class Bench:
-    """What the parts share.
+    """Settings and state that the parts share.
 
     Attributes:
         work: folder of the base models, clips and runs.
-        tiny: toy sizes.
-        assets: the quickstart's cache, for `learning`.
-        minutes: length of `learning`.
-        device: cuda or cpu.
-        counted: work of a second of audio by stage, see `train_stage`.
+        tiny: whether to use toy sizes.
+        assets: the quickstart's cache folder, for `learning`.
+        minutes: length of `learning` in minutes.
+        device: "cuda" or "cpu".
+        counted: results of `plan.expected_cost` by stage, see `train_stage`.
     """
 
     work: Path
@@ -73,7 +73,7 @@ class Bench:
     counted: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def size(self, real: Any, toy: Any) -> Any:
-        """One of the two."""
+        """Return `toy` at toy sizes, otherwise `real`."""
         return toy if self.tiny else real
 
     @property
@@ -82,7 +82,7 @@ class Bench:
         return self.size(MEAN_SECONDS, 1.2)
 
     def overrides(self) -> list[str]:
-        """The recipe on random base models and noise, without evaluation or checkpoints."""
+        """Overrides for random base models and noise, without evaluation and checkpoints."""
         bases = [f"model.{part}_model_name={self.work / part}" for part in SIZES]
         bases += [f"model.{part}_revision=null" for part in SIZES]
         quiet = ["eval_strategy=no", "load_best_model_at_end=false", "save_strategy=no"]
@@ -98,20 +98,20 @@ class Bench:
         return next(cfg for cfg in stages if cfg.stages[0].name == name)
 
     def now(self) -> float:
-        """The time in seconds when the device has done what it was given."""
+        """The time in seconds, after waiting for the device to finish its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def start_counting(self) -> None:
-        """Free what an earlier measurement left, and count the memory's peak from here on."""
+        """Free unused memory and reset the peak."""
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def memory(self) -> Row:
-        """The memory's peak in GB; empty on a CPU."""
+        """Peak memory in GB; empty on a CPU."""
         if self.device != "cuda":
             return {}
         peaks = {"allocated": torch.cuda.max_memory_allocated()}
@@ -120,20 +120,20 @@ class Bench:
 
 
 def sentence(words: list[str], count: int, rng: np.random.Generator) -> str:
-    """Words drawn by Zipf's law: the r-th of the list with a probability of about 1 / r."""
+    """Draw words by Zipf's law: the r-th of the list with a probability proportional to 1 / r."""
     ranks = len(words) ** rng.random(count) - 1
     return " ".join(words[int(rank)] for rank in ranks)
 
 
 def lexicon(bench: Bench) -> list[str]:
-    """Invented words of one to three syllables, the most frequent first."""
+    """Make up words of one to three syllables, ordered by frequency rank."""
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 4, bench.size(20_000, 60))
     return list(dict.fromkeys("".join(rng.choice(SYLLABLES, count)) for count in counts))
 
 
 def make_bases(bench: Bench) -> None:
-    """Write configs, feature extractor and tokenizer of the base models: all but weights."""
+    """Write the configs, feature extractor and tokenizer of the base models, but no weights."""
     for part, file in SIZES.items():
         known = json.loads((ROOT / "tests/fixtures" / file).read_text())
         sizes = {key: value for key, value in known.items() if key[0] != "_"}
@@ -155,7 +155,7 @@ def make_bases(bench: Bench) -> None:
 
 
 def make_clips(bench: Bench) -> None:
-    """Write a manifest of noise with random texts, and a list of words with counts."""
+    """Write clips of noise, a manifest with random texts, and a list of words with counts."""
     lengths = np.random.default_rng(1).gamma(2.2, size=bench.size(480, 24))
     lengths = np.clip(lengths * bench.mean / lengths.mean(), 0.4, 3.5 * bench.mean).tolist()
     rows = []
@@ -174,7 +174,7 @@ def make_clips(bench: Bench) -> None:
 
 @contextmanager
 def weights(device: str) -> Iterator[None]:
-    """Base models are made on the device with random weights, where they would be loaded."""
+    """Within this context, base models get random weights on the device instead of being loaded."""
 
     def draw(kind: Any, name: str, dtype: Any = None, **_: Any) -> Any:
         with torch.device(device):
@@ -192,40 +192,42 @@ def weights(device: str) -> Iterator[None]:
 def noise_and_texts(
     bench: Bench, seconds: list[float], seed: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Clips (n,) of noise of these lengths, and a text for each."""
+    """Make clips (n,) of noise of these lengths, and a text for each."""
     rng, words = np.random.default_rng(seed), lexicon(bench)
     noise = [rng.standard_normal(int(s * SAMPLE_RATE)).astype(np.float32) / 10 for s in seconds]
     return noise, [sentence(words, max(1, round(WORDS_A_SECOND * s)), rng) for s in seconds]
 
 
 def model(bench: Bench, cfg: Any) -> tuple[Any, Any]:
-    """Processor and model of a stage, as the recipe builds them, with both CTC heads."""
+    """Build the processor and model of a stage as the recipe does, with both CTC heads."""
     processor = build_processor(cfg)
     with weights(bench.device):
         return processor, build_model(cfg, processor, (list(range(300, 400)), ALPHABET))
 
 
-class Spelt(nn.Module):
-    """The character head with another output: one of random weights would spell noise."""
+class FixedPosteriors(nn.Module):
+    """A character head that returns given posteriors; random weights would output noise."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head, self.log_probs = head, torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Do the head's work on (b, t, d), and give the posteriors (b, t, c) that were set."""
+        """Run the head on (b, t, d) for its cost, but return the fixed posteriors (b, t, c)."""
         self.head(hidden)
         return self.log_probs
 
 
-def posteriors(spelled: list[int], frames: int, rng: np.random.Generator) -> Tensor:
-    """Log-probabilities (frames, classes) as a trained head gives them: letters are short spikes,
-    with a rival each, among blanks."""
+def posteriors(letters: list[int], frames: int, rng: np.random.Generator) -> Tensor:
+    """Make log-probabilities (frames, classes) that resemble those of a trained head.
+
+    Most frames are blank. Each letter is a spike of one frame, with one rival letter.
+    """
     logits = rng.normal(0, 1, (frames, len(ALPHABET) + 1))
     logits[:, 0] += 16
-    spelled = spelled[: frames // 2]
-    at = np.linspace(0, frames - 2, len(spelled)).astype(int)
+    letters = letters[: frames // 2]
+    at = np.linspace(0, frames - 2, len(letters)).astype(int)
     logits[at, 0] -= 16
-    logits[at, spelled] += rng.uniform(4, 8, len(spelled))
-    logits[at, rng.integers(1, len(ALPHABET) + 1, len(spelled))] += rng.uniform(0, 6, len(spelled))
+    logits[at, letters] += rng.uniform(4, 8, len(letters))
+    logits[at, rng.integers(1, len(ALPHABET) + 1, len(letters))] += rng.uniform(0, 6, len(letters))
     return torch.from_numpy(logits).log_softmax(-1)

@@ -1,7 +1,8 @@
-"""Evaluate three models on the same held-out clips and write the table in docs/evaluate.md.
+"""Evaluate three models on the same held-out clips and update the table in docs/evaluate.md.
 
-`OMP_NUM_THREADS=1 python bench/models.py [outputs/quickstart]`. The summaries stay in
-docs/models.json, from which the table is made; the reports are in outputs/models.
+    OMP_NUM_THREADS=1 python bench/models.py [outputs/quickstart]
+
+Writes the summaries to docs/models.json and the reports to outputs/models.
 """
 
 import json
@@ -22,7 +23,7 @@ KEPT = (
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown of the summaries in `rows`, by the name of the model."""
+    """Render a Markdown table of the summaries in `rows`, keyed by model name."""
     first = next(iter(rows.values()))
     text = f"| {first['utterances']} held-out clips, {first['words']} words "
     text += "| WER % [95 % interval] | CER % | RTFx | memory |\n|---|---|---|---|---|\n"
@@ -34,7 +35,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Evaluate each model in a process of its own, so that its memory is its own."""
+    """Evaluate each model in its own process, to measure its peak memory separately."""
     assets, rows = prepare(synthetic=False), {}
     with tempfile.TemporaryDirectory() as published:
         unpack(fetch(WHISPER, cache_dir()), Path(published))

@@ -1,7 +1,7 @@
-"""Run measurements as parts, each in a process of its own with a time limit.
+"""Run measurements as parts, each in its own process with a time limit.
 
-A part is a function that yields rows (dicts of numbers and words). Rows are kept as they come, so
-that a part which fails or hangs costs only what it had not measured yet.
+A part is a function that yields rows (dicts of numbers and strings). Rows are saved as they come:
+if a part fails or hangs, the rows before that are kept.
 """
 
 import json
@@ -32,9 +32,9 @@ class Part:
     """A measurement.
 
     Attributes:
-        measure: yields the rows; it is called with what `run_all` was given for it.
-        limit: in seconds.
-        note: for the report.
+        measure: yields the rows; gets the arguments of `run_here`.
+        limit: time limit in seconds.
+        note: a sentence for the report.
     """
 
     measure: Callable[..., Iterator[Row]]
@@ -43,7 +43,7 @@ class Part:
 
 
 def machine() -> Row:
-    """Device, driver and versions."""
+    """Date, device, driver and versions."""
     found: Row = {"date": str(date.today()), "git": git_hash(), "python": sys.version.split()[0]}
     for name in ("torch", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel"):
         try:
@@ -58,7 +58,10 @@ def machine() -> Row:
 
 
 def run_part(command: Sequence[str], rows: Path, log: Path, limit: float) -> Row:
-    """Run a part by a command that appends its rows to the file `rows`."""
+    """Run a command that appends the rows of a part to the file `rows`.
+
+    Returns `status` ("ok" or the kind of failure), `seconds` and `rows`.
+    """
     rows.unlink(missing_ok=True)
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(rows.parent / "hf"), "PYTHONUNBUFFERED": "1"}
     quiet |= {"TOKENIZERS_PARALLELISM": "false", "TINY_AUDIO_TRACEBACK": "1"}
@@ -72,7 +75,7 @@ def run_part(command: Sequence[str], rows: Path, log: Path, limit: float) -> Row
         except subprocess.TimeoutExpired:
             status = f"stopped after its limit of {limit:.0f} s"
         finally:
-            with suppress(ProcessLookupError):  # what the part has started ends with it
+            with suppress(ProcessLookupError):  # also kill processes that the part started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return {"status": status, "seconds": time.monotonic() - started, "rows": read_log(rows)}
@@ -81,18 +84,18 @@ def run_part(command: Sequence[str], rows: Path, log: Path, limit: float) -> Row
 def run_all(
     parts: dict[str, Part], names: Sequence[str], out: Path, work: Path, again: bool, options: Row
 ) -> int:
-    """Run parts one after another, and write `gpu.json` and `gpu.md` after each.
+    """Run parts one after another; write `gpu.json` and `gpu.md` after each.
 
     Args:
-        parts: all there are.
-        names: of those to run; what is done is not run again.
-        out: folder of the report, and of the log of all parts.
-        work: folder of what the parts need and make.
-        again: run also what is done.
-        options: for the parts, as JSON in the file that `run_here` is given.
+        parts: all parts by name.
+        names: names of the parts to run; those that are done are skipped.
+        out: folder of the report and the log.
+        work: scratch folder of the parts.
+        again: repeat parts that are done.
+        options: options of the parts, passed to their processes in a JSON file.
 
     Returns:
-        The exit code, 1 where a part failed.
+        The exit code: 1 if a part failed, otherwise 0.
     """
     file, settings = out / "gpu.json", work / "options.json"
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ def run_all(
     results = {"machine": machine(), "options": options, "parts": done}
     for name in names:
         if done.get(name, {}).get("status") == "ok" and not again:
-            print(f"{name}: done before, kept", flush=True)
+            print(f"{name}: already done, skipped", flush=True)
             continue
         print(f"{name} ...", flush=True)
         with (out / "gpu.log").open("a") as log:
@@ -116,7 +119,7 @@ def run_all(
 
 
 def run_here(part: Part, rows: Path, *arguments: Any) -> int:
-    """Run a part in this process; its rows are appended to a file, one by one."""
+    """Run a part in this process and append each row to the file `rows`."""
     for row in part.measure(*arguments):
         print(row, flush=True)
         with rows.open("a") as file:
@@ -125,7 +128,7 @@ def run_here(part: Part, rows: Path, *arguments: Any) -> int:
 
 
 def markdown(results: Row, parts: dict[str, Part]) -> str:
-    """The report: a table for each part."""
+    """Render the report in Markdown, with a table for each part."""
     about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     lines = [f"# {results['machine']['device']}", "", about]
     for name, part in results["parts"].items():
@@ -139,5 +142,5 @@ def markdown(results: Row, parts: dict[str, Part]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as it stands in a table."""
+    """Format a value for a table."""
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")

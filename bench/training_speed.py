@@ -1,14 +1,14 @@
-"""Training speed on real clips: audio-seconds per CPU-second, ours against the field's plain way.
+"""Compare training speed with the usual method, in audio seconds per CPU second on real clips.
 
     python bench/training_speed.py --clips 64
     python bench/training_speed.py --table memory
 
 Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
-decoder) once on the same clips, drawn from the quickstart's recordings, with the encoder run in the
-loop. The plain way is random batches of 8, clips padded to 30 s, logits at every position; our
-three changes are then added one by one. The table `memory` shows what logits at labels only,
-gradient checkpointing and a LoRA in the encoder cost or save. Each row runs in a process of its
-own, so that its peak memory is its own.
+decoder) once on the same clips, drawn from the quickstart's recordings, without cached encoder
+frames. The usual method has random batches of 8, clips padded to 30 s, and logits at every
+position. The next rows add our three changes one by one. The table `memory` shows the cost or gain
+of logits at labels only, gradient checkpointing and encoder LoRA. Each row runs in its own process,
+to measure its peak memory separately.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-BATCH_SECONDS = 32.0  # of the decoder stage
+BATCH_SECONDS = 32.0  # batch_seconds of the quickstart's decoder stage
 OURS = {"length_batches": True, "real_length": True, "label_logits": True}
 CTC = {"decoder_loss_weight": 0.0, "ctc_loss_weight": 1.0, "character_loss_weight": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 
 def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
-    """Train once on each of `clips` clips, after one warm-up step; figures of the run."""
+    """Train one epoch on `clips` clips after a warm-up step; return the figures of the run."""
     import torch
     from torch.nn import functional as F
 
@@ -66,10 +66,10 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
     model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
     if variant.get("checkpointing"):
         model.gradient_checkpointing_enable()
-    logits: list[int] = []  # bytes of them, at each step
+    logits: list[int] = []  # bytes of the logits in each step
     head = model.decoder.get_output_embeddings()
     head.register_forward_hook(lambda module, given, output: logits.append(output.nbytes))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # what is frozen has no gradient
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # frozen ones get no gradient
     durations = [example.duration for example in data.examples]
     if variant.get("length_batches"):
         batches = list(LengthBatchSampler(durations, 64.0 if "ctc" in variant else BATCH_SECONDS))
@@ -82,7 +82,7 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
         settings = variant.get("ctc", {"ctc_loss_weight": 0.2})
         if variant.get("label_logits"):
             loss = model(**inputs, **settings).loss
-        else:  # logits at every position; the CTC loss, which they know nothing of, is left out
+        else:  # logits at every position, without the CTC loss
             labels = inputs.pop("labels")
             out = model(**inputs, **settings).logits
             loss = F.cross_entropy(
@@ -92,7 +92,7 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         if step == 0:
-            started = time.process_time()  # the first step warms up
+            started = time.process_time()  # the first step is a warm-up
             continue
         audio += batch["seconds"]
         padded += batch["input_features"].shape[-1] / 100 * len(batch["ids"])
@@ -107,11 +107,11 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every variant and print a Markdown table, also into bench/results."""
+    """Measure every variant; print a Markdown table and write it to bench/results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clips", type=int, default=64, help="that each row is trained on")
+    parser.add_argument("--clips", type=int, default=64, help="number of clips to train on")
     parser.add_argument("--table", choices=("speed", "memory"), default="speed")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -89,7 +89,7 @@ def make_broken(folder: Path) -> list[tuple[dict, str]]:
     add("says_too_long", "over max_seconds", audio="says_longer.wav", duration=99.0)
     add("negative_duration", READ, audio="says_longer.wav", duration=-3.0)
     write_audio(folder / "really_long.wav", tone(9.0), rate, "pcm_s16le")
-    add("longer_than_said", "not as long as it says", audio="really_long.wav", duration=2.0)
+    add("longer_than_said", "not as long as stated", audio="really_long.wav", duration=2.0)
     return rows
 
 

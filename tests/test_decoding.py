@@ -126,7 +126,7 @@ def test_a_list_of_words_is_checked(tmp_path):
     path.write_text("muted\t30\nbluetooth\t7\n")
     assert read_words(path) == {"muted": 30.0, "bluetooth": 7.0}
     path.write_text("muted\t30\nbluetooth\n")
-    with pytest.raises(DataError, match=r"words\.tsv, line 2 is no word, tab and count"):
+    with pytest.raises(DataError, match=r"words\.tsv, line 2 is not word<TAB>count"):
         read_words(path)
     with pytest.raises(DataError, match="no such file"):
         read_words(tmp_path / "none.tsv")
@@ -287,7 +287,7 @@ def test_a_file_of_terms(tmp_path, capsys):
     path.write_text("Ada Lovelace\n\n  Łódź \n")
     assert read_terms(str(path)) == ["Ada Lovelace", "Łódź"]
     path.write_text("\n")
-    for bad, why in ((path, "names nothing"), (tmp_path / "none", "No such file")):
+    for bad, why in ((path, "is empty"), (tmp_path / "none", "No such file")):
         with pytest.raises(SystemExit):
             transcribe_command(["talk.wav", "--terms", str(bad)])
         assert why in capsys.readouterr().err

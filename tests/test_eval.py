@@ -372,7 +372,7 @@ def test_compare_says_who_wins_and_where(tmp_path, capsys):
         cli.main(["compare", folders[0], str(tmp_path)])
     part = results(tmp_path / "d", dict([*said.items()][:30]), said)
     assert cli.main(["compare", folders[0], str(part)]) == 0
-    assert "10 utterances, scored in one of the two only, are left out" in capsys.readouterr().out
+    assert "ignoring 10 utterances that only one of the two scored" in capsys.readouterr().out
 
 
 # -- leaderboard -----------------------------------------------------------------------------------
@@ -415,10 +415,10 @@ def test_leaderboard_adds_in_order(clone):
     [
         ({"n": 499}, "499 samples, 500 are needed"),
         ({"errors": 3}, "3 clips failed"),
-        ({"git_hash": "0123456789ab+"}, "no commit"),
-        ({"git_hash": "unknown"}, "no commit"),
-        ({"dataset": "ami"}, "not of speechbrain/LoquaciousSet"),
-        ({"source": {"split": "dev"}}, "not of speechbrain/LoquaciousSet"),
+        ({"git_hash": "0123456789ab+"}, "not committed"),
+        ({"git_hash": "unknown"}, "not committed"),
+        ({"dataset": "ami"}, "not on speechbrain/LoquaciousSet"),
+        ({"source": {"split": "dev"}}, "not on speechbrain/LoquaciousSet"),
     ],
 )
 def test_leaderboard_refuses(changed, why, clone):

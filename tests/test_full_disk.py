@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tiny_audio.training.train import CONFIGS, FINISHED
-from tiny_audio.training.trainer import full_disk_is_said
+from tiny_audio.training.trainer import explain_full_disk
 
 # A disk of its own for the child alone, which needs no rights outside.
 DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc"]
@@ -58,10 +58,10 @@ def test_a_full_disk_costs_nothing(tiny_bases, corpus, tmp_path):
 
 
 def test_other_failures_pass_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="of another kind"), full_disk_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="of another kind"), explain_full_disk(tmp_path):
         raise RuntimeError("of another kind")
     (Path(tmp_path) / "x.tmp").write_text("half")
-    with pytest.raises(OSError, match="is full"), full_disk_is_said(tmp_path):
+    with pytest.raises(OSError, match="is full"), explain_full_disk(tmp_path):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
     assert shutil.disk_usage(tmp_path).free

@@ -65,7 +65,7 @@ def test_every_part_has_a_result(tmp_path):
     assert parts["resume"]["rows"][0]["same"]
     assert "--assets" in parts["learning"]["rows"][0]["skipped"]
     code, printed, _ = run(ROOT / "bench/gpu.py", tmp_path)
-    assert code == 0 and printed.count("done before, kept") == len(PARTS)
+    assert code == 0 and printed.count("already done, skipped") == len(PARTS)
 
 
 @pytest.mark.long
@@ -81,7 +81,7 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path):
     assert found == ["before it failed", "before it hung", "all"]
     assert "## hangs: stopped" in printed and "broken" in (tmp_path / "gpu.log").read_text()
     _, printed, _ = run(script, tmp_path, "--parts", "works")
-    assert "works: done before, kept" in printed
+    assert "works: already done, skipped" in printed
 
 
 def test_the_fused_loss_is_the_loss(build, clips, monkeypatch):

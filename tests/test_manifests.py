@@ -53,7 +53,7 @@ def test_columns_that_nobody_can_guess_are_named(tmp_path):
 
 def test_a_file_that_is_no_manifest_says_what_is_read(tmp_path):
     (tmp_path / "list.txt").write_text("a.wav hello")
-    with pytest.raises(DataError, match=r"list\.txt: not read; the endings that are: \.jsonl"):
+    with pytest.raises(DataError, match=r"list\.txt: unknown file type; known types: \.jsonl"):
         rows_of(tmp_path / "list.txt")
 
 

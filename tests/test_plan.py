@@ -98,7 +98,7 @@ def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
     loss, described = real_step(model, processor, settings)
     with FlopCounterMode(display=False) as counter:
         loss().backward()
-    cost = plan.count(plan.twin_of(model), settings, **described)
+    cost = plan.count(plan.meta_copy(model), settings, **described)
     audio = described["seconds"] * described["clips"]
     ratio = sum(cost.gflop.values()) * audio * 1e9 / counter.get_total_flops()
     # With LoRA on q and k alone, the first layer's values need no gradient; a fused kernel, as a
@@ -135,7 +135,7 @@ def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
     with recorder:
         loss().backward()
         optimizer.step()
-    planned = sum(plan.count(plan.twin_of(model), settings, **described).memory.values())
+    planned = sum(plan.count(plan.meta_copy(model), settings, **described).memory.values())
     assert planned == pytest.approx(recorder.most, rel=0.15)
     states = sum(p.nbytes for p in model.parameters())
     assert recorder.most > 1.5 * states  # what the step needs beside the weights is what is tested
@@ -198,8 +198,8 @@ def test_batches_of_five_on_forty_gigabytes(planned):
     [
         (["gpu=a41"], "did you mean 'a40'"),
         (["budget=12"], "budget= needs price="),
-        (["utilisation=40"], "utilisation= is a share of 1"),
-        (["seconds=0"], "figures are above 0"),
+        (["utilisation=40"], "utilisation= at most 1"),
+        (["seconds=0"], "figures must be above 0"),
         (["+experiments=stage9"], "Available options in 'experiments': "),
         (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["lerning_rate=1"], "Could not override 'lerning_rate'"),

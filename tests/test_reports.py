@@ -28,7 +28,7 @@ from tiny_audio.commands.transcribe import main as transcribe
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import Clips, Dropped
 from tiny_audio.training.manifests import DataError, Reader
-from tiny_audio.training.train import NGRAM, only_run
+from tiny_audio.training.train import NGRAM, run_lock
 
 # -- audio ---------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def test_a_duration_that_is_no_number_names_its_row(tmp_path, said):
     rows += [{"audio": "a.wav", "text": "go", "duration": said}]
     reader = Reader({"path": str(write_manifest(tmp_path / "m.jsonl", rows))})
     reader.read()
-    with pytest.raises(DataError, match=r"m\.jsonl, row 2: duration .* is no number of seconds"):
+    with pytest.raises(DataError, match=r"m\.jsonl, row 2: duration .* is not a number of seconds"):
         reader.read()
 
 
@@ -225,7 +225,7 @@ def test_fewer_samples_than_one_are_refused(build):
 
 def test_two_runs_in_one_folder(compose, tmp_path):
     cfg = compose(steps=(1, 1))
-    with only_run(Path(cfg.run.output_dir)), pytest.raises(ValueError, match="another run"):
+    with run_lock(Path(cfg.run.output_dir)), pytest.raises(ValueError, match="another run"):
         recipe.train(cfg)
     recipe.train(cfg)  # it was let go
 

@@ -321,7 +321,7 @@ def test_sigkill_at_any_moment_changes_nothing(run_in, uninterrupted, streaming,
         assert process.exitcode == -signal.SIGKILL, said_in(folder).read_text()[-3000:]
     assert torn == 2
     said = finish(run_in(folder, streaming), folder)
-    assert "checkpoint-12: was cut short, removed" in said and "continuing from" in said
+    assert "checkpoint-12: incomplete, removed" in said and "continuing from" in said
     assert_same_run(folder, uninterrupted[streaming])
 
 

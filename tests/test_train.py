@@ -216,12 +216,12 @@ def test_a_run_that_goes_on_with_other_settings_names_them(compose, monkeypatch,
 
 def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
     (tmp_path / "run/years of work").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run holds no run of this recipe"):
+    with pytest.raises(ValueError, match="run is no run of this recipe"):
         recipe.train(compose("run.fresh=true"))
     assert (tmp_path / "run/years of work").exists()
     start = tmp_path / "run/align/final"  # of what it is to start from
     start.mkdir(parents=True)
-    with pytest.raises(ValueError, match="or what it starts from"):
+    with pytest.raises(ValueError, match="or holds its starting model"):
         recipe.train(compose("run.fresh=true", f"model.pretrained_model_path={start}"))
     assert start.exists()
 
@@ -465,7 +465,7 @@ def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path,
         steps=(1, 1), output="next", learning_rate=1e-12,
     )  # fmt: skip
     second = recipe.train(cfg)
-    assert "does not know, and learns: ž (5x), á (5x)" in capsys.readouterr().out
+    assert "new letters, which the model will learn: ž (5x), á (5x)" in capsys.readouterr().out
     old, new = ASRModel.from_pretrained(first), ASRModel.from_pretrained(second)
     known = len(old.config.ctc_alphabet)
     assert new.config.ctc_alphabet[:known] == old.config.ctc_alphabet

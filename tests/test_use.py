@@ -375,7 +375,7 @@ def test_command_line_writes_subtitles_and_continues(model_folder, files, tmp_pa
     (out / "talk.srt").write_text("kept")
     (out / "meeting.srt").unlink()
     assert transcribe.main(run) == 0
-    assert "1 of 2 done before" in capsys.readouterr().err
+    assert "1 of 2 already done" in capsys.readouterr().err
     assert (out / "talk.srt").read_text() == "kept" and (out / "meeting.srt").exists()
     assert sorted(p.name for p in out.iterdir()) == ["meeting.srt", "talk.srt"]
 
@@ -408,7 +408,7 @@ def test_channels_that_cancel_are_said(tmp_path, pipe, caplog):
 def test_command_line_refuses_two_inputs_for_one_output(files, tmp_path, capsys):
     other = str(Path(files[0]).with_suffix(".wav"))
     for run, says in (
-        ([files[0], other, "--output-dir", str(tmp_path)], "written to one"),
+        ([files[0], other, "--output-dir", str(tmp_path)], "the same output file"),
         ([*files, "--format", "srt"], "--output-dir"),
     ):
         with pytest.raises(SystemExit, match="2"):

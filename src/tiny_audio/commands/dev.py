@@ -1,4 +1,4 @@
-"""`tiny-audio dev <task>`: the commands of people who change this code."""
+"""`tiny-audio dev <task>`: development tasks."""
 
 import subprocess
 import sys
@@ -11,13 +11,13 @@ TASKS: dict[str, list[list[str]]] = {
     "format": [["ruff", "format", *PATHS], ["ruff", "check", "--fix", *PATHS]],
     "lint": [["ruff", "check", *PATHS], ["ruff", "format", "--check", *PATHS]],
     "type-check": [["pyright"]],
-    "test": [["pytest", "--numprocesses=2", "--dist=loadfile"]],  # a file to each of two
+    "test": [["pytest", "--numprocesses=2", "--dist=loadfile"]],  # a file per process
 }
 TASKS["check"] = [*TASKS["lint"], *TASKS["type-check"], *TASKS["test"]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a task; further arguments go to its last program. Stops at the first failure."""
+    """Run a task and stop at its first failure; further arguments go to its last command."""
     parser = parser_of("dev", main.__doc__)
     parser.add_argument("task", choices=TASKS)
     args, rest = parser.parse_known_args(argv)

@@ -1,11 +1,11 @@
-"""`tiny-audio eval MODEL`: word error rate on a dataset, with a 95 % interval.
+"""`tiny-audio eval MODEL`: measure the word error rate on a dataset, with a 95 % interval.
 
-MODEL is a folder or Hub id of ours, any speech recognition model of transformers, or a CTranslate2
-Whisper folder. The dataset is a manifest (.jsonl, .csv), a folder of audio, a Hub dataset id, or
-one of the short-form sets of the Open ASR Leaderboard: ami, earnings22, gigaspeech,
-librispeech.clean, librispeech.other, spgispeech, tedlium, voxpopuli. Writes results.jsonl (as it
-goes, in results-*.jsonl: the same command continues), results.txt (worst first), summary.json and
-report.html (plots, and the worst clips to listen to) into --out.
+MODEL is the folder or Hub id of a tiny-audio model, of any speech recognition model of
+transformers, or a CTranslate2 Whisper folder. The dataset is a manifest (.jsonl, .csv), a folder of
+audio, a Hub dataset id, or a short-form set of the Open ASR Leaderboard: ami, earnings22,
+gigaspeech, librispeech.clean, librispeech.other, spgispeech, tedlium, voxpopuli. Writes
+results.jsonl, results.txt (worst first), summary.json and report.html (plots, and players for the
+worst clips) into --out. An interrupted command continues from results-*.jsonl when repeated.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from ..training.manifests import SOURCE, DataError, Example, read_source
 from . import home_path, parser_of
 from .transcribe import DECODE_HELP
 
-Row = dict[str, Any]  # of results.jsonl; also options and summaries
+Row = dict[str, Any]  # a row of results.jsonl, options, or a summary
 PACKAGES = ["torch", "transformers", "datasets", "jiwer", "whisper-normalizer", "numpy"]
 # Datasets by name: the short-form English sets of the Open ASR Leaderboard, and the default.
 OPEN_ASR = {"path": "hf-audio/esb-datasets-test-only-sorted", "duration_column": "audio_length_s"}
@@ -50,11 +50,11 @@ for short in SHORT.split():
     SETS[short] = {**OPEN_ASR, "name": config, "split": ".".join(["test", *part])}
 LOQUACIOUS = "speechbrain/LoquaciousSet"
 SETS[LOQUACIOUS] = {"name": "small", "audio_column": "wav", "id_column": "ID"}
-NO_REFERENCE = "ignore time segment in scoring"  # TED-LIUM's mark of what is not to be scored
+NO_REFERENCE = "ignore time segment in scoring"  # TED-LIUM's mark for segments not to score
 
 
 def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
-    """Rows of results.jsonl for one batch; a clip that fails has `error` instead of `wer`."""
+    """Transcribe a batch; yield rows of results.jsonl, with `error` instead of `wer` on failure."""
     started, normal = time.perf_counter(), normalizer(pipe.language)
     clips: dict[str, Any] = {}
     answers: dict[str, Row] = {}
@@ -81,7 +81,7 @@ def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
 
 
 def peak_memory() -> float:
-    """The most memory so far in GB: of the GPU where there is one, else of this process."""
+    """Peak memory in GB: of the GPU if one is used, otherwise of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return (torch.cuda.max_memory_allocated() or resident) / 1e9
@@ -90,31 +90,35 @@ def peak_memory() -> float:
 def evaluate(
     pipe: Any, clips: list[Example], out: Path, options: Row | None = None, about: Row | None = None
 ) -> Row:
-    """Transcribe and score `clips` into the folder `out`; what is there already is kept.
+    """Transcribe and score `clips`, and write the results into the folder `out`.
+
+    Clips that an interrupted evaluation transcribed with the same settings are not repeated.
 
     Args:
-        pipe: what `load_recogniser` returns.
-        options: of our pipeline; `batch_seconds` (default 60) holds for every model.
-        about: what else is to be in the summary.
+        pipe: a recogniser from `load_recogniser`.
+        clips: the examples to score.
+        out: folder of the results.
+        options: options of our pipeline; `batch_seconds` (default 60) applies to every model.
+        about: further entries of the summary.
 
     Returns:
-        The summary: see `scoring.score`, with `errors` (clips that could not be read or decoded),
-        `seconds` of audio, `rtfx` (audio seconds per second of reading and decoding), the peak
-        memory, and all that it ran with.
+        The summary: the figures of `scoring.score`, `errors` (clips that could not be read or
+        decoded), `seconds` of audio, `rtfx` (audio seconds per second of reading and decoding),
+        peak memory, and all settings.
 
     Raises:
-        ValueError: when no clip could be scored.
+        ValueError: if no clip could be scored.
     """
     options, about = {"batch_seconds": 60.0, **(options or {})}, dict(about or {})
     command = about.pop("command", "")
     out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(pipe, options, about)
     seen: Counter[str] = Counter()
-    for clip in clips:  # an id that is there twice is told apart
+    for clip in clips:  # make repeated ids unique
         seen[clip.id] += 1
         clip.id += f"#{seen[clip.id]}" if seen[clip.id] > 1 else ""
     mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    work = out / f"results-{mark}.jsonl"  # of these settings: what others left is not mixed in
+    work = out / f"results-{mark}.jsonl"  # keeps results of different settings apart
     rows = transcribe_all(pipe, clips, work, options)
     scored = [row for row in rows if "error" not in row]
     failed = [row for row in rows if "error" in row]
@@ -143,7 +147,7 @@ def evaluate(
 
 
 def settings_of(pipe: Any, options: Row, about: Row) -> Row:
-    """What the texts depend on: model, options, code and library versions."""
+    """Everything that may affect the texts: model, options, code and library versions."""
     packages = PACKAGES + ["faster-whisper"] * isinstance(pipe, FasterWhisper)
     return {
         **about,
@@ -158,13 +162,12 @@ def settings_of(pipe: Any, options: Row, about: Row) -> Row:
 
 
 def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) -> list[Row]:
-    """Transcribe clips, longest first, and append each row to the file `work` as it is done.
+    """Transcribe clips, longest first, and append each batch's rows to the file `work`.
 
-    Clips that `work` already holds are not transcribed again. Returns the rows in the order of
-    `clips`.
+    Skips clips that `work` already contains. Returns the rows in the order of `clips`.
     """
     text = work.read_text() if work.exists() else ""
-    work.write_text(text[: text.rfind("\n") + 1])  # a killed run leaves half a line
+    work.write_text(text[: text.rfind("\n") + 1])  # drop the partial line of a killed run
     done = {row["id"]: row for row in read_log(work) if "error" not in row}
     rows = {clip.id: done[clip.id] for clip in clips if clip.id in done}
     left = [clip for clip in clips if clip.id not in rows]
@@ -186,29 +189,29 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
 
 
 def lines(row: Row) -> str:
-    """One utterance of results.txt."""
+    """Format one utterance for results.txt."""
     result = f"ERROR {row['error']}" if "error" in row else f"WER {row['wer']:.1f} %"
     texts = f"  ref: {row['reference']}\n  hyp: {row['prediction']}\n"
     return f"{row['id']}  {result}  {row['duration']:.1f} s\n{texts}"
 
 
 def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
-    """The examples that the command line names, and where they come from, as resolved.
+    """Read the examples that the command line names; also return their resolved source.
 
     Raises:
-        DataError: when there is no such data, or it has no references.
+        DataError: if the data cannot be read or has no references.
     """
     given = {key: value for key, value in vars(args).items() if key in SOURCE and value is not None}
     source = {"path": args.dataset, "split": "test", **SETS.get(args.dataset, {}), **given}
     path = Path(args.dataset).expanduser()
-    here = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
-    if here and (of_hub := given.keys() & {"name", "split", "revision"}):
-        raise DataError(f"{path} is no dataset of the Hub: it has no {', '.join(sorted(of_hub))}")
+    local = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
+    if local and (unfit := given.keys() & {"name", "split", "revision"}):
+        raise DataError(f"{path} is no dataset of the Hub: it has no {', '.join(sorted(unfit))}")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty")
     examples = []
     try:
-        if not here:
+        if not local:
             source["revision"] = dataset_info(source["path"], revision=args.revision).sha
         for example in read_source(source):
             if example.text.strip().lower().replace("_", " ") != NO_REFERENCE:
@@ -216,7 +219,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
             if len(examples) == args.max_samples:
                 break
     except (DataError, httpx.HTTPError, ValueError, OSError) as error:
-        where = "" if here else " as a dataset of the Hub, and no such file is here"
+        where = "" if local else " as a dataset of the Hub, and there is no such file"
         raise DataError(f"{args.dataset} cannot be read{where}: {one_line(error)}") from error
     if not any(example.text.strip() for example in examples):
         raise DataError(f"{args.dataset}: all references are empty; is --text-column right?")
@@ -226,24 +229,24 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score a model; 1 is returned when clips could not be read."""
+    """Evaluate a model; return 1 if some clips failed, and 2 on an error."""
     parser = parser_of("eval", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--dataset", default=LOQUACIOUS, help="default: %(default)s")
     parser.add_argument("--name", help="configuration of a Hub dataset")
-    parser.add_argument("--split", help="of a Hub dataset; default: test")
+    parser.add_argument("--split", help="split of a Hub dataset; default: test")
     parser.add_argument("--revision", help="commit of a Hub dataset; default: the newest")
     parser.add_argument("--audio-column", metavar="NAME", help="default: audio")
     parser.add_argument("--text-column", metavar="NAME", help="default: text")
     parser.add_argument("--language", default="en", help="en, de, ...; default: %(default)s")
     parser.add_argument("--max-samples", type=int, metavar="N", help="the first N; default: all")
-    parser.add_argument("--batch-seconds", type=float, default=60.0, help="audio decoded together")
+    parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio in a batch")
     parser.add_argument("--out", type=home_path, help="default: outputs/eval_<model>_<dataset>...")
-    parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
-    parser.add_argument("--decode", choices=DECODE, help=f"of a model of ours: {DECODE_HELP}")
+    parser.add_argument("--device", help="cpu, cuda, mps; default: the best one")
+    parser.add_argument("--decode", choices=DECODE, help=f"tiny-audio models only: {DECODE_HELP}")
     args = parser.parse_args(argv)
     if args.max_samples is not None and args.max_samples < 1:
-        parser.error(f"--max-samples {args.max_samples}: at least one is needed")
+        parser.error(f"--max-samples {args.max_samples}: must be at least 1")
     options = {"batch_seconds": args.batch_seconds}
     options |= {"decode": args.decode} if args.decode else {}
     data = Path(args.dataset)

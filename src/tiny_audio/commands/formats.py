@@ -1,4 +1,4 @@
-"""A transcript as a file: plain text, SubRip, WebVTT, JSON."""
+"""Render transcripts as plain text, SubRip, WebVTT or JSON."""
 
 import json
 from html import escape
@@ -8,13 +8,13 @@ FORMATS = ("txt", "srt", "vtt", "json")
 
 
 def clock(seconds: float, point: str = ".") -> str:
-    """Seconds as hh:mm:ss.mmm."""
+    """Format seconds as hh:mm:ss.mmm."""
     ms = round(1000 * seconds)
     return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"
 
 
 def render(result: dict[str, Any], kind: str) -> str:
-    """A result of the pipeline as text of one of `FORMATS`; srt and vtt need its `chunks`."""
+    """Render a result of the pipeline in one of `FORMATS`; srt and vtt need its `chunks`."""
     if kind == "txt":
         return result["text"] + "\n"
     if kind == "json":
@@ -23,6 +23,6 @@ def render(result: dict[str, Any], kind: str) -> str:
     cues = []
     for i, chunk in enumerate(result["chunks"], 1):
         times = " --> ".join(clock(t, point) for t in chunk["timestamp"])
-        text = " ".join(chunk["text"].split()).replace("-->", "->")  # an empty line ends a cue
+        text = " ".join(chunk["text"].split()).replace("-->", "->")  # an empty line ends the cue
         cues.append(f"{i}\n{times}\n{escape(text, quote=False) if kind == 'vtt' else text}\n")
     return ("WEBVTT\n\n" if kind == "vtt" else "") + "\n".join(cues)

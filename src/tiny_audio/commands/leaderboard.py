@@ -1,6 +1,6 @@
 """`tiny-audio leaderboard add outputs/eval_...`: add an evaluation to the leaderboard.
 
-The entries are in docs/leaderboard.json; the table in docs/evaluate.md is made from it. See
+docs/leaderboard.json holds the entries; the table in docs/evaluate.md is generated from it. See
 CONTRIBUTING.md.
 """
 
@@ -17,20 +17,20 @@ COLUMNS = ("contributor", "model", "utterances", "git_hash", "date")
 
 
 def entry(folder: Path, contributor: str) -> dict[str, Any]:
-    """The line of one evaluation.
+    """Make the leaderboard entry of one evaluation.
 
     Raises:
-        SystemExit: for an evaluation that cannot stand beside the others; says why.
+        SystemExit: if the evaluation is not comparable to the others; says why.
     """
     if not (folder / "summary.json").is_file():
-        sys.exit(f"error: {folder} holds no finished evaluation: tiny-audio eval makes one")
+        sys.exit(f"error: {folder} holds no finished evaluation; create one with tiny-audio eval")
     s = json.loads((folder / "summary.json").read_text())
     committed = s["git_hash"].isalnum() and s["git_hash"] != "unknown"
     wanted = {
-        f"it is not of {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) == (DATASET, SPLIT),
+        f"it is not on {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) == (DATASET, SPLIT),
         f"{s['errors']} clips failed": not s["errors"],
         f"{s['utterances']} samples, {MIN_SAMPLES} are needed": s["utterances"] >= MIN_SAMPLES,
-        f"its code, {s['git_hash']}, is no commit: commit, then evaluate": committed,
+        f"its code {s['git_hash']} is not committed: commit, then evaluate": committed,
     }
     if reasons := [reason for reason, holds in wanted.items() if not holds]:
         sys.exit(f"error: {folder} is refused: {'; '.join(reasons)}")
@@ -39,7 +39,7 @@ def entry(folder: Path, contributor: str) -> dict[str, Any]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """Markdown, best first; a quoted figure has no interval."""
+    """Render entries as a Markdown table, best first; quoted figures have no interval."""
     lines = [["rank", "WER %", *COLUMNS], ["---"] * (len(COLUMNS) + 2)]
     for rank, e in enumerate(sorted(entries, key=lambda e: e["wer"]), 1):
         span = f"[{e['wer_low']:.2f}, {e['wer_high']:.2f}]" if "wer_low" in e else "(quoted)"
@@ -48,15 +48,15 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Add a line to docs/leaderboard.json and rewrite the table that is made from it."""
+    """Add an entry to docs/leaderboard.json and regenerate the table."""
     parser = parser_of("leaderboard", __doc__)
     parser.add_argument("action", choices=["add"])
-    parser.add_argument("folder", type=Path, help="what tiny-audio eval wrote")
+    parser.add_argument("folder", type=Path, help="written by tiny-audio eval")
     parser.add_argument("--contributor", required=True, metavar="NAME")
     args = parser.parse_args(argv)
     file, page = Path("docs/leaderboard.json"), Path("docs/evaluate.md")
     if not file.is_file():
-        sys.exit(f"error: {file} is not here: stand in the clone of tiny-audio")
+        sys.exit(f"error: there is no {file}: run this in a clone of tiny-audio")
     entries = [*json.loads(file.read_text()), entry(args.folder, args.contributor)]
     before, rest = page.read_text().split(BEGIN)
     file.write_text(json.dumps(entries, indent=2) + "\n")

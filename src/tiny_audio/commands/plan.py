@@ -1,16 +1,16 @@
-"""`tiny-audio plan +experiments=stage1 gpu=a40 price=0.50 hours=24`: the cost before the run.
+"""`tiny-audio plan +experiments=stage1 gpu=a40 price=0.50 hours=24`: estimate the cost of a run.
 
-Counts a step of each stage from the configs alone, without weights or data, and says what it needs
-in work, memory, time and money. Arguments are those of src/train.py, and:
+Counts one step of each stage from the configs alone, without weights or data. Prints the work,
+memory, time and money that the recipe needs. Arguments are those of src/train.py, and:
 
-  gpu=a40           which one: see the table that this prints
-  price=0.50        dollars an hour
-  hours=24          what so many hours buy; or budget=12, dollars
-  utilisation=0.4   share of the peak that training reaches: an assumption, unless --measure
+  gpu=a40           the GPU; the printed table lists all of them
+  price=0.50        dollars per hour
+  hours=24          also print how many steps this time buys; or budget=12, in dollars
+  utilisation=0.4   assumed share of the peak that training reaches; --measure replaces it
   seconds=8.4       length of a clip
-  text_rate=3       transcript tokens a second of audio
+  text_rate=3       transcript tokens per second of audio
 
-A vocabulary of the data is not known here: the CTC head is counted with the decoder's whole one.
+The vocabulary of the data is unknown here, so the CTC head is counted with all decoder tokens.
 """
 
 import sys
@@ -37,7 +37,7 @@ from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
 OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
-MARGIN = 0.1  # of the memory, for the driver and what fragmentation wastes
+MARGIN = 0.1  # share of the memory left for the driver and fragmentation
 LETTERS = 40  # classes of a character head; English has 28
 CHANGES = ("encoder_lora.r=0", "training.gradient_checkpointing=false")
 RECIPES = ("stage1", "archive/lora_decoder", "parakeet", "quickstart", "mac_minimal")
@@ -45,8 +45,17 @@ RECIPES = ("stage1", "archive/lora_decoder", "parakeet", "quickstart", "mac_mini
 
 @dataclass
 class Stage:
-    """A stage of a recipe: `gflop` for a second of audio, `gb` at the fullest moment, `audio` in
-    hours over all its steps."""
+    """A counted stage of a recipe.
+
+    Attributes:
+        cfg: the stage's config.
+        model: the model on the meta device.
+        cost: the cost of a step.
+        clips: clips in a step.
+        gflop: GFLOP per second of audio.
+        gb: peak memory in GB.
+        audio: hours of audio over all steps.
+    """
 
     cfg: Any
     model: ASRModel
@@ -58,7 +67,7 @@ class Stage:
 
 
 def recipe_stages(overrides: Sequence[str]) -> list[Any]:
-    """The config of each stage of a recipe, with no other stage in it."""
+    """The config of each stage of a recipe; `stages` contains only that stage."""
     cfg = compose_recipe(overrides)
     return [
         OmegaConf.merge(merged, {"stages": [stage]})
@@ -67,10 +76,10 @@ def recipe_stages(overrides: Sequence[str]) -> list[Any]:
 
 
 def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
-    """Count one stage.
+    """Count one stage; reads only the configs of the base models.
 
     Raises:
-        OSError: when a base model's config is not found; only that file is read.
+        OSError: if such a config is not found.
     """
     bases: list[Any] = []
     for part in ("encoder", "decoder"):
@@ -90,21 +99,21 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
         **{k: cfg.model[k] for k in ("stack", "projector_hidden", "bridge", "ctc_hidden")},
     )
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
-    twin = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))
-    freeze_idle(twin, settings)
+    meta = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))
+    freeze_idle(meta, settings)
     seconds, clips = own["seconds"], int(settings["batch_seconds"] / own["seconds"])
     clips = max(1, min(clips, settings["per_device_train_batch_size"] or clips))
-    cost = count(twin, settings, seconds, round(own["text_rate"] * seconds), clips)
+    cost = count(meta, settings, seconds, round(own["text_rate"] * seconds), clips)
     steps = settings["max_steps"] * settings["gradient_accumulation_steps"]
     gflop, gb = sum(cost.gflop.values()), sum(cost.memory.values()) / 1e9
-    return Stage(cfg, twin, cost, clips, gflop, gb, steps * clips * seconds / 3600)
+    return Stage(cfg, meta, cost, clips, gflop, gb, steps * clips * seconds / 3600)
 
 
 def measure(stage: Stage, seconds: float, steps: int = 12) -> float:
-    """GFLOP/s of real steps of a stage, its real weights and data, on the device at hand.
+    """Measure the GFLOP/s of a stage by real steps, with real weights and data, on this device.
 
-    Clips of about `seconds` are taken, as they were counted: a second of a short clip is up to
-    twice the work of a long one's, for the prompt around it.
+    Uses clips of about `seconds`, the length that was counted: because of the prompt, a second of a
+    short clip takes up to twice the work of a second of a long one.
     """
     short = {"max_steps": steps, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
     near = {"min_seconds": seconds / 1.5, "max_seconds": seconds * 1.5, "max_dropped_fraction": 1}
@@ -116,9 +125,9 @@ def measure(stage: Stage, seconds: float, steps: int = 12) -> float:
 
 
 def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) -> None:
-    """Print what the stages need, and what they cost where training reaches `rate`, in GFLOP/s.
+    """Print the needs of the stages, and their time and price if training reaches `rate` GFLOP/s.
 
-    `listed` says that the rate is that of `own["gpu"]`, to which the other GPUs compare.
+    With `listed`, the rate is that of `own["gpu"]`, and a table compares the other GPUs to it.
     """
     gpu, price = GPUS[own["gpu"]], own["price"]
     hours = [stage.audio * stage.gflop / rate for stage in stages]
@@ -145,9 +154,9 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
     print(f"memory with {main.clips} clips of {own['seconds']:g} s: {memory} = {main.gb:.1f} GB,")
     print(f"of {gpu['memory']} GB, {MARGIN:.0%} left to driver and gaps: {fits(gpu['memory'])}")
     if bought := own["hours"] or (own["budget"] and own["budget"] / price):
-        heard = bought * rate / main.gflop
-        steps = heard / main.audio * main.cfg.training.max_steps
-        print(f"{bought:g} hours {dollars(bought)} buy {heard:,.0f} of audio, {steps:,.0f} steps")
+        audio = bought * rate / main.gflop
+        steps = audio / main.audio * main.cfg.training.max_steps
+        print(f"{bought:g} hours {dollars(bought)} buy {audio:,.0f} of audio, {steps:,.0f} steps")
     if not listed:
         return
     rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
@@ -160,7 +169,7 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
 
 
 def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
-    """A table of the last stages of other recipes, given by their arguments, beside a stage."""
+    """Format a table that compares a stage with the last stage of other recipes (overrides)."""
     rows = [["instead, the last stage of", "audio", "GB"]]
     for overrides in recipes:
         try:
@@ -174,10 +183,10 @@ def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan; what is wrong is one line."""
+    """Print the plan; print an error as one line."""
     parser = parser_of("plan", __doc__)
-    parser.add_argument("--measure", action="store_true", help="12 real steps instead of a guess")
-    parser.add_argument("--recipes", action="store_true", help="a table of the shipped recipes too")
+    parser.add_argument("--measure", action="store_true", help="run 12 real steps on this device")
+    parser.add_argument("--recipes", action="store_true", help="compare with the shipped recipes")
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     own, overrides = dict(OWN), []
@@ -189,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 own[key] = value if key == "gpu" else float(value)
         if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
-            raise ValueError("figures are above 0, and utilisation= is a share of 1")
+            raise ValueError("figures must be above 0, and utilisation= at most 1")
         check_keys([own["gpu"]], GPUS, "the list of GPUs")
         if own["budget"] and not own["price"]:
-            raise ValueError("budget= needs price=, dollars an hour")
+            raise ValueError("budget= needs price=, in dollars per hour")
         stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
         peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
         rate, listed = peak * own["utilisation"], True

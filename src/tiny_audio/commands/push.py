@@ -1,7 +1,7 @@
-"""`tiny-audio push FOLDER [REPO]`: put a trained model on the Hugging Face Hub.
+"""`tiny-audio push FOLDER [REPO]`: upload a trained model to the Hugging Face Hub.
 
-Needs HF_TOKEN. What is pushed is config, trained tensors, processor, code and a model card; with
---merged the base models' weights too, so that the model needs nothing else.
+Needs HF_TOKEN. Uploads the config, trained tensors, processor, code and a model card. With
+--merged, also uploads the weights of the base models, so the model does not depend on them.
 """
 
 import sys
@@ -15,16 +15,16 @@ from . import parser_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Push; 1 and one line when it fails. The local folder is only read, but for its card."""
+    """Push the model; print an error as one line. Changes no local file except the model card."""
     parser = parser_of("push", __doc__)
     parser.add_argument("folder", type=Path, help="finished model, e.g. outputs/stage1")
     parser.add_argument("repo", nargs="?", help="user/name; default: <user>/tiny-audio")
-    parser.add_argument("--merged", action="store_true", help="with the base models' weights")
-    parser.add_argument("--private", action="store_true", help="if the repository is made now")
+    parser.add_argument("--merged", action="store_true", help="include the base models' weights")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     args = parser.parse_args(argv)
     try:
         if not (args.folder / "config.json").is_file():
-            raise ValueError(f"{args.folder} holds no config.json: it is no finished model folder")
+            raise ValueError(f"{args.folder} has no config.json: it is not a finished model")
         repo = hub_target(True, args.repo)
         assert repo is not None
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,9 +1,9 @@
-"""`tiny-audio quickstart`: a real recogniser, trained and scored on this CPU in minutes.
+"""`tiny-audio quickstart`: train and score a real recogniser on this CPU in minutes.
 
-Fetches small real weights (Whisper base's encoder, SmolLM2-135M) and real recordings into a
-cache, trains `+experiments=quickstart`, scores it on held-out speech beside Whisper tiny.en, and
-transcribes one held-out clip. Ctrl-C and the same command again continue. Hydra overrides may
-follow, e.g. `run.seed=1 run.output_dir=outputs/seed1`.
+Fetches small weights (Whisper base's encoder, SmolLM2-135M) and real recordings into a cache,
+trains `+experiments=quickstart`, scores it and Whisper tiny.en on held-out speech, and transcribes
+one held-out clip. After Ctrl-C, the same command continues. It takes Hydra overrides, e.g.
+`run.seed=1 run.output_dir=outputs/seed1`.
 """
 
 import json
@@ -32,25 +32,25 @@ from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
 
-# Rows of the table: each adds a part of decoding to the one before, and Whisper beside them.
+# Rows of the table. The indented rows add one part of decoding at a time.
 ROWS = {
     "model": "this model",
     "greedy": "  characters alone, greedy",
     "lexicon": "  + lexicon",
     "ngram": "  + n-gram",
     "language_model": "  + untrained decoder",
-    "decoder": "  + trained decoder, which listens",
+    "decoder": "  + trained decoder, given the audio",
     "baseline": "Whisper tiny.en",
 }
 
 
 def row_options(model: Path) -> dict[str, dict[str, Any]]:
-    """Arguments of `transcribe` for each part's row; the weights of two are what tuning found."""
+    """Arguments of `transcribe` for the indented rows; tuning found the weights of the last two."""
     chosen = {
         "language_model": {"decoder": 0.0, "language_model": 1.0},
         "decoder": {"decoder": 1.0, "language_model": 0.0},
     }
-    if (model / TUNING).exists():  # not where nothing is evaluated
+    if (model / TUNING).exists():  # missing if nothing was evaluated
         found = json.loads((model / TUNING).read_text())
         chosen = {name: {k: found[name][k] for k in SECOND_PASS} for name in chosen}
     return {
@@ -63,7 +63,7 @@ def row_options(model: Path) -> dict[str, dict[str, Any]]:
 
 
 def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]]]:
-    """Summaries by row of `ROWS` and by set: "test" (the held-out clips) and "librivox"."""
+    """Score both models; return summaries by row of `ROWS` and by set ("test" or "librivox")."""
     sets = {"test": assets.test, "librivox": assets.librivox}
     out: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in ROWS}
     ours = load_recogniser(str(model))
@@ -82,24 +82,24 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
 def score_parts(
     pipe: Any, manifest: Path, options: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """What `score` says of each way to decode; a clip is encoded once for all of them."""
+    """Score each of several ways to decode; clips are encoded once for all of them."""
     processor = pipe.processor
     clips = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=60.0)
-    said = [example.text for example in clips.examples]
-    heard = {way: [""] * len(said) for way in options}
-    bar = progress_bar(total=len(said), desc="what each part adds", unit="clip")
+    references = [example.text for example in clips.examples]
+    hypotheses = {way: [""] * len(references) for way in options}
+    bar = progress_bar(total=len(references), desc="what each part adds", unit="clip")
     with bar:
         for rows, hidden, steps in encoded(pipe.model, clips, batch_seconds=60.0):
             for way, chosen in options.items():
                 found = transcribe(pipe.model, processor, hidden, steps, **chosen)
                 for row, transcript in zip(rows, found, strict=True):
-                    heard[way][row] = transcript.text
+                    hypotheses[way][row] = transcript.text
             bar.update(len(rows))
-    return {way: score(said, texts, pipe.language) for way, texts in heard.items()}
+    return {way: score(references, texts, pipe.language) for way, texts in hypotheses.items()}
 
 
 def table(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The closing table: WER in percent with its 95 % interval, per row and set."""
+    """Format the final table: WER in percent with its 95 % interval, by row and set."""
     n, words = scores["model"]["test"]["utterances"], scores["model"]["test"]["words"]
     lines = [f"{'WER %':<42}{f'{n} held-out clips, {words} words':<36}LibriVox, 5 clips"]
     for row, label in ROWS.items():
@@ -112,7 +112,7 @@ def table(scores: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def run(overrides: list[str]) -> int:
-    """Everything that the module's docstring says; returns the exit code."""
+    """Run the quickstart and return the exit code."""
     started = time.monotonic()
     logging.set_verbosity_error()
     quiet_libraries()
@@ -124,7 +124,7 @@ def run(overrides: list[str]) -> int:
     train_seconds = json.loads((model / FINISHED).read_text())["seconds"]
     scores = score_all(model, assets)
     clip = random.Random(cfg.run.seed).choice(list(read_source({"path": str(assets.test)})))
-    heard = load_pipeline(str(model))(clip.audio)["text"]
+    hypothesis = load_pipeline(str(model))(clip.audio)["text"]
     test = {row: sets["test"] for row, sets in scores.items()}
     total = time.monotonic() - started
     summary = {
@@ -146,8 +146,8 @@ def run(overrides: list[str]) -> int:
     print(
         f"set-up {clock(prepared)}, training {clock(train_seconds)}, total {clock(total)}; "
         f"peak memory {peak_memory():.1f} GB\n\n"
-        f"held-out clip {clip.id}\n  said:  {clip.text}\n  heard: {heard}\n\n"
-        f"The model is in {model}; its README.md says how to load it. Use it:\n\n"
+        f"held-out clip {clip.id}\n  reference:  {clip.text}\n  hypothesis: {hypothesis}\n\n"
+        f"The model is in {model}; its README.md shows how to load it. Use it:\n\n"
         f"    tiny-audio transcribe talk.mp3 --model {model}\n"
         f"    tiny-audio eval {model} --dataset {assets.test}\n"
     )
@@ -155,7 +155,7 @@ def run(overrides: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; a failure of the assets or the data is one line with its fix."""
+    """Run the quickstart; print an error as one line."""
     parser = parser_of("quickstart", __doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of +experiments=quickstart")
     args = parser.parse_args(argv)

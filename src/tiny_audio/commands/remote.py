@@ -1,17 +1,17 @@
-"""`tiny-audio remote <task> --host H --port P`: train on a rented machine, or any that ssh reaches.
+"""`tiny-audio remote <task> --host H --port P`: train on a rented machine, or any with ssh.
 
   deploy   check the machine, send this checkout, install it      (deploy-runpod is the same)
-  train    start a recipe there and follow it                     (remote-train is the same)
-  attach   follow it again
-  status   step, loss, speed, time left, money spent
-  logs     everything that it has printed
-  stop     have it save a checkpoint and end
-  fetch    bring its checkpoints and results here; again brings what is new
+  train    start a recipe and follow its log                      (remote-train is the same)
+  attach   follow the log again
+  status   print step, loss, speed, time left and money spent
+  logs     print the whole log
+  stop     save a checkpoint and stop the run
+  fetch    download checkpoints and results; later calls download only changes
 
-Every task can be repeated; `train` continues from the newest checkpoint. The system's own ssh and
-rsync do the work: they know the keys, agents and jump hosts of whoever runs this. A machine's host
-key is taken the first time and compared from then on. HF_TOKEN and WANDB_API_KEY go through ssh's
-input into the environment of the run, and nowhere else.
+Every task can be repeated; `train` continues from the newest checkpoint. All tasks use the system's
+ssh and rsync, and so your keys, agents and jump hosts. The first connection stores the machine's
+host key; later ones verify it. HF_TOKEN and WANDB_API_KEY are sent on ssh's standard input and
+exist only in the environment of the run.
 """
 
 import argparse
@@ -30,26 +30,26 @@ from .assets import cache_dir
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
-KEPT_AT_HOME = ["/.git", "/.venv", "/outputs", "/runs", "/wandb", "/.deploying", "__pycache__"]
-KEPT_AT_HOME += [".*_cache", ".env*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc"]
+RSYNC_EXCLUDES = ["/.git", "/.venv", "/outputs", "/runs", "/wandb", "/.deploying", "__pycache__"]
+RSYNC_EXCLUDES += [".*_cache", ".env*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc"]
 DISK_GB = {"gpu": 40, "cpu": 8}  # installation, base models, checkpoints
-# What ssh and rsync say when they fail -> what to do about it.
+# Error messages of ssh and rsync, and advice for the user.
 ADVICE = {
-    "HOST IDENTIFICATION HAS CHANGED": "its host key is not the one of before: either the machine "
-    "was replaced, or somebody stands between. If it was replaced: ssh-keygen -f {known} -R {name}",
-    "Permission denied": "it does not take your key: give --identity FILE and the right --user, "
-    "and put the .pub file into its ~/.ssh/authorized_keys",
+    "HOST IDENTIFICATION HAS CHANGED": "its host key has changed: either the machine was replaced, "
+    "or someone intercepts the connection. If it was replaced: ssh-keygen -f {known} -R {name}",
+    "Permission denied": "it refuses your key: give --identity FILE and the right --user, "
+    "and add the .pub file to its ~/.ssh/authorized_keys",
     "Could not resolve": "there is no such host: check --host",
-    "Connection refused": "nothing listens there: check --port, and that the machine runs",
+    "Connection refused": "nothing listens on that port: check --port, and that the machine runs",
     "timed out": "it does not answer: check --host and --port, and that the machine runs",
-    "No space left": "its disk is full: free some, or rent more",
+    "No space left": "its disk is full: free some space, or rent a larger disk",
 }
 
-# Scripts for the other side: bash, with arguments, so that no value is ever read as code.
+# Bash scripts for the remote machine. Values are passed as arguments and never parsed as code.
 CHECK = """
 mkdir -p -- "$1" && cd -- "$1" || exit
 [ -e .deploying ] || [ -z "$(ls -A)" ] || {
-  echo "$PWD is not empty and not ours: give --folder a new one, it is made" >&2; exit 3; }
+  echo "$PWD is not empty and not ours: name a new folder with --folder" >&2; exit 3; }
 >> .deploying
 for python in python3.13 python3.12 python3.11 python3; do
   $python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
@@ -62,9 +62,9 @@ echo "rsync=$(command -v rsync)"
 """
 INSTALL = """
 cd -- "$1" && exec 9>>.deploying || exit
-flock -n 9 || { echo 'another deploy to this machine is under way' >&2; exit 3; }
+flock -n 9 || { echo 'another deploy to this machine is running' >&2; exit 3; }
 want=$(cat pyproject.toml constraints.txt | sha256sum)
-if [ "$(cat .venv/deployed 2>/dev/null)" = "$want" ]; then echo 'installed before'; else
+if [ "$(cat .venv/deployed 2>/dev/null)" = "$want" ]; then echo 'already installed'; else
   set -e
   "$2" -m venv .venv
   .venv/bin/pip install --quiet torch -c constraints.txt
@@ -75,7 +75,7 @@ fi
   echo "torch cannot use the GPU with driver $3: rent a machine with a newer one" >&2; exit 5; }
 """
 START = """
-cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed there' >&2; exit 3; }
+cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
 name=$2 beside=$3 output=$4; shift 4
 while IFS= read -r line; do export "$line"; done  # the secrets
 mkdir -p "runs/$name" && exec 9>>runs/starting && flock -w 30 9 || exit
@@ -83,10 +83,10 @@ for lock in runs/*/lock; do
   [ -e "$lock" ] && ! flock -n "$lock" true || continue
   other=$(basename "$(dirname "$lock")")
   [ "$beside" = yes ] && [ "$other" != "$name" ] && continue
-  echo "the run $other is going on there: attach to it, stop it, or add --beside" >&2; exit 4
+  echo "the run $other is still running: attach to it, stop it, or add --beside" >&2; exit 4
 done
-cd "runs/$name" && exec 8>>lock && flock -n 8 || exit 4  # held until its last process is gone
-before=$(cat before 2>/dev/null || echo 0)  # seconds that it has run
+cd "runs/$name" && exec 8>>lock && flock -n 8 || exit 4  # held until the run's last process ends
+before=$(cat before 2>/dev/null || echo 0)  # seconds that earlier starts ran
 [ -s started ] && echo $((before + $(stat -c %Y log) - $(cat started))) > before
 rm -f exit pid; date +%s > started; echo "$output" > output; echo "$name" > ../last; touch log
 echo "from=$(($(stat -c %s log) + 1))"
@@ -106,7 +106,7 @@ STATUS = (
     RUN
     + """
 echo "name=$name"; echo "output=$(cat output)"
-echo "started=$(($(cat started) - $(cat before 2>/dev/null || echo 0)))"  # as if without a break
+echo "started=$(($(cat started) - $(cat before 2>/dev/null || echo 0)))"  # as if never stopped
 echo "seen=$(stat -c %Y log)"; echo "now=$(date +%s)"
 if ! flock -n lock true; then echo state=running
 elif [ -e exit ]; then echo "state=ended with code $(cat exit)"
@@ -118,19 +118,19 @@ STOP = (
     RUN
     + """
 flock -n lock true && { echo 'it is not running' >&2; exit 3; }
-kill -TERM "$(cat pid)"  # not its workers: without them it could not end in order
+kill -TERM "$(cat pid)"  # only the main process, which needs its workers to stop cleanly
 for _ in $(seq "$3"); do flock -n lock true && exit 0; sleep 1; done
-echo "still running after $3 s; --wait gives it longer" >&2; exit 6
+echo "still running after $3 s; wait longer with --wait" >&2; exit 6
 """
 )
 
 
 class RemoteError(RuntimeError):
-    """What went wrong on the way or on the other side, and the next step, in one line."""
+    """A failure of the connection or on the remote machine, with the next step, in one line."""
 
 
 class Machine:
-    """A machine that ssh reaches, and the folder on it that holds the checkout."""
+    """A remote machine and the folder of its checkout."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.host, self.folder = f"{args.user}@{args.host}", args.folder
@@ -145,9 +145,9 @@ class Machine:
             self.ssh += ["-i", str(args.identity), "-o", "IdentitiesOnly=yes"]
 
     def call(self, script: str, *values: object, text: str = "", show: bool = False) -> str:
-        """Run a script there with `folder` and `values` as arguments and `text` as its input.
+        """Run a script remotely with `folder` and `values` as arguments and `text` as stdin.
 
-        Its output is returned, or shown as it comes. Raises RemoteError unless it ends well.
+        Returns its output, or prints it as it comes with `show`. Raises RemoteError if it fails.
         """
         words = ["bash", "-c", script, "tiny-audio", self.folder, *map(str, values)]
         done = subprocess.run(
@@ -161,54 +161,54 @@ class Machine:
         return done.stdout or ""
 
     def facts(self, script: str, *values: object, text: str = "") -> dict[str, str]:
-        """The `key=value` lines that a script prints."""
+        """Run a script remotely and parse the `key=value` lines that it prints."""
         lines = self.call(script, *values, text=text).splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)
 
     def rsync(self, *args: str) -> None:
-        """Copy files, going on where a copy broke off. Names are sent as data, never to a shell."""
+        """Copy files; resume partial copies. The remote shell never parses file names."""
         shell = " ".join("'" + word.replace("'", "''") + "'" for word in self.ssh)
         options = "-azs --no-owner --no-group --partial --timeout=60 -e".split()
         command = ["rsync", *options, shell, *args]
         self.check(subprocess.run(command, stderr=subprocess.PIPE, text=True))
 
     def check(self, done: subprocess.CompletedProcess[str]) -> None:
-        """Raise RemoteError for a program that failed, with what to do where that is known."""
+        """Raise RemoteError if a program failed, with advice for known errors."""
         if not done.returncode:
             return
-        said = done.stderr.strip()
-        lost = done.returncode in (255, 10, 12, 30, 35)  # ssh's code, and rsync's for lost sockets
+        message = done.stderr.strip()
+        lost = done.returncode in (255, 10, 12, 30, 35)  # connection errors of ssh and rsync
         for sign, advice in ADVICE.items():
-            # What a script there says of its own files is not the way's fault; a full disk is its.
-            if sign in said and (lost or sign.startswith("No space")):
+            # A remote script may print the same words about its own files, except for a full disk.
+            if sign in message and (lost or sign.startswith("No space")):
                 known, name = shlex.quote(str(self.known)), shlex.quote(self.name)
                 raise RemoteError(f"{self.name}: {advice.format(known=known, name=name)}")
-        lines = said.splitlines() or [f"code {done.returncode}"]
+        lines = message.splitlines() or [f"exit code {done.returncode}"]
         if len(lines) > 1:
-            print(said, file=sys.stderr)
-        hint = "; the connection was lost: repeat it, or attach to the run" if lost else ""
+            print(message, file=sys.stderr)
+        hint = "; connection lost: repeat the command, or attach to the run" if lost else ""
         raise RemoteError(f"{self.name}: {lines[-1]}{hint}")
 
     def path(self, folder: str) -> str:
-        """A folder there as rsync names it; relative ones lie in the checkout's."""
+        """A remote folder in rsync's notation; relative ones are inside the checkout."""
         return f"{self.host}:{Path(self.folder) / folder}/"
 
 
 def deploy(machine: Machine, args: argparse.Namespace) -> None:
-    """Check, copy, install; seconds where nothing has changed."""
+    """Check the machine, copy the checkout and install it; takes seconds if nothing changed."""
     found = machine.facts(CHECK)
     print(f"{machine.name}: {found['gpu'] or 'no GPU'}; {found['free']} GB free", flush=True)
     need = DISK_GB["cpu" if args.cpu else "gpu"]
     for wrong, what in (
-        (not args.cpu and not found["gpu"], "nvidia-smi finds no GPU; --cpu goes on without one"),
+        (not args.cpu and not found["gpu"], "nvidia-smi finds no GPU; --cpu deploys without one"),
         ("python" not in found, "no Python 3.11 with venv: apt-get install -y python3-venv"),
         (not found["rsync"], "no rsync: apt-get install -y rsync"),
         (int(found["free"]) < need and not args.small_disk,
-         f"{found['free']} GB of disk are free, {need} are needed; --small-disk goes on"),
+         f"{found['free']} GB of disk are free, {need} are needed; --small-disk skips this check"),
     ):  # fmt: skip
         if wrong:
             raise RemoteError(f"{machine.name}: {what}")
-    excluded = [f"--exclude={name}" for name in KEPT_AT_HOME]
+    excluded = [f"--exclude={name}" for name in RSYNC_EXCLUDES]
     machine.rsync("--delete", *excluded, f"{ROOT}/", machine.path("."))
     print("installing", flush=True)
     driver = "cpu" if args.cpu else found["gpu"].split(",")[-1].strip()
@@ -217,13 +217,13 @@ def deploy(machine: Machine, args: argparse.Namespace) -> None:
 
 
 def train(machine: Machine, args: argparse.Namespace) -> int:
-    """Start a run, or continue it, and follow it; it outlives this program."""
+    """Start or continue a run and follow its log; the run outlives this program."""
     overrides = [f"+experiments={args.config}", *args.overrides]
-    cfg = compose_recipe(overrides)  # here, before anything is paid for
+    cfg = compose_recipe(overrides)  # refuse wrong overrides locally
     name = args.run or args.config.replace("/", "-")
     secrets = {key: os.environ[key] for key in SECRETS if os.environ.get(key)}
     command = [".venv/bin/python", "src/train.py", *overrides]
-    if args.config == "quickstart":  # fetches its parts first
+    if args.config == "quickstart":  # fetch its assets first
         both = ".venv/bin/python -m tiny_audio.commands.assets & trap 'kill $!' TERM; "
         both += f"wait $! && trap - TERM && exec {shlex.join(command)}"
         command = ["bash", "-c", both]
@@ -231,17 +231,17 @@ def train(machine: Machine, args: argparse.Namespace) -> int:
     beside = "yes" if args.beside else "no"
     started = machine.facts(START, name, beside, cfg.run.output_dir, *command, text=text)
     passed = f" with {' and '.join(secrets)}" if secrets else ""
-    print(f"{name} runs on {machine.name}{passed}; it goes on without you", flush=True)
+    print(f"{name} runs on {machine.name}{passed}, even if you disconnect", flush=True)
     args.run = name
     return 0 if args.detach else follow(machine, args, started["from"])
 
 
 def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
-    """Show the log from a byte on until the run ends; 0 when it ended well."""
+    """Print the log from a byte offset until the run ends; return 0 if it succeeded."""
     try:
         machine.call(FOLLOW, args.run, start, show=True)
     except KeyboardInterrupt:
-        print("\nthe run goes on; `tiny-audio remote attach` follows it again")
+        print("\nthe run continues; `tiny-audio remote attach` follows it again")
         return 0
     state = machine.facts(STATUS, args.run)["state"]
     print(state if state != "killed" else "killed: the same command continues")
@@ -249,7 +249,7 @@ def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
 
 
 def status(machine: Machine, args: argparse.Namespace) -> int:
-    """Print state, time that it ran, its bill, the last lines of a step and of an evaluation."""
+    """Print the state, run time and cost, and the last step and evaluation lines of the log."""
     found = machine.facts(STATUS, args.run)
     seconds = int(found["now" if found["state"] == "running" else "seen"]) - int(found["started"])
     spent = "" if args.price is None else f", ${args.price * seconds / 3600:.2f} spent"
@@ -260,7 +260,7 @@ def status(machine: Machine, args: argparse.Namespace) -> int:
 
 
 def fetch(machine: Machine, args: argparse.Namespace) -> None:
-    """Bring the run's folder here, but for cached encoder frames."""
+    """Download the run's folder, except cached encoder frames."""
     output = machine.facts(STATUS, args.run)["output"]
     here = args.into or ROOT / "outputs" / Path(output).name
     here.mkdir(parents=True, exist_ok=True)
@@ -269,13 +269,13 @@ def fetch(machine: Machine, args: argparse.Namespace) -> None:
 
 
 def stop(machine: Machine, args: argparse.Namespace) -> None:
-    """Ask the run to save and end, and wait for it."""
+    """Ask the run to save a checkpoint and stop; wait until it has."""
     machine.call(STOP, args.run, args.wait)
     print("stopped; remote-train continues it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do one task; what fails is one line with the next step."""
+    """Run one task; print an error as one line with the next step."""
     parser = parser_of("remote", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, (_, text) in TASKS.items():
@@ -283,31 +283,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         task.add_argument("--host", required=True)
         task.add_argument("--port", type=int, default=22)
         task.add_argument("--user", default="root")
-        task.add_argument("--identity", type=Path, help="private key; default: what ssh would take")
-        task.add_argument("--folder", default="tiny-audio", help="checkout there, e.g. on a volume")
+        task.add_argument("--identity", type=Path, help="private key; default: ssh's own choice")
+        task.add_argument("--folder", default="tiny-audio", help="remote folder of the checkout")
         if name == "deploy":
-            task.add_argument("--cpu", action="store_true", help="a machine without a GPU will do")
-            task.add_argument("--small-disk", action="store_true", help="do not ask for free space")
+            task.add_argument("--cpu", action="store_true", help="allow a machine without a GPU")
+            task.add_argument("--small-disk", action="store_true", help="skip the disk check")
         else:
             task.add_argument("--run", default="", help="name of the run; default: the last one")
         if name == "train":
             task.add_argument("--config", required=True, help="experiment: stage1, quickstart, ...")
-            task.add_argument("--beside", action="store_true", help="although another run goes on")
-            task.add_argument("--detach", action="store_true", help="do not follow it")
-            task.add_argument("overrides", nargs="*", help="key=value, as src/train.py takes them")
+            task.add_argument("--beside", action="store_true", help="allow another running run")
+            task.add_argument("--detach", action="store_true", help="do not follow the log")
+            task.add_argument("overrides", nargs="*", help="key=value, as for src/train.py")
         if name == "status":
-            task.add_argument("--price", type=float, help="dollars an hour")
+            task.add_argument("--price", type=float, help="dollars per hour")
         if name == "stop":
-            task.add_argument("--wait", type=int, default=300, help="seconds, at most")
+            task.add_argument("--wait", type=int, default=300, help="maximum seconds to wait")
         if name == "fetch":
-            task.add_argument("--into", type=Path, help="folder here; default: outputs/<its name>")
+            task.add_argument("--into", type=Path, help="local folder; default: outputs/<its name>")
     args = parser.parse_args(argv)
     try:
         for key in ("host", "user", "run"):
             if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):
-                raise RemoteError(f"--{key}: {value!r} is no name")
+                raise RemoteError(f"--{key}: {value!r} is not a valid name")
         if args.folder.startswith(("-", "~")):
-            raise RemoteError("--folder is absolute, or counts from the home directory there")
+            raise RemoteError("--folder must be absolute, or relative to the remote home directory")
         return TASKS[args.task][0](Machine(args), args) or 0
     except (RemoteError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -316,10 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 TASKS = {
     "deploy": (deploy, "check the machine, send this checkout, install it"),
-    "train": (train, "start or continue a recipe there, and follow it"),
-    "attach": (lambda machine, args: follow(machine, args, "1"), "follow the run again"),
-    "status": (status, "step, loss, speed, time left, money spent"),
-    "logs": (lambda machine, args: machine.call(LOGS, args.run, show=True) and 0, "all it printed"),
-    "stop": (stop, "have it save a checkpoint and end"),
-    "fetch": (fetch, "bring checkpoints and results here"),
+    "train": (train, "start or continue a recipe and follow its log"),
+    "attach": (lambda machine, args: follow(machine, args, "1"), "follow the log again"),
+    "status": (status, "print step, loss, speed, time left and money spent"),
+    "logs": (lambda machine, args: machine.call(LOGS, args.run, show=True) and 0, "print the log"),
+    "stop": (stop, "save a checkpoint and stop the run"),
+    "fetch": (fetch, "download checkpoints and results"),
 }

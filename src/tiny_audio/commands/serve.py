@@ -1,7 +1,7 @@
-"""`tiny-audio serve MODEL`: an HTTP endpoint with OpenAI's routes for transcription.
+"""`tiny-audio serve MODEL`: serve an HTTP endpoint with OpenAI's transcription routes.
 
-Requests that wait are decoded together: each round takes the next piece of every one of them, so
-that a long recording holds nobody up. TINY_AUDIO_API_KEY, where set, is asked for as bearer key.
+Waiting requests are decoded together. Each round takes the next pieces of every request, so a long
+recording does not block the others. If TINY_AUDIO_API_KEY is set, requests need it as bearer key.
 """
 
 import asyncio
@@ -31,23 +31,24 @@ from .transcribe import DECODE_HELP, TERMS_HELP, read_terms
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
-PIECES = 3  # that a round takes, shared by the requests, beside one of each
+PIECES = 3  # pieces of a round that the requests share, in addition to one of each
 
 
 class Worker:
-    """Decodes the pieces of all requests in common batches, one batch at a time."""
+    """Decodes the pieces of all requests together, one batch at a time."""
 
     def __init__(self, pipe: Any, limit_seconds: float, queue: int) -> None:
         self.pipe, self.limit_seconds, self.queue = pipe, limit_seconds, queue
-        self.requests = 0  # taken in and not answered yet
+        self.requests = 0  # accepted and not answered yet
         self.waiting: list[tuple[list[Piece], asyncio.Future]] = []
         self.task: asyncio.Task | None = None
 
     async def pieces(self, recording: Recording, request: Request) -> AsyncIterator[Piece]:
-        """The pieces of a request as they are decoded, as long as its client is there.
+        """Yield the pieces of a request as they are decoded, while its client is connected.
 
         Raises:
-            HTTPException: for a full queue, audio that cannot be read, a failure, no client.
+            HTTPException: if the queue is full, the audio is unreadable, decoding fails, or the
+                client has disconnected.
         """
         if self.requests >= self.queue:
             raise HTTPException(429, "the queue is full", {"Retry-After": "1"})
@@ -63,25 +64,25 @@ class Worker:
             self.requests -= 1
 
     async def decode(self, pieces: list[Piece], request: Request) -> list[Piece]:
-        """Have pieces decoded together with those of other requests; the final ones."""
+        """Decode pieces together with those of other requests; return the final pieces."""
         self.waiting.append((pieces, done := asyncio.get_running_loop().create_future()))
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self.run())
         while not (await asyncio.wait({done}, timeout=1.0))[0]:
             if await request.is_disconnected():
-                raise HTTPException(499, "the client is gone")
+                raise HTTPException(499, "the client has disconnected")
         if error := done.result():
             raise HTTPException(500, f"decoding failed: {type(error).__name__}")
         return [final for piece in pieces for final in piece.final()]
 
     async def run(self) -> None:
-        """Decode until nothing waits."""
+        """Decode until nothing is waiting."""
         while self.waiting:
             batch, self.waiting, error = self.waiting, [], None
             try:
                 todo = [piece for pieces, _ in batch for piece in pieces]
                 await asyncio.to_thread(self.pipe._forward, todo)
-            except Exception as caught:  # whatever it is: these requests fail, the next go on
+            except Exception as caught:  # fail these requests and keep serving
                 logging.getLogger(__name__).exception("a batch failed")
                 error = caught
             for _, done in batch:
@@ -89,14 +90,14 @@ class Worker:
 
 
 def timed(chunks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Chunks in OpenAI's form, with the confidence of the CTC head."""
+    """Convert chunks to OpenAI's format, with the confidence of the CTC head."""
     rows = [(c["text"], *c["timestamp"], c["confidence"]) for c in chunks]
     names = (name, "start", "end", "confidence")
     return [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows)]
 
 
 def answer(pipe: Any, recording: Recording, kind: str, by: list[Unit], language: str) -> Response:
-    """The response to a request whose pieces are all decoded, with the flags of ours."""
+    """Build the response to a request whose pieces are all decoded, including our own flags."""
     result = pipe.postprocess(recording, return_timestamps=kind not in ("json", "text"))
     if kind in ("text", "srt", "vtt"):
         return PlainTextResponse(render(result, "txt" if kind == "text" else kind))
@@ -109,36 +110,36 @@ def answer(pipe: Any, recording: Recording, kind: str, by: list[Unit], language:
 
 
 def event(**data: Any) -> str:
-    """A server-sent event."""
+    """Format a server-sent event."""
     return f"data: {json.dumps(data)}\n\n"
 
 
 async def stream_events(
     pipe: Any, recording: Recording, first: Piece, pieces: AsyncIterator[Piece]
 ) -> AsyncIterator[str]:
-    """Send the text of each piece as it is decoded, `first` before the others, and then all."""
+    """Yield the text of each piece as it is decoded, starting with `first`; then the whole text."""
     yield event(type="transcript.text.delta", delta=first.text)
-    said = bool(first.text)
+    begun = bool(first.text)
     try:
         async for piece in pieces:
             if piece.text:
-                delta = f" {piece.text}" if said else piece.text
+                delta = f" {piece.text}" if begun else piece.text
                 yield event(type="transcript.text.delta", delta=delta)
-                said = True
+                begun = True
         yield event(type="transcript.text.done", **pipe.postprocess(recording))
     except HTTPException as error:
         yield event(error={"message": error.detail, "code": error.status_code})
 
 
 def refusal(message: str, status: int, param: str | None = None, headers: Any = None) -> Response:
-    """An error in OpenAI's form."""
+    """Build an error response in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": param, "code": str(status)}
     return JSONResponse({"error": error}, status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every error in OpenAI's form, those that FastAPI finds by itself too."""
+    """Answer every error in OpenAI's format, including those raised by FastAPI itself."""
 
     @app.exception_handler(StarletteError)
     def failed(request: Request, error: StarletteError) -> Response:
@@ -152,26 +153,26 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class Gate:
-    """Looks at the key and the size of a request before `app` reads its body.
+    """Checks the key and size of a POST request before `app` reads its body.
 
     Args:
-        app: what answers the requests that pass.
-        key: that requests must bear; "" asks for none.
-        most: bytes of a body, whether its length is stated or not.
+        app: the ASGI application behind the gate.
+        key: the required bearer key; "" requires none.
+        most: maximum size of a body in bytes, also without a Content-Length.
     """
 
     def __init__(self, app: Any, key: str, most: int) -> None:
         self.app, self.key, self.most = app, key, most
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request; an ASGI application."""
+        """Handle a request, as an ASGI application."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         headers, size = Request(scope).headers, 0
         given, stated = (headers.get(k, "") for k in ("authorization", "content-length"))
-        too_large = f"at most {self.most / 1e6:.0f} MB can be sent"
+        too_large = f"the upload is too large: at most {self.most / 1e6:.0f} MB"
         if self.key and not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
-            return await refusal("wrong or no bearer key", 401)(scope, receive, send)
+            return await refusal("wrong or missing bearer key", 401)(scope, receive, send)
         if stated.isdigit() and int(stated) > self.most:
             return await refusal(too_large, 413)(scope, receive, send)
 
@@ -194,15 +195,15 @@ def create_app(
     limit_seconds: float = 14_400,
     cors: Sequence[str] = (),
 ) -> Any:
-    """The endpoint of one model, an ASGI application.
+    """Create the endpoint of one model, an ASGI application.
 
     Args:
         pipe: see `load_pipeline`.
-        name: what the model is called in requests; "whisper-1" is taken too.
-        queue: requests that may wait or be decoded; more are answered 429.
-        max_mb: larger uploads are answered 413.
-        limit_seconds: longer recordings are answered 400.
-        cors: origins of web pages that may call this endpoint; "*" means every one.
+        name: the model's name in requests; "whisper-1" works too.
+        queue: maximum number of requests in progress; further ones get status 429.
+        max_mb: maximum size of an upload; larger ones get status 413.
+        limit_seconds: maximum length of a recording; longer ones get status 400.
+        cors: origins of web pages that may call this endpoint; "*" allows all.
     """
     worker = Worker(pipe, limit_seconds, queue)
     about = {"id": name, "object": "model", "created": 0, "owned_by": "tiny-audio"}
@@ -211,7 +212,7 @@ def create_app(
 
     @app.get("/", response_class=PlainTextResponse)
     def root() -> str:
-        return f"tiny-audio, model {name}: how to use it is in /docs\n"
+        return f"tiny-audio, model {name}: see /docs\n"
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -250,7 +251,7 @@ def create_app(
         for key, value in (("prompt", prompt), ("temperature", temperature)):
             recording.notes += [f"{key} has no effect"] if value else []
         pieces = worker.pieces(recording, request)
-        first = await anext(pieces)  # what cannot be read is a 400, not a stream
+        first = await anext(pieces)  # unreadable audio gets a 400 instead of a stream
         if not stream:
             async for _ in pieces:
                 pass
@@ -267,16 +268,16 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted."""
     parser = parser_of("serve", __doc__)
     parser.add_argument("model", nargs="?", default="outputs/quickstart")
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, local only")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+    parser.add_argument("--device", help="cpu, cuda, mps; default: the best one")
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--terms", type=read_terms, metavar="FILE", help=TERMS_HELP)
-    parser.add_argument("--queue", type=int, default=64, help="requests taken in at once")
-    parser.add_argument("--max-mb", type=int, default=200, help="of an upload")
-    parser.add_argument("--max-minutes", type=float, default=240, help="of a recording")
+    parser.add_argument("--queue", type=int, default=64, help="maximum requests in progress")
+    parser.add_argument("--max-mb", type=int, default=200, help="size limit of an upload")
+    parser.add_argument("--max-minutes", type=float, default=240, help="limit of a recording")
     parser.add_argument(
-        "--cors", nargs="+", metavar="ORIGIN", default=[], help="web pages that may call; * is all"
+        "--cors", nargs="+", metavar="ORIGIN", default=[], help="allowed web pages; * allows all"
     )
     args = parser.parse_args(argv)
     pipe = load_pipeline(args.model, args.device, args.decode, args.terms)

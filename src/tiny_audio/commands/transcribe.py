@@ -1,4 +1,4 @@
-"""`tiny-audio transcribe FILE...`: audio in, text or subtitles out."""
+"""`tiny-audio transcribe FILE...`: transcribe audio to text or subtitles."""
 
 import argparse
 import json
@@ -15,23 +15,23 @@ from ..loading import load_pipeline
 from . import home_path, parser_of
 from .formats import FORMATS, render
 
-DECODE_HELP = "rescore (the decoder chooses among proposals), ctc, or generate (it writes alone)"
-TERMS_HELP = "names and terms to prefer, one a line: no training is needed"
+DECODE_HELP = "rescore (decoder scores CTC proposals), ctc, or generate (decoder writes freely)"
+TERMS_HELP = "file of names and terms to prefer, one per line"
 
 
 def read_terms(path: str) -> list[str]:
-    """Names and terms to prefer, from a text file with one a line; for argparse."""
+    """Argparse type: read names and terms to prefer from a text file, one per line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from error
     if not (terms := [line.strip() for line in lines if line.strip()]):
-        raise argparse.ArgumentTypeError(f"{path} names nothing: write one name or term a line")
+        raise argparse.ArgumentTypeError(f"{path} is empty: write one name or term per line")
     return terms
 
 
 def spool() -> IO[bytes]:
-    """The standard input, on disk once it is large: some formats are read backwards."""
+    """Copy stdin to a seekable file, which some formats need; on disk above 16 MiB."""
     file = tempfile.SpooledTemporaryFile(2**24)  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, file)
     file.seek(0)
@@ -39,22 +39,24 @@ def spool() -> IO[bytes]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the text of recordings, or subtitles. What cannot be read is named, the rest goes on,
-    and the exit code is 1. After an interruption the same command with --output-dir continues.
-    Several files as json are JSON lines, an object for each file.
+    """Write the text or subtitles of recordings.
+
+    Unreadable files are reported, and the exit code is then 1; the other files are still
+    transcribed. With --output-dir, repeating an interrupted command continues it. Several files as
+    json are written as JSON lines, one object per file.
     """
     parser = parser_of("transcribe", main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
-    parser.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
+    parser.add_argument("--device", help="cpu, cuda, mps; default: the best one")
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--terms", type=read_terms, metavar="FILE", help=TERMS_HELP)
     parser.add_argument("--format", choices=FORMATS, default="txt", help="default: %(default)s")
-    parser.add_argument("--words", action="store_true", help="times of words, not of subtitles")
+    parser.add_argument("--words", action="store_true", help="timestamps of words")
     parser.add_argument(
         "--output-dir",
         type=home_path,
-        help="a file for each input; what is there is not done again",
+        help="write a file for each input; skip inputs that have one",
     )
     args = parser.parse_args(argv)
     folder, kind = args.output_dir, args.format
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.words and kind == "txt":
         parser.error("--words gives times: choose srt, vtt or json as --format")
     if folder and len({*targets.values()}) < len(targets):
-        parser.error("two of the files would be written to one: their names differ in suffix only")
+        parser.error("two inputs have the same output file: their names differ only in the suffix")
     if len(targets) > 1 and kind not in ("txt", "json") and not folder:
         parser.error(f"several files as {kind} need --output-dir")
     if folder:
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--output-dir: {error}")
     todo = {name: target for name, target in targets.items() if not (target and target.exists())}
     if done := len(targets) - len(todo):
-        print(f"{done} of {len(targets)} done before", file=sys.stderr)
+        print(f"{done} of {len(targets)} already done, skipped", file=sys.stderr)
     if not todo:
         return 0
     pipe = load_pipeline(args.model, args.device, args.decode, args.terms)

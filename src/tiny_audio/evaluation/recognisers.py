@@ -1,4 +1,4 @@
-"""Speech recognisers to evaluate, ours and others', called alike: clips in, texts out."""
+"""One interface to the speech recognisers that can be evaluated: clips in, texts out."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import transformers
 from transformers import AutoConfig, AutoProcessor
-from transformers.models.auto import modeling_auto as known
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 
@@ -22,13 +22,13 @@ from ..asr.asr_processing import SAMPLE_RATE
 from ..hub import one_line
 from ..loading import check_device, load_pipeline
 
-# Config classes of what transformers' own pipeline takes, and ours.
-RECOGNISERS: list[Any] = [known.MODEL_FOR_CTC_MAPPING, known.MODEL_FOR_TDT_MAPPING]
-RECOGNISERS += [known.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, {ASRConfig}]
+# Config classes that transformers' speech recognition pipeline accepts, and ours.
+RECOGNISERS: list[Any] = [modeling_auto.MODEL_FOR_CTC_MAPPING, modeling_auto.MODEL_FOR_TDT_MAPPING]
+RECOGNISERS += [modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, {ASRConfig}]
 
 
 class SpeechLLM:
-    """A speech LLM of transformers: its processor writes the request to transcribe by itself."""
+    """A speech LLM of transformers whose processor builds the transcription prompt."""
 
     def __init__(self, name: str, device: str | None, language: str) -> None:
         self.processor: Any = AutoProcessor.from_pretrained(name)
@@ -36,27 +36,27 @@ class SpeechLLM:
         load = getattr(transformers, architecture[0]).from_pretrained
         self.model = load(name, device_map=device or "auto")
         self.device, self.dtype = self.model.device, self.model.dtype
-        asked = {"language": language, "source_language": language, "model_id": name}
-        self.request = taken(self.processor.apply_transcription_request, asked)
+        wanted = {"language": language, "source_language": language, "model_id": name}
+        self.request = supported(self.processor.apply_transcription_request, wanted)
         plain = {"return_format": "transcription_only", "strip_prefix": True}
-        self.form = taken(self.processor.decode, plain)
+        self.options = supported(self.processor.decode, plain)
 
     def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
         """The text of each clip (n,) at 16 kHz; the clips are one batch."""
         inputs = self.processor.apply_transcription_request(audio=list(clips), **self.request)
         inputs = inputs.to(self.device, self.dtype)
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=444)
-        told = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        return self.processor.decode(ids[:, told:], skip_special_tokens=True, **self.form)
+        prompt = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return self.processor.decode(ids[:, prompt:], skip_special_tokens=True, **self.options)
 
 
-def taken(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `options` that a library's function has, which differ from model to model."""
+def supported(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that `function` accepts; they differ between models of transformers."""
     return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
 
 
 class FasterWhisper:
-    """A CTranslate2 Whisper folder; its random fallbacks are off, so that the text repeats."""
+    """A CTranslate2 Whisper folder, without temperature fallback, so results are reproducible."""
 
     def __init__(self, name: str, device: str | None, language: str) -> None:
         from faster_whisper import WhisperModel
@@ -65,26 +65,27 @@ class FasterWhisper:
         self.device, self.dtype = self.whisper.model.device, self.whisper.model.compute_type
 
     def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
-        """The text of each clip (n,) at 16 kHz, one after the other."""
+        """The text of each clip (n,) at 16 kHz; clips are decoded one by one."""
         options: dict[str, Any] = {"language": self.language, "temperature": 0.0}
         answers = [self.whisper.transcribe(clip, **options)[0] for clip in clips]
         return ["".join(segment.text for segment in segments) for segments in answers]
 
 
 def load_recogniser(name: str, device: str | None = None, language: str = "en") -> Any:
-    """The model of a folder or Hub id on the best device, unless one is named.
+    """Load a model from a folder or the Hub, by default on the best device.
 
     Returns:
-        What `recognise` takes, with its `device`, `dtype`, `language` and `revision`: the commit on
-        the Hub, or the SHA-256 of a folder's weights.
+        A recogniser for `recognise`, with `device`, `dtype`, `language` and `revision` (the commit
+        on the Hub, or the SHA-256 of a folder's weights).
 
     Raises:
-        SystemExit: with one line, when it does not exist or is no speech recogniser.
+        SystemExit: with a one-line message, if the model does not exist or is not a speech
+            recogniser.
     """
     check_device(device)
     pipe: Any
     config: Any = None
-    with contextlib.suppress(OSError, ValueError):  # `load_pipeline` says what is wrong, if it is
+    with contextlib.suppress(OSError, ValueError):  # `load_pipeline` reports it
         config = AutoConfig.from_pretrained(name)
     if (Path(name) / "model.bin").is_file():
         if find_spec("faster_whisper") is None:
@@ -96,20 +97,20 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         sys.exit(f"error: {name} is no speech recogniser: it is of type {config.model_type}")
     else:
         pipe = load_pipeline(name, device)
-        if pipe.tokenizer.pad_token is None:  # transformers refuses to batch without one
+        if pipe.tokenizer.pad_token is None:  # transformers needs one to batch
             pipe.tokenizer.pad_token = pipe.tokenizer.eos_token
         generation: Any = pipe.model.generation_config if pipe.model.can_generate() else config
-        if generation.to_dict().get("is_multilingual"):  # Whisper would guess it, clip by clip
+        if generation.to_dict().get("is_multilingual"):  # keep Whisper from guessing the language
             pipe._forward_params |= {"language": language, "task": "transcribe"}
     weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("model.bin")]
-    snapshot = Path(str(cached_file(name, "config.json"))).parent.name  # of the Hub's cache
+    snapshot = Path(str(cached_file(name, "config.json"))).parent.name  # commit in the Hub cache
     pipe.revision = fingerprint(sorted(weights)) if weights else snapshot
     pipe.language = language
     return pipe
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """SHA-256, shortened, of files: what a commit is on the Hub."""
+    """A shortened SHA-256 of files, to identify them as a commit does on the Hub."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -118,9 +119,9 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -> list[dict]:
-    """Answers for clips (n,) at 16 kHz: `text`, and `error` where the model raised one.
+    """Transcribe clips (n,) at 16 kHz; return a dict with `text`, and `error` on failure, for each.
 
-    A batch that fails is tried again clip by clip. `options` are those of our pipeline.
+    A batch that fails is repeated clip by clip. `options` apply to our own pipeline.
     """
     try:
         if isinstance(pipe, ASRPipeline):
@@ -131,13 +132,13 @@ def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -
         if pipe.type == "seq2seq_whisper":  # it pads every clip to 30 s
             size = max(1, int(options.get("batch_seconds", 60.0) / 30))
             long = max(map(len, clips)) > 30 * SAMPLE_RATE
-        if pipe.type == "ctc" or long:  # the pipeline decodes the padding of CTC models
+        if pipe.type == "ctc" or long:  # in a batch, the pipeline would decode the padding of CTC
             size = 1
         raw = [{"raw": clip, "sampling_rate": SAMPLE_RATE} for clip in clips]
         answers = pipe(raw, batch_size=size, **({"return_timestamps": True} if long else {}))
         return [{"text": answer["text"].strip()} for answer in answers]
-    except Exception as error:  # whatever a foreign model raises is that clip's error, and listed
+    except Exception as error:  # other people's models may raise anything; report it per clip
         if len(clips) == 1:
             return [{"text": "", "error": f"{type(error).__name__}: {one_line(error)}"}]
-        print(f"a batch failed ({one_line(error)}): its clips go one by one", file=sys.stderr)
+        print(f"a batch failed ({one_line(error)}); repeating it clip by clip", file=sys.stderr)
         return [recognise(pipe, [clip], options)[0] for clip in clips]

@@ -1,4 +1,4 @@
-"""report.html of an evaluation: one page that shows, and plays, what went wrong."""
+"""Write report.html: one page that shows and plays the errors of an evaluation."""
 
 import base64
 import io
@@ -14,12 +14,12 @@ from jinja2 import Template
 from ..asr.asr_processing import SAMPLE_RATE, load_audio
 from .scoring import align, interval
 
-CLIPS, MAX_SECONDS = 50, 60  # worst clips to show; longest to play
-GROUPS = 8  # points of a plot
+CLIPS, MAX_SECONDS = 50, 60  # number of worst clips shown; longest clip with a player
+GROUPS = 8  # points in a plot
 
 
 def mp3(audio: Any) -> str:
-    """Audio as an MP3 of 48 kbit/s, base64."""
+    """Encode audio as MP3 of 48 kbit/s, in base64."""
     frame = av.AudioFrame.from_ndarray(load_audio(audio)[None], format="fltp", layout="mono")
     frame.sample_rate = SAMPLE_RATE
     buffer = io.BytesIO()
@@ -30,7 +30,10 @@ def mp3(audio: Any) -> str:
 
 
 def points(rows: list[dict[str, Any]], key: Callable[[dict], float]) -> list[tuple[float, ...]]:
-    """(median of `key`, WER, its interval's ends, clips) of equally large groups, by `key`."""
+    """Sort rows by `key` into groups of equal size; summarise each as a point.
+
+    Returns (median of `key`, WER, lower and upper end of its interval, clips) for each group.
+    """
     found, groups = [], min(GROUPS, len(rows)) or 1
     for part in np.array_split(np.array(sorted(rows, key=key), object), groups) if rows else ():
         errors, words = [row["word_errors"] for row in part], [row["words"] for row in part]
@@ -42,12 +45,13 @@ def points(rows: list[dict[str, Any]], key: Callable[[dict], float]) -> list[tup
 def write_report(
     out: Path, summary: dict[str, Any], rows: list[dict[str, Any]], audio: dict[str, Any]
 ) -> None:
-    """Write `out`/report.html, which loads nothing from elsewhere.
+    """Write `out`/report.html, a self-contained page.
 
     Args:
+        out: folder of the evaluation.
         summary: see `eval.evaluate`.
-        rows: of results.jsonl, worst first.
-        audio: by id, what `load_audio` takes.
+        rows: rows of results.jsonl, worst first.
+        audio: an input of `load_audio` for each id.
     """
     scored = [row for row in rows if "error" not in row]
     pairs = {row["id"]: align(*row["normalized"]) for row in scored}
@@ -64,7 +68,7 @@ def write_report(
         confused=wrong.most_common(40),
         plots={
             "length of the clip, s": points(spoken, lambda row: row["duration"]),
-            "words said per second": points(spoken, lambda row: row["words"] / row["duration"]),
+            "words per second": points(spoken, lambda row: row["words"] / row["duration"]),
         },
     )
     (out / "report.html").write_text(page)

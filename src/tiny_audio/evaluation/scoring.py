@@ -1,4 +1,4 @@
-"""Word error rate with its error types and a bootstrap interval, and the test of a difference."""
+"""Word error rate with error types and bootstrap interval, and a test for a difference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ RESAMPLES = 2000
 
 @cache
 def normalizer(language: str = "en") -> Any:
-    """The Whisper normaliser (Radford et al. 2022, appendix C): the English one, or the basic one
-    for other languages, which keeps the vowel signs of scripts that have them.
+    """The Whisper text normaliser (Radford et al. 2022, appendix C).
+
+    Returns the English one for "en", otherwise the basic one, which keeps combining vowel signs.
     """
     from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
@@ -25,7 +26,7 @@ def normalizer(language: str = "en") -> Any:
 
 @dataclass(frozen=True)
 class Counts:
-    """Word errors of one utterance, or of many when added up."""
+    """Word errors of one utterance."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -34,42 +35,42 @@ class Counts:
 
     @property
     def errors(self) -> int:
-        """All word errors."""
+        """Substitutions, deletions and insertions together."""
         return self.substitutions + self.deletions + self.insertions
 
 
 def align(reference: str, hypothesis: str) -> list[tuple[str, str]]:
-    """Words said and heard, in pairs, by a minimal alignment; "" stands for no word."""
-    said, heard = reference.split(), hypothesis.split()
+    """Align the words with minimal edits; return (reference, hypothesis) pairs, "" for no word."""
+    ref, hyp = reference.split(), hypothesis.split()
     pairs: list[tuple[str, str]] = []
-    for chunk in jiwer.process_words(" ".join(said), " ".join(heard)).alignments[0]:
-        ours = said[chunk.ref_start_idx : chunk.ref_end_idx]
-        theirs = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        pairs += zip_longest(ours, theirs, fillvalue="")
+    for chunk in jiwer.process_words(" ".join(ref), " ".join(hyp)).alignments[0]:
+        left = ref[chunk.ref_start_idx : chunk.ref_end_idx]
+        right = hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        pairs += zip_longest(left, right, fillvalue="")
     return pairs
 
 
 def count(reference: str, hypothesis: str) -> Counts:
-    """Word errors of normalised texts; every word against an empty reference is an insertion."""
+    """Count the word errors of normalised texts; with no reference, all words are insertions."""
     pairs = align(reference, hypothesis)
-    deletions = sum(not heard for _, heard in pairs)
-    insertions = sum(not said for said, _ in pairs)
-    wrong = sum(said != heard for said, heard in pairs)
+    deletions = sum(not hyp for _, hyp in pairs)
+    insertions = sum(not ref for ref, _ in pairs)
+    wrong = sum(ref != hyp for ref, hyp in pairs)
     return Counts(wrong - deletions - insertions, deletions, insertions, len(pairs) - insertions)
 
 
 def resample(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Column sums (RESAMPLES, k) of `values` (n, k) over n rows drawn with replacement."""
+    """Bootstrap column sums (RESAMPLES, k) of `values` (n, k): draw n rows with replacement."""
     rng, n = np.random.default_rng(seed), len(values)
     return np.stack([values[rng.integers(0, n, n)].sum(0) for _ in range(RESAMPLES)])
 
 
 def interval(errors: Sequence[int], words: Sequence[int], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval over utterances of the corpus WER, in percent.
+    """95 % bootstrap interval of the corpus WER over utterances, in percent.
 
-    Percentiles of 2,000 resamples (Bisani & Ney 2004, "Bootstrap estimates for confidence
-    intervals in ASR performance evaluation"). Utterances are taken as independent: where a few
-    speakers said them all, the true interval over speakers is wider.
+    Takes percentiles of 2,000 resamples (Bisani & Ney 2004, "Bootstrap estimates for confidence
+    intervals in ASR performance evaluation"). Assumes independent utterances: if few speakers
+    produced them all, the interval over speakers is wider.
     """
     sums = resample(np.stack([errors, words], 1), seed)
     low, high = np.percentile(100 * sums[:, 0] / np.maximum(sums[:, 1], 1), [2.5, 97.5])
@@ -82,9 +83,9 @@ def difference(
     """Paired bootstrap (Bisani & Ney 2004) of two systems on the same utterances.
 
     Returns:
-        The ends of the 95 % interval of WER of B minus WER of A, in points of percent, and the
-        two-sided p-value: twice the share of resamples on the rarer side of zero, those at zero
-        counted half; not below 1 / RESAMPLES.
+        Both ends of the 95 % interval of (WER of B - WER of A) in percentage points, and the
+        two-sided p-value. The p-value is twice the share of resamples on the rarer side of zero
+        (those at zero count half to either side), and at least 1 / RESAMPLES.
     """
     sums = resample(np.stack([np.subtract(errors_b, errors_a), words], 1), seed)
     rates = 100 * sums[:, 0] / np.maximum(sums[:, 1], 1)
@@ -96,14 +97,16 @@ def difference(
 def score(
     references: Sequence[str], hypotheses: Sequence[str], language: str = "en"
 ) -> dict[str, Any]:
-    """Corpus figures of raw texts after normalisation: `wer`, `wer_low`, `wer_high` and `cer` in
-    percent, counts of error types, words and utterances, and `wer_raw` without normalisation.
+    """Normalise texts and compute the error rates of the corpus.
 
-    What is heard where the normalised reference is empty counts as inserted, and once more by
-    itself: `hallucinated` words on `empty_references` utterances.
+    Returns:
+        `wer`, `wer_low`, `wer_high` and `cer` in percent; `wer_raw`, the WER without normalisation;
+        and counts of error types, words and utterances. Words of hypotheses whose normalised
+        reference is empty count as insertions, and also as `hallucinated` words on
+        `empty_references` utterances.
 
     Raises:
-        ValueError: when there is nothing to score.
+        ValueError: if there is nothing to score.
     """
     if not references:
         raise ValueError("no utterance was scored")
@@ -114,19 +117,19 @@ def score(
     errors, words = [c.errors for c in counts], [c.words for c in counts]
     low, high = interval(errors, words)
     letters = jiwer.process_characters(refs, hyps)
-    spelled = letters.substitutions + letters.deletions + letters.insertions
-    heard = [h for r, h in zip(refs, hyps, strict=True) if not r]
+    wrong_letters = letters.substitutions + letters.deletions + letters.insertions
+    hallucinations = [h for r, h in zip(refs, hyps, strict=True) if not r]
     return {
         "wer": 100 * sum(errors) / max(1, sum(words)),
         "wer_low": low,
         "wer_high": high,
-        "cer": 100 * spelled / max(1, sum(map(len, refs))),
+        "cer": 100 * wrong_letters / max(1, sum(map(len, refs))),
         "wer_raw": 100 * sum(c.errors for c in raw) / max(1, sum(c.words for c in raw)),
         "substitutions": sum(c.substitutions for c in counts),
         "deletions": sum(c.deletions for c in counts),
         "insertions": sum(c.insertions for c in counts),
-        "hallucinated": sum(len(h.split()) for h in heard),
-        "empty_references": len(heard),
+        "hallucinated": sum(len(h.split()) for h in hallucinations),
+        "empty_references": len(hallucinations),
         "words": sum(words),
         "utterances": len(references),
     }

@@ -1,14 +1,14 @@
-"""What happens to speech on its way to a microphone: pauses, noise, music, rooms, telephones.
+"""Waveform augmentation: pauses, noise, music, rooms and telephones.
 
-`disturb` changes one clip at random. Samples are mono at 16 kHz, (n,) float32; noise is drawn, so
-no recordings are needed. Every random number comes from the generator that is handed in.
+`disturb` changes one clip at random. Samples are mono at 16 kHz, (n,) float32. Noise and music are
+synthesized, so no recordings are needed. All randomness comes from the generator passed in.
 """
 
 import numpy as np
 
 from ..asr.asr_processing import SAMPLE_RATE
 
-# How probable each disturbance is; several may meet in one clip.
+# The probability of each disturbance. They are drawn independently.
 SHARES = {
     "speed": 0.5,
     "pause": 0.4,
@@ -17,20 +17,20 @@ SHARES = {
     "noise": 0.4,
     "clipping": 0.05,
 }
-SPEED = (0.88, 1.14)  # of playback: the pitch moves with it
-PAUSE_SECONDS = 0.7  # mean of an exponential: most are short, a few are long
-LONGEST_PAUSE = 6.0
-DECAY = (0.15, 0.6)  # seconds in which a room's echo falls by 60 dB
-DIRECT = (0.2, 0.7)  # level of the echo beside the direct sound
+SPEED = (0.88, 1.14)  # playback speed; changes the pitch too
+PAUSE_SECONDS = 0.7  # mean of an exponential distribution
+LONGEST_PAUSE = 6.0  # seconds
+DECAY = (0.15, 0.6)  # seconds until the echo falls by 60 dB
+DIRECT = (0.2, 0.7)  # level of the echo relative to the direct sound
 SNR = (3.0, 30.0)  # dB
-OVERDRIVE = (2.0, 10.0)  # gain before samples are clipped
+OVERDRIVE = (2.0, 10.0)  # gain before clipping
 
 
 def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A clip as it might have been recorded elsewhere; its words stay the same.
+    """Return the clip as if recorded in other conditions; its words stay the same.
 
-    Its length changes with speed and pauses. The level does not matter: `ASRProcessor.features`
-    normalises it.
+    Speed and pauses change its length. Its level is arbitrary: `ASRProcessor.features` normalises
+    it.
     """
     does = {name: rng.random() < share for name, share in SHARES.items()}
     if does["speed"]:
@@ -56,7 +56,7 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def rms(samples: np.ndarray) -> float:
-    """Root mean square, never zero."""
+    """Root mean square, always above zero."""
     return float(np.sqrt(np.square(samples).mean() + 1e-12)) if len(samples) else 1e-6
 
 
@@ -67,7 +67,7 @@ def silence(rng: np.random.Generator) -> np.ndarray:
 
 
 def resample(samples: np.ndarray, speed: float) -> np.ndarray:
-    """Played `speed` times as fast."""
+    """Play the clip `speed` times as fast, by linear interpolation."""
     at = np.arange(int(len(samples) / speed)) * speed
     return np.interp(at, np.arange(len(samples)), samples)
 
@@ -80,7 +80,7 @@ def coloured_noise(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def hum(n: int, rng: np.random.Generator) -> np.ndarray:
-    """n samples of mains hum with harmonics."""
+    """n samples of mains hum (50 or 60 Hz) with harmonics."""
     seconds = np.arange(n) / SAMPLE_RATE
     base = rng.choice([50.0, 60.0]) * rng.uniform(0.99, 1.01)
     total = np.zeros(n)
@@ -91,14 +91,14 @@ def hum(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def music(n: int, rng: np.random.Generator) -> np.ndarray:
-    """n samples of chords that change now and then, each of plucked notes with harmonics."""
+    """n samples of random chords; each note is plucked and has harmonics."""
     total = np.zeros(n)
     at = 0
     while at < n:
         length = min(n - at, int(rng.uniform(0.2, 1.2) * SAMPLE_RATE))
         seconds = np.arange(length) / SAMPLE_RATE
         fade = np.exp(-rng.uniform(0.5, 5.0) * seconds)
-        for note in rng.integers(-24, 24, rng.integers(1, 5)):  # half tones from the a above c
+        for note in rng.integers(-24, 24, rng.integers(1, 5)):  # semitones from A4
             pitch = 440.0 * 2 ** (note / 12)
             for harmonic in range(1, 6):
                 total[at : at + length] += (
@@ -109,7 +109,7 @@ def music(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def reverberate(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """In a room whose echo is decaying noise."""
+    """Convolve with the impulse response of a random room: decaying noise."""
     n = int(rng.uniform(*DECAY) * SAMPLE_RATE)
     echo = rng.standard_normal(n) * np.exp(-np.log(1000) * np.arange(n) / n)
     echo *= rng.uniform(*DIRECT) / np.sqrt(np.square(echo).sum())
@@ -120,7 +120,7 @@ def reverberate(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def band_pass(samples: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Frequencies between two, in Hz."""
+    """Keep the frequencies from `low` to `high`, in Hz."""
     spectrum = np.fft.rfft(samples)
     frequency = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
     spectrum[(frequency < low) | (frequency > high)] = 0.0
@@ -128,7 +128,7 @@ def band_pass(samples: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def companded(samples: np.ndarray) -> np.ndarray:
-    """As 8 bits a sample carry them over a telephone line: µ-law (ITU-T G.711)."""
+    """Quantize to 8-bit µ-law, as a telephone line does (ITU-T G.711)."""
     peak = np.abs(samples).max(initial=1e-6)
     code = np.sign(samples) * np.log1p(255 * np.abs(samples) / peak) / np.log(256)
     code = np.round(127 * code) / 127

@@ -1,6 +1,6 @@
-"""Batches of similar length by a budget of padded audio seconds.
+"""Batches of clips of similar length, limited by their padded audio seconds.
 
-Their order depends on (seed, epoch) alone, so that a resumed run repeats it.
+The order depends only on (seed, epoch), so a resumed run repeats it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,10 @@ from .manifests import DataError
 def cut_batches(
     seconds: np.ndarray, order: np.ndarray, batch_seconds: float, most: int
 ) -> list[list[int]]:
-    """Cut clips in the given order (longest first) where padding would exceed `batch_seconds`."""
+    """Cut `order` (longest first) into batches of at most `batch_seconds` padded and `most` clips.
+
+    A clip longer than `batch_seconds` is a batch of its own.
+    """
     batches: list[list[int]] = []
     batch: list[int] = []
     longest = 0.0
@@ -30,10 +33,14 @@ def cut_batches(
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length whose padded audio stays within `batch_seconds`.
 
-    Examples are sorted by their duration with up to 3 % of jitter, cut into batches by the budget,
-    and the batches are shuffled; all drawn from (seed, epoch). `most` limits the clips in a batch
-    as well; their number is a multiple of `multiple`, the processes that share them. With
-    `largest_first` the first epoch starts with its largest batch: memory runs out now or never.
+    The sampler sorts examples by duration with up to 3 % of jitter, cuts them into batches by the
+    budget, and shuffles the batches. (seed, epoch) determines the result. `most` also limits the
+    clips in a batch. The number of batches is a multiple of `multiple`, the number of processes.
+    With `largest_first`, the first epoch starts with its largest batch, so a batch that does not
+    fit in memory fails at the first step.
+
+    Raises:
+        DataError: if the longest clip exceeds `batch_seconds`.
     """
 
     def __init__(
@@ -59,10 +66,10 @@ class LengthBatchSampler(Sampler[list[int]]):
             wanted += -wanted % multiple
             self.count = min(wanted, len(self.seconds) // multiple * multiple)
         self.count = len(self._make(0))
-        self.batch_size = None  # accelerate asks; batches have no fixed size
+        self.batch_size = None  # accelerate reads it; batches have no fixed size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration shuffles for."""
+        """Set the epoch of the next iteration's shuffle."""
         self.epoch = epoch
 
     def _make(self, epoch: int) -> list[list[int]]:
@@ -70,8 +77,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         jitter = rng.uniform(0.97, 1.03, len(self.seconds)) if self.shuffle else 1.0
         order = np.argsort(-self.seconds * jitter, kind="stable")
         batches = cut_batches(self.seconds, order, self.batch_seconds, self.most)
-        # Jitter moves the count by a batch or two; the trainer needs one number for all epochs, so
-        # the fullest batches are halved until it is reached.
+        # Jitter changes the number of batches by one or two, and the trainer needs the same number
+        # in every epoch: halve the fullest batches until it is reached.
         while len(batches) < self.count:
             fullest = max(range(len(batches)), key=lambda j: len(batches[j]))
             batch = batches.pop(fullest)

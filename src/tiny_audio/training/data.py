@@ -1,7 +1,7 @@
-"""Examples -> checked examples -> features.
+"""Check examples, read them into features, and collate batches.
 
-Every example that cannot be used is skipped with a reason, counted and named; nothing is cut to
-fit.
+An example that cannot be used is skipped; its id and the reason are logged and counted. Clips and
+transcripts are never truncated to fit.
 """
 
 import json
@@ -28,33 +28,33 @@ from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_aud
 from .augment import disturb
 from .manifests import DataError, Example, Reader
 
-# Slower than anybody reads, faster than anybody speaks.
+# Plausible transcripts: slower than anybody reads to faster than anybody speaks.
 CHARACTERS_PER_SECOND = (0.3, 40.0)
-GLOBAL_DRAWS = threading.Lock()
-# Marks in transcripts, and what they mean in training text; the first that fits counts.
+GLOBAL_RNG_LOCK = threading.Lock()
+# Annotation marks and their replacements in training text, applied in this order.
 MARKS = {
     r"\s*<comma>": ",",  # GigaSpeech
     r"\s*<period>": ".",
     r"\s*<questionmark>": "?",
     r"\s*<exclamationpoint>": "!",
-    r"ignore_time_segment_in_scoring": "",  # TED-LIUM: what is said there was not written down
+    r"ignore_time_segment_in_scoring": "",  # TED-LIUM: speech without a transcript
     r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)": " ",  # <unk>, <sil>, [noise], (laughter)
 }
-ENOUGH = 200  # examples of a stream, before a share of dropped ones says anything
+MIN_SEEN = 200  # examples of a stream to read before checking its share of dropped ones
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL log, without a last line that a kill cut short; none where no file is."""
+    """Rows of a JSONL log, without lines cut short by a kill; empty if there is no file."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class Dropped:
-    """Counts of the examples that were skipped, by reason, with the ids, also in a JSONL file.
+    """Counts skipped examples by reason and appends their ids to a JSONL file.
 
     Args:
-        path: of the file, written anew; each checkpoint has a copy, for the run that continues it.
-        allowed: share of examples that may be dropped.
+        path: the file, deleted first if it exists. Each checkpoint keeps a copy for resuming.
+        allowed: the share of examples that may be dropped.
     """
 
     def __init__(self, path: Path | None = None, allowed: float = 1.0) -> None:
@@ -66,7 +66,7 @@ class Dropped:
             path.unlink(missing_ok=True)
 
     def add(self, id: str, reason: str, detail: str = "") -> None:
-        """Note a skipped example; one that was noted before is not counted again."""
+        """Record a skipped example; each id is counted once."""
         if id in self.seen:
             return
         self.seen.add(id)
@@ -81,20 +81,20 @@ class Dropped:
         return ", ".join(parts) or "none"
 
     def check(self, total: int) -> None:
-        """Raise DataError when more than the allowed share of `total` examples was dropped."""
+        """Raise DataError if more than the allowed share of `total` examples was dropped."""
         count = self.counts.total()
         if count > self.allowed * total:
             raise DataError(
                 f"{count} of {total} examples were dropped, more than data.max_dropped_fraction="
-                f"{self.allowed}: {self}. Mend the data, or raise the limit"
+                f"{self.allowed}: {self}. Fix the data, or raise the limit"
             )
 
 
 def prepare_text(text: str, lowercase: bool = False) -> str:
-    """Training text: annotation marks read (see `MARKS`), white space folded, ALL CAPS lowered.
+    """Replace annotation marks (see `MARKS`), fold white space, and lower-case ALL CAPS.
 
-    Case, digits and punctuation are kept, so that a model can learn them; `lowercase` drops case
-    and all punctuation but the apostrophe, for small recipes.
+    Case, digits and punctuation are kept for the model to learn. `lowercase`, for small recipes,
+    removes case and all punctuation except the apostrophe.
     """
     text = normalize("NFC", text)
     for mark, meaning in MARKS.items():
@@ -102,41 +102,41 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     text = " ".join(text.split())
     if lowercase:
         letters = text.lower().replace("’", "'")
-        # letters, marks, digits, the apostrophe, and what joins or parts letters of some scripts
+        # letters, combining marks, digits, the apostrophe, zero-width joiner and non-joiner
         kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in letters)
         text = " ".join("".join(kept).split())
     return text.lower() if text.isupper() and len(text) > 3 else text
 
 
 def why_unreadable(audio: Any) -> str:
-    """What is wrong with audio that no header gave a length for."""
+    """Explain why audio has no duration, by decoding it."""
     try:
         load_audio(audio)
     except (AudioError, TypeError) as error:
         return str(error)
-    return "its length is not known"
+    return "unknown length"
 
 
 @dataclass(eq=False)
 class Clips:
-    """Checks examples, reads them into features, and makes batches of them.
+    """Checks examples, reads them into features, and collates them into batches.
 
     Args:
         processor: makes features and targets.
-        dropped: where skipped examples are noted.
-        min_seconds, max_seconds: clips outside are skipped.
+        dropped: records skipped examples.
+        min_seconds, max_seconds: limits on the length of a clip; others are skipped.
         lowercase: see `prepare_text`.
-        max_train_samples: keep the first so many of each epoch; None keeps all.
-        feature_noise: standard deviation of noise on cached encoder frames.
-        channel_drop: share of channels of cached encoder frames that are dropped.
-        time_mask: longest run of cached encoder frames that is dropped.
-        noise: {"path", "share", "snr"}: recordings of a folder are added to a share of the clips,
-            at a signal to noise ratio between the two of `snr`, in dB.
+        max_train_samples: use only the first N examples of each epoch; None uses all.
+        feature_noise: standard deviation of noise added to cached encoder frames.
+        channel_drop: share of the channels of cached encoder frames that are zeroed.
+        time_mask: longest run of cached encoder frames that is zeroed.
+        noise: {"path", "share", "snr"}: adds recordings from the folder `path` to this share of the
+            clips, at a signal-to-noise ratio drawn between the two values of `snr`, in dB.
         transform: {"_target_": class of any library, ...}; called with `samples` and `sample_rate`.
         disturb: share of the clips that `augment.disturb` changes.
-        mask_time, mask_bands: SpecAugment (Park et al. 2019) on features: two masks, each over at
-            most this share of the time; over at most so many mel bands.
-        seed: of the augmentation, with the epoch and the example's id.
+        mask_time, mask_bands: SpecAugment (Park et al. 2019) on features: two masks in time, each
+            of at most this share of the clip, and two of at most this many mel bands.
+        seed: seed of the augmentation, together with the epoch and the example's id.
     """
 
     processor: ASRProcessor
@@ -156,9 +156,9 @@ class Clips:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.total = self.rewritten = self.epoch = 0  # examples; texts that `prepare_text` changed
-        self.known: set[str] = set()  # ids: reports and cached frames go by them
-        self.encoded: Any = None  # encoder frames by id, once there is a cache of them
+        self.total = self.rewritten = self.epoch = 0  # rewritten: texts that `prepare_text` changed
+        self.known: set[str] = set()  # ids so far; reports and cached frames need unique ones
+        self.encoded: Any = None  # cached encoder frames by id, if any
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise DataError(f"data.max_train_samples={self.max_train_samples}: at least 1, or null")
         self.transform = self.transform and hydra.utils.instantiate(self.transform)
@@ -171,7 +171,7 @@ class Clips:
                 raise DataError(f"data.noise.path={folder}: no files there")
 
     def admitted(self, source: Any, streaming: bool = False) -> Iterator[Example]:
-        """Examples of a source that pass `admit`, each with an id of its own; others are noted."""
+        """Yield the usable examples of a source with unique ids; record the others as dropped."""
         for example in iter(Reader(source, streaming).read, None):
             self.total += 1
             if example.id in self.known:
@@ -183,10 +183,12 @@ class Clips:
                 yield example
 
     def admit(self, example: Example) -> dict[str, Any] | None:
-        """Prepare the text and tokens of an example; `id`, `reason` and `detail` where it cannot be
-        used."""
-        written, example.text = example.text, prepare_text(example.text, self.lowercase)
-        self.rewritten += example.text != written
+        """Prepare the text and tokens of an example, in place.
+
+        Returns None, or `id`, `reason` and `detail` if the example cannot be used.
+        """
+        original, example.text = example.text, prepare_text(example.text, self.lowercase)
+        self.rewritten += example.text != original
         example.target = self.processor.tokenize(example.text)
         seconds, letters = example.duration, len(example.text)
         slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
@@ -205,14 +207,16 @@ class Clips:
         return {"id": example.id, "reason": reasons[0], "detail": detail}
 
     def fits(self, example: Example) -> bool:
-        """Whether CTC can align the tokens: each needs a frame, a repeated one a blank too."""
+        """Whether CTC can align the tokens: one frame each, plus a blank between equal ones."""
         repeats = sum(a == b for a, b in pairwise(example.target))
         frames = self.processor.frames_for_seconds(example.duration)
         return len(example.target) + repeats <= frames
 
     def read(self, example: Example) -> dict[str, Any]:
-        """An example as a dict with `id`, `source`, `seconds`, `features` (time first), `target`
-        (token ids) and `characters` (classes); or `id`, `reason` and `detail` of why it has none.
+        """Read an example's audio and make its features.
+
+        Returns `id`, `source`, `seconds`, `features` (time first), `target` (token ids) and
+        `characters` (classes), or `id`, `reason` and `detail` if the audio cannot be used.
         """
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
         item["source"] = example.source
@@ -227,16 +231,16 @@ class Clips:
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
         if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
             detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
-            return {"id": example.id, "reason": "not as long as it says", "detail": detail}
+            return {"id": example.id, "reason": "not as long as stated", "detail": detail}
         features = self.processor.features(self.disturbed(samples, example))
         return {**item, "features": self.mask(features, example.id)}
 
     def rng(self, example_id: str) -> np.random.Generator:
-        """Draws for an example: fixed by (seed, epoch, id), so that a resumed run repeats them."""
+        """A generator seeded by (seed, epoch, id), so a resumed run repeats its numbers."""
         return np.random.default_rng([self.seed, self.epoch, zlib.crc32(example_id.encode())])
 
     def disturbed(self, samples: np.ndarray, example: Example) -> np.ndarray:
-        """Samples (n,) at 16 kHz with `augment.disturb`, noise from a folder, and the transform."""
+        """Augment samples (n,) at 16 kHz: `augment.disturb`, recorded noise, the transform."""
         rng = self.rng(example.id)
         if rng.random() < self.disturb:
             changed = disturb(samples, rng)
@@ -245,19 +249,19 @@ class Clips:
         if self.noises and rng.random() < self.noise["share"]:
             sound = load_audio(str(self.noises[rng.integers(len(self.noises))]))
             sound = np.roll(sound, -int(rng.integers(len(sound))))
-            sound = np.resize(sound, len(samples))  # repeats it where it is shorter
+            sound = np.resize(sound, len(samples))  # repeats a sound that is too short
             gain = 10 ** (-rng.uniform(*self.noise["snr"]) / 20)
             level = np.sqrt(np.square(samples).mean() / max(float(np.square(sound).mean()), 1e-12))
             samples = (samples + gain * level * sound).astype(np.float32)
         if self.transform:
-            with GLOBAL_DRAWS:  # libraries draw from the generators that all threads share
+            with GLOBAL_RNG_LOCK:  # libraries use the global generators, which all threads share
                 random.seed(int(rng.integers(2**32)))
                 np.random.seed(int(rng.integers(2**32)))
                 samples = self.transform(samples=samples, sample_rate=SAMPLE_RATE)
         return samples
 
     def mask(self, features: torch.Tensor, example_id: str) -> torch.Tensor:
-        """SpecAugment on features (n,) or (t, mels): stretches are set to the clip's mean."""
+        """SpecAugment on features (n,) or (t, mels): set masked stretches to the clip's mean."""
         rng, mean = self.rng(example_id + "/mask"), features.mean()
         widths = (int(self.mask_time * len(features)), self.mask_bands)
         for axis, most in enumerate(widths[: features.ndim]):
@@ -268,13 +272,13 @@ class Clips:
         return features
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that `augment` draws for; the trainer calls it."""
+        """Set the epoch that seeds the augmentation; the trainer calls this."""
         self.epoch = epoch
 
     def augment(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
-        """Noise, dropped channels and a dropped run of frames on encoder frames (t, d).
+        """Add noise to encoder frames (t, d) and zero some channels and a run of frames.
 
-        Drawn from (seed, epoch, id), so that a resumed run repeats it.
+        Seeded by (seed, epoch, id), so a resumed run repeats it.
         """
         key = f"{self.seed}/{self.epoch}/{example_id}"
         rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))
@@ -291,8 +295,10 @@ class Clips:
         return x
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
-        """A batch for `ASRModel` of items with features, with `ids`, and `seconds` of audio, also
-        of each source."""
+        """Collate items with features into a batch for `ASRModel`.
+
+        Adds their `ids`, the `seconds` of audio, and `sources`, the seconds of each source.
+        """
         batch = self.processor.collate(
             [item["features"] for item in items],
             [item["target"] for item in items],
@@ -308,7 +314,7 @@ class Clips:
 
 
 class SpeechDataset(Clips, Dataset):
-    """All examples of the sources, checked, read when asked for: see `Clips.read`."""
+    """All usable examples of the sources; their audio is read on access, see `Clips.read`."""
 
     def __init__(
         self,
@@ -329,18 +335,20 @@ class SpeechDataset(Clips, Dataset):
         dropped.check(self.total)
 
     def repeated(self, example: Example) -> list[Example]:
-        """An example as often as its source says; each time with an id of its own, and so with its
-        own draws, where clips are disturbed."""
+        """Repeat an example as often as its source says.
+
+        If clips are disturbed, each repetition has its own id and thus its own random numbers.
+        """
         ids = [
             f"{example.id}#{i}" if i and self.disturb else example.id for i in range(example.repeat)
         ]
         return [replace(example, id=id) for id in ids]
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
-        """As `Clips.collate`, also of items that could not be read; they are in `dropped`.
+        """Collate the readable items as `Clips.collate` does; `dropped` holds the others.
 
-        Where none of a batch could be, the first readable example takes their place: a corrupt
-        file that is long enough to be a batch of its own does not end a run.
+        If none is readable, the first readable example of the dataset replaces them. This keeps a
+        corrupt file that fills a batch of its own from ending the run.
         """
         readable = (item for item in map(self.read, self.examples) if "features" in item)
         good = [item for item in items if "features" in item] or list(islice(readable, 1))
@@ -357,15 +365,15 @@ class SpeechDataset(Clips, Dataset):
         return self.read(self.examples[index])
 
     def serve_encoded(self, encoded: Any) -> None:
-        """Serve cached encoder frames: `encoded` holds (t, d_encoder) by the examples' ids.
+        """Serve cached encoder frames: `encoded` maps an example's id to (t, d_encoder).
 
-        Examples that are not in it could not be read when it was made; they are left out.
+        Examples without cached frames could not be read when the cache was made; they are dropped.
         """
         self.encoded = encoded
         for example in self.examples:
             if example.id not in encoded:
                 self.dropped.add(example.id, "no cached frames")
         self.examples = [e for e in self.examples if e.id in encoded]
-        if self.disturb:  # their lengths are not those of the files any more
+        if self.disturb:  # disturbed clips differ in length from their files
             for example in self.examples:
                 example.duration = encoded.count(example.id) * self.processor.frame_seconds

@@ -1,4 +1,4 @@
-"""Encoder frames that are computed once: for small recipes that train a frozen encoder's output."""
+"""Cache of encoder frames, for small recipes with a frozen encoder."""
 
 import ctypes
 import hashlib
@@ -21,26 +21,26 @@ from ..progress import progress_bar
 from .batches import cut_batches
 from .data import SpeechDataset
 
-TOGETHER = 128  # clips that one thread reads and encodes
-BATCH_SECONDS = 64.0  # padded audio: attention needs memory
-MOST_THREADS = 4  # each holds a batch
+TOGETHER = 128  # clips in one unit of work of a thread
+BATCH_SECONDS = 64.0  # padded audio in a batch; limits the memory of attention
+MAX_THREADS = 4  # each thread holds a batch in memory
 
 
 class Frames:
-    """Encoder frames (t, d_encoder) in fp16 by the clips' ids: a folder with a file for each."""
+    """Encoder frames (t, d_encoder) in fp16 by clip id, in a folder with one file per clip."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, clip: str) -> Path:
-        """The clip's file; an id may hold any character, a file's name may not."""
+        """The clip's file, named by a hash because an id may hold any character."""
         return self.folder / f"{hashlib.sha256(clip.encode()).hexdigest()}.npy"
 
     def __contains__(self, clip: str) -> bool:
         return self.path(clip).exists()
 
     def count(self, clip: str) -> int:
-        """How many frames a clip has; they are not read."""
+        """The number of frames of a clip, without reading them."""
         return len(np.load(self.path(clip), mmap_mode="r"))
 
     def __getitem__(self, clip: str) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Frames:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give back what tensors of ever new sizes left in its heap: 1.5 GB otherwise."""
+    """Make glibc return freed heap memory: tensors of varying sizes leave up to 1.5 GB there."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # not in musl
@@ -56,14 +56,13 @@ def return_freed_memory() -> None:
 
 
 def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> None:
-    """Run the frozen encoder once over `data`, into a folder of `parent` that is named for what it
-    was made of, and have `data` serve its frames.
+    """Encode `data` once with the frozen encoder, and make `data` serve the frames.
 
-    A frozen encoder gives the same frames in every epoch; for a small recipe that trains many
-    epochs they cost more than everything else.
+    The frames are kept in a folder under `parent`, named by a hash of all inputs. A frozen encoder
+    gives the same frames in every epoch, and computing them dominates the time of a small recipe.
 
     Raises:
-        ValueError: when the encoder is trained, or does not hear a clip alike in every epoch.
+        ValueError: if the encoder is trained, or if augmentation changes its input in every epoch.
     """
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
@@ -75,32 +74,32 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
     made_of += [data.disturb, data.disturb and data.seed]
     for e in sorted(data.examples, key=lambda e: e.id):
         audio = e.audio if isinstance(e.audio, dict) else {"path": e.audio}
-        with suppress(OSError, TypeError):  # what cannot be read has no frames
+        with suppress(OSError, TypeError):  # unreadable clips have no frames
             made_of += [e.id, crc32(audio.get("bytes") or Path(audio["path"]).read_bytes())]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = parent / f"encoder_frames-{digest}"
     if not folder.exists():
-        aside = Frames(folder.with_suffix(".tmp"))  # renamed once it is whole
-        shutil.rmtree(aside.folder, ignore_errors=True)
-        aside.folder.mkdir(parents=True)
-        encode_all(model, data, aside)
-        aside.folder.replace(folder)
+        unfinished = Frames(folder.with_suffix(".tmp"))  # renamed when complete
+        shutil.rmtree(unfinished.folder, ignore_errors=True)
+        unfinished.folder.mkdir(parents=True)
+        encode_all(model, data, unfinished)
+        unfinished.folder.replace(folder)
     data.serve_encoded(Frames(folder))
 
 
 def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
-    """Encode every example once into `frames`, long ones first.
+    """Encode every example once into `frames`, longest first.
 
-    Several threads of one core each, every one with some hundred clips of its own: that is faster
-    than one thread after another on all cores, and files are read while others are encoded.
+    Each of several threads takes `TOGETHER` clips at a time and computes on one core. That is
+    faster than computing one batch on all cores, and it overlaps reading with encoding.
     """
     order = list({example.id: i for i, example in enumerate(data.examples)}.values())
     order.sort(key=lambda i: -data.examples[i].duration)
     parts = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
     cores = torch.get_num_threads()
-    # A masked group norm holds the lengths of one batch: threads would take each other's.
-    shared = any(isinstance(module, MaskedGroupNorm) for module in model.encoder.modules())
-    threads = 1 if shared else min(cores, MOST_THREADS)
+    # MaskedGroupNorm stores the lengths of the current batch, so threads cannot share it.
+    stateful = any(isinstance(module, MaskedGroupNorm) for module in model.encoder.modules())
+    threads = 1 if stateful else min(cores, MAX_THREADS)
     bar = progress_bar(total=len(order), desc="encoding", unit="clip")
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ThreadPoolExecutor(threads, **one_core) as pool, bar:
@@ -116,10 +115,9 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
 def encode_some(
     model: ASRModel, data: SpeechDataset, rows: list[int], frames: Frames
 ) -> list[dict[str, Any]]:
-    """Encode the examples at `rows`; returns those that cannot be read.
+    """Encode the examples at `rows`; return those that cannot be read.
 
-    Disturbed clips are longer or shorter than their files, so they are batched by what they have
-    become.
+    Clips are batched by the length of their features: disturbed clips differ from their files.
     """
     processor = data.processor
     items = [data.read(data.examples[row]) for row in rows]
@@ -136,7 +134,7 @@ def encode_some(
 def encode_batch(
     model: ASRModel, processor: ASRProcessor, items: list[dict[str, Any]], frames: Frames
 ) -> None:
-    """Encode some clips together."""
+    """Encode clips as one batch and save the frames of each."""
     batch = processor.collate([item["features"] for item in items]).to(model.device)
     hidden, lengths = model.encode(batch["input_features"], batch["input_features_mask"])
     for item, rows, n in zip(items, hidden, lengths, strict=True):

@@ -1,4 +1,4 @@
-"""Manifests, folders and Hub datasets -> examples, as they are written and unchecked."""
+"""Read examples from manifests, folders and Hub datasets, without checking them."""
 
 import csv
 import io
@@ -18,43 +18,43 @@ from datasets.exceptions import DatasetsError
 from ..asr.asr_config import check_keys
 from ..asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, open_audio
 
-# Defaults of a source: where its rows come from and how they are named there.
+# The keys of a data source, with their defaults.
 SOURCE: dict[str, Any] = {
     "path": None,  # .jsonl or .csv manifest, folder of audio, or Hub dataset id
     "name": None,  # configuration of a Hub dataset
     "split": "train",
-    "revision": None,  # commit of a Hub dataset; the newest by default
+    "revision": None,  # commit of a Hub dataset; default: the newest
     "id_column": "id",
     "audio_column": "audio",
     "text_column": "text",
     "duration_column": "duration",
-    "speaker_column": "speaker_id",  # counted by `tiny-audio data check`, if there is one
-    "repeat": 1,  # times that each example is seen in an epoch
-    "sample": None,  # so many rows of it, drawn once and for all (of a stream: the first)
-    "silence": False,  # its clips hold no speech: an empty transcript is meant
-    "weight": 1.0,  # of a stream: how often it is drawn from, beside the others
+    "speaker_column": "speaker_id",  # optional; `tiny-audio data check` counts the speakers
+    "repeat": 1,  # how often an epoch contains each example
+    "sample": None,  # use only N rows: a fixed random sample, or the first N of a stream
+    "silence": False,  # clips without speech: their transcripts may be empty
+    "weight": 1.0,  # streams only: how often this source is drawn relative to the others
 }
-# What reads a file, by its ending. JSON lines are read as text: `datasets` would take an id that
-# looks like a date for one, and write it in another way.
+# The builder of `datasets` for each file suffix. JSON lines are read as text, because the JSON
+# builder parses ids that look like dates and reformats them.
 BUILDERS = {".jsonl": "text", ".json": "json", ".csv": "csv", ".tsv": "csv",
             ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # fmt: skip
-SEPARATORS = ",;\t|"  # of a table: the one that its first line has most of
-# Columns that are taken for the audio and the text where there is none of the usual name.
+SEPARATORS = ",;\t|"  # of a table; the most frequent one in its first line is used
+# Columns to try for audio and text if the default column is missing.
 USUAL_COLUMNS = {
     "audio": ("path", "file", "file_name", "filename", "audio_path", "audio_filepath", "wav"),
     "text": ("sentence", "transcription", "transcript", "normalized_text", "raw_text"),
 }
-SHARDS_AT_ONCE = 8  # of a stream
-AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # beside a manifest, where its files may lie
+SHARDS_AT_ONCE = 8  # shards of a stream that are open at a time
+AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # relative to the manifest; searched for its files
 
 
 class DataError(RuntimeError):
-    """Data that cannot be trained on; the message names the source and the fix."""
+    """Data that cannot be used for training; the message names the source and the fix."""
 
 
 @dataclass
 class Example:
-    """One clip: `audio` is what `load_audio` takes, `duration` is in seconds, `source` a name."""
+    """One clip: `audio` is an input of `load_audio`, `duration` is in seconds."""
 
     id: str
     audio: Any
@@ -68,29 +68,29 @@ class Example:
 
 
 def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Path]:
-    """Rows of one source as `datasets` reads them, and the folder that paths are relative to.
+    """Open a source with `datasets`; return its rows and the folder that paths are relative to.
 
-    The audio and text columns of `source` are set to those that were found.
+    Sets the audio and text columns of `source` to those found.
 
     Raises:
-        DataError: when the source, its split or one of its columns does not exist.
+        DataError: if the source, its split or one of its columns does not exist.
     """
     path = Path(source["path"]).expanduser()
     columns: list[str] = []
     if path.suffix in BUILDERS:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        what: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": str(path)}
-        what["split"] = "train"
+        arguments: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": str(path)}
+        arguments["split"] = "train"
         if path.suffix in (".csv", ".tsv", ".jsonl"):
             columns, options = read_header(path)
-            what |= options
+            arguments |= options
     elif path.is_file():
-        raise DataError(f"{path}: not read; the endings that are: {', '.join(BUILDERS)}")
+        raise DataError(f"{path}: unknown file type; known types: {', '.join(BUILDERS)}")
     else:
-        what = {key: source[key] for key in ("path", "name", "revision", "split")}
+        arguments = {key: source[key] for key in ("path", "name", "revision", "split")}
     try:
-        rows: Any = load_dataset(**what, streaming=streaming)
+        rows: Any = load_dataset(**arguments, streaming=streaming)
     except (DatasetsError, UnicodeDecodeError) as error:
         raise DataError(f"{source['path']}: {error.__cause__ or error}") from error
     except ValueError as error:
@@ -110,10 +110,10 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
 
 
 def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
-    """Names of the columns of a table or of JSON lines, and how `load_dataset` is to read it.
+    """Read the column names of a table or JSON-lines file, and its options for `load_dataset`.
 
     Raises:
-        DataError: when the first line is none of either.
+        DataError: if the file is not in UTF-8 or its first line cannot be parsed.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -124,21 +124,21 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
         try:
             return list(json.loads(first)), {"encoding": "utf-8-sig"}
         except ValueError as error:
-            raise DataError(f"{path}, line 1 is no JSON object: {error}") from error
+            raise DataError(f"{path}, line 1 is not a JSON object: {error}") from error
     separator = max(SEPARATORS, key=first.count)
     columns = next(csv.reader([first], delimiter=separator), [])
-    # Every value as it is written: "007" is no number, and "None" is a word.
+    # Read every value as text: "007" is not a number, and "None" is a word.
     options = {"converters": dict.fromkeys(columns, str), "sep": separator}
-    if separator == "\t":  # nothing is quoted in tables of Common Voice
+    if separator == "\t":  # Common Voice does not quote fields
         options["quoting"] = csv.QUOTE_NONE
     return columns, {**options, "keep_default_na": False, "na_values": [""]}
 
 
 def choose_columns(source: dict[str, Any], columns: Sequence[str]) -> None:
-    """Set the audio and text columns of a source to usual names where the given ones are missing.
+    """Set missing audio and text columns of a source to a usual name that exists.
 
     Raises:
-        DataError: naming the setting that says which column it is.
+        DataError: if there is no such column; names the setting to use.
     """
     for key, usual in USUAL_COLUMNS.items():
         setting = f"{key}_column"
@@ -155,16 +155,17 @@ def choose_columns(source: dict[str, Any], columns: Sequence[str]) -> None:
 
 
 class Shards:
-    """The rows of a stream whose shards are read in a drawn order, several at a time.
+    """Iterates over a stream's shards in random order, several at a time.
 
-    A corpus is often sorted by its sources: in file order one source would be seen after the other.
+    Corpora are often sorted by source; reading them in file order would yield one source after the
+    other.
 
     Args:
         rows: a streaming dataset.
-        draw: seed and epoch, which fix the order.
-        rank, world: of this process. Each reads shards of its own where they can be shared evenly,
-            else every world-th row, in file order.
-        state: to go on from, see `state`.
+        draw: (seed, epoch), which determines the order.
+        rank, world: this process and the number of processes. If the shards divide evenly, each
+            process reads its own; otherwise each reads every world-th row, in file order.
+        state: a result of `state` to continue from.
     """
 
     def __init__(
@@ -177,20 +178,20 @@ class Shards:
         order = np.random.default_rng(draw).permutation(self.count)
         self.order: list[int] = order[rank::world].tolist()
         self.opened, self.turn = 0, 0
-        self.parts: list[tuple[int, Any, Iterator[Any]]] = []  # its number, its rows, its iterator
+        self.parts: list[tuple[int, Any, Iterator[Any]]] = []  # open shards: number, rows, iterator
         if state:
             self.opened, self.turn = state["opened"], state["turn"]
             self.parts = [self.part(number, at) for number, at in state["parts"]]
 
     def part(self, number: int, state: Any = None) -> tuple[int, Any, Iterator[Any]]:
-        """A shard from a state on."""
+        """Open a shard, at `state` if given."""
         rows = self.rows if self.count == 1 else self.rows.shard(self.count, number)
         if state:
             rows.load_state_dict(state)
         return number, rows, iter(rows)
 
     def state(self) -> dict[str, Any]:
-        """What to go on from, in JSON's types."""
+        """The current position, in JSON types."""
         parts = [[number, rows.state_dict()] for number, rows, _ in self.parts]
         return {"opened": self.opened, "turn": self.turn, "parts": parts}
 
@@ -212,12 +213,13 @@ class Shards:
 
 
 class Reader:
-    """One source, read from a `state` on: examples as they are, unchecked.
+    """Reads the unchecked examples of one source.
 
     Args:
         source: see `SOURCE`.
-        streaming: read as it comes, by `world` processes that share it, of which this is `rank`.
-        draw: of a stream, see `Shards`.
+        streaming: read the source as a stream.
+        state: a result of `state` to continue from; streams only.
+        rank, world, draw: see `Shards`; streams only.
 
     Raises:
         DataError: see `open_rows`.
@@ -238,7 +240,7 @@ class Reader:
         if state:
             if state["path"] != self.source["path"]:
                 raise DataError(
-                    f"the checkpoint stands in {state['path']}, not in {self.source['path']}"
+                    f"the checkpoint was reading {state['path']}, not {self.source['path']}"
                 )
             self.count, self.over = state["count"], state["over"]
         at = state and state["rows"]
@@ -246,16 +248,16 @@ class Reader:
         self.iterator: Iterator[Any] = self.shards or iter(self.rows)
 
     def state(self) -> dict[str, Any]:
-        """What to go on from, in JSON's types; of a stream."""
+        """The current position in a stream, in JSON types."""
         assert self.shards
         return {"rows": self.shards.state(), "path": self.source["path"], "count": self.count,
                 "over": self.over}  # fmt: skip
 
     def read(self) -> Example | None:
-        """The next example, None at the end; its duration is -1 where no header says it."""
+        """The next example, or None at the end; its duration is -1 if unreadable."""
         row, source = next(self.iterator, None), self.source
         if source["path"].endswith(".jsonl"):
-            while row is not None and not row["text"].strip():  # an empty line
+            while row is not None and not row["text"].strip():  # skip empty lines
                 row = next(self.iterator, None)
             row = row and self.parse(row["text"])
         if row is None:
@@ -279,45 +281,50 @@ class Reader:
         )
 
     def seconds(self, row: dict[str, Any], audio: Any) -> float:
-        """How long a row says that its clip is, or else the clip's own header.
+        """Duration of a clip, from its row if given there, otherwise from its file.
 
         Raises:
-            DataError: naming the row, where that is no number of seconds.
+            DataError: if the row's duration is not a finite number; names the row.
         """
-        said = row.get(self.source["duration_column"])
-        if said in (None, ""):
+        stated = row.get(self.source["duration_column"])
+        if stated in (None, ""):
             return header_seconds(audio)
         try:
-            seconds = float(said)
+            seconds = float(stated)
         except (TypeError, ValueError):
             seconds = math.nan
         if not math.isfinite(seconds):
             where = f"{self.source['path']}, row {self.count}"
-            raise DataError(f"{where}: duration {said!r} is no number of seconds")
+            raise DataError(f"{where}: duration {stated!r} is not a number of seconds")
         return seconds
 
     def parse(self, line: str) -> dict[str, Any]:
-        """A row from a line of JSON."""
+        """Parse a line of JSON into a row; absent audio and text columns are None."""
         wanted = self.source["audio_column"], self.source["text_column"]
         try:
             row = json.loads(line)
             return {**dict.fromkeys(wanted), **row}
         except (ValueError, TypeError) as error:
             where = f"{self.source['path']}, row {self.count + 1}"
-            raise DataError(f"{where} is no JSON object: {error}") from error
+            raise DataError(f"{where} is not a JSON object: {error}") from error
 
 
 def read_source(source: Any) -> Iterator[Example]:
-    """Examples of one source as they are, unchecked, in file order. See `SOURCE` for its keys."""
+    """Yield the unchecked examples of one source in file order; see `SOURCE` for its keys."""
     return iter(Reader(source).read, None)
 
 
 def complete(source: Any) -> dict[str, Any]:
-    """A source with its defaults; unknown keys are refused."""
+    """Return the source with defaults filled in and a folder replaced by its metadata table.
+
+    Raises:
+        DataError: if a folder has no metadata table.
+        ValueError: for an unknown key.
+    """
     check_keys(dict(source), SOURCE, "a data source")
     source = {**SOURCE, **dict(source), "path": str(dict(source).get("path"))}
     folder = Path(source["path"]).expanduser()
-    if folder.is_dir():  # of audio, with the table that `datasets` calls metadata
+    if folder.is_dir():  # an AudioFolder of `datasets`
         tables = list(folder.glob("metadata.csv")) + list(folder.glob("metadata.jsonl"))
         if not tables:
             raise DataError(f"{folder}: no metadata.csv or .jsonl with file_name and text in it")
@@ -328,9 +335,9 @@ def complete(source: Any) -> dict[str, Any]:
 
 
 def header_seconds(audio: Any) -> float:
-    """Duration in seconds from the file's header, decoding nothing; -1 where it cannot be read.
+    """Duration in seconds from the file's header; -1 if the file cannot be read.
 
-    A file whose header does not say (0) is decoded.
+    If the header gives no duration, the file is decoded.
     """
     source = audio
     if isinstance(audio, dict):

@@ -1,10 +1,10 @@
-"""What a training step costs, from the configs alone: FLOPs and bytes of a forward and a backward.
+"""Count the FLOPs and memory of a training step from the configs alone.
 
-A twin of the model without weights takes one real step on torch's meta device, where tensors have
-shapes but no data. Every operation is seen: its FLOPs by torch's own formulas (a multiplication and
-an addition are two), its results as bytes that live until the last reference is gone. There is no
-autocast there: each part runs in the dtype of its weights, so that trained heads over bf16 base
-weights are counted in fp32, with a little more memory than autocast takes.
+A copy of the model takes one real step on torch's meta device, whose tensors have shapes but no
+data. A dispatch mode sees every operation. It adds up FLOPs by torch's own formulas (a multiply-add
+is two), and counts a result's bytes until its last reference is gone. The meta device has no
+autocast: each part runs in the dtype of its weights. Trained heads over bf16 base weights are thus
+counted in fp32, which overestimates their memory slightly.
 """
 
 import copy
@@ -31,11 +31,11 @@ from ..asr.asr_modeling import ASRModel
 from ..asr.asr_processing import SAMPLE_RATE
 
 PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
-MEL_RATE = 100  # mel frames a second: hop of 10 ms
-PROMPT_TOKENS = 16  # of the chat format around the audio
-FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # runs on meta too
+MEL_RATE = 100  # mel frames per second (hop of 10 ms)
+PROMPT_TOKENS = 16  # tokens of the chat format around the audio
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also runs on meta
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Fused attention is counted as the plain one is: what it computes twice to save memory is no work.
+# Count fused attention like plain attention, without the work it repeats to save memory.
 FLOPS: dict[Any, Any] = {
     **flop_registry,
     FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
@@ -43,25 +43,26 @@ FLOPS: dict[Any, Any] = {
 }
 
 
-# What an operation makes on the meta device, by its arguments. Layers are alike, and torch works a
-# shape out in Python, which takes longer than all else here.
-KNOWN: dict[Any, Any] = {}
+# The signature of an operation's result by that of its arguments. Torch infers shapes on the meta
+# device in slow Python code, and layers repeat the same operations.
+shape_cache: dict[Any, Any] = {}
 
 
-def form(x: Any) -> Any:
-    """Shape, stride, dtype and device of tensors, alone or in lists; other things as they are."""
+def signature(x: Any) -> Any:
+    """A hashable key: shape, stride, dtype and device of tensors; type and value of the rest."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.device
-    return tuple(map(form, x)) if isinstance(x, list | tuple) else (type(x), x)
+    return tuple(map(signature, x)) if isinstance(x, list | tuple) else (type(x), x)
 
 
 @dataclass
 class Cost:
-    """What a step costs.
+    """The cost of a training step.
 
-    `gflop` is for a second of audio, forward and backward, by `PARTS`. `memory` is in bytes at the
-    fullest moment, by what they are: weights, optimizer, and of `PARTS` what the forward pass keeps
-    and the backward pass makes.
+    Attributes:
+        gflop: GFLOP per second of audio, forward and backward, for each of `PARTS`.
+        memory: bytes at the peak: "weights", "optimizer", and for each of `PARTS` its activations
+            and gradients.
     """
 
     gflop: dict[str, float]
@@ -69,32 +70,32 @@ class Cost:
 
 
 class Recorder(TorchDispatchMode):
-    """Adds up the FLOPs and live bytes of what runs inside it, under the name `part`."""
+    """Adds up the FLOPs and live bytes of the operations inside it, by the current `part`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.part = ""
         self.flops, self.live, self.peak = (Counter[str]() for _ in range(3))
-        self.most = 0  # of peak, in total
-        self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, and what tells its end
+        self.most = 0  # bytes at the peak, over all parts
+        self.owner: dict[int, tuple[str, Any]] = {}  # by storage: part, weak reference
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        key = (func, form(args), form(tuple(kwargs.items())))
-        if known := KNOWN.get(key):
+        key = (func, signature(args), signature(tuple(kwargs.items())))
+        if known := shape_cache.get(key):
             out = torch.empty_strided(*known[:2], dtype=known[2], device="meta")
         else:
             out = func(*args, **kwargs)
             made = isinstance(out, Tensor) and out.untyped_storage()._cdata not in self.owner
-            if made and out.is_meta and not func.is_view:  # nor changed in place
-                KNOWN[key] = form(out)
+            if made and out.is_meta and not func.is_view:  # neither a view nor in place
+                shape_cache[key] = signature(out)
         if formula := FLOPS.get(func._overloadpacket):
             self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         self.track(out)
         return out
 
     def track(self, tensors: Any) -> None:
-        """Note the storages of `tensors`, a tree of them, that were not seen before."""
+        """Count the storages of a tree of tensors; each storage counts once."""
         for tensor in [tensors] if isinstance(tensors, Tensor) else tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -113,8 +114,10 @@ class Recorder(TorchDispatchMode):
 def counted_attention(
     _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention (b, heads, s, d) as a fused kernel keeps it: no scores, unless their mask needs
-    gradients (Parakeet's relative positions)."""
+    """Attention (b, heads, s, d) that keeps no scores for the backward pass, as fused kernels do.
+
+    The exception is a mask that needs gradients, such as Parakeet's relative positions.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if attention_mask is not None and attention_mask.requires_grad:
@@ -129,17 +132,17 @@ AttentionInterface.register("counted", counted_attention)
 
 
 def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
-    """A model on the meta device: shapes and dtypes as `ASRModel.from_base` makes them.
+    """Build a model on the meta device, with the shapes and dtypes of `ASRModel.from_base`.
 
     Args:
-        config: an ASRConfig with both base configs in it; it is copied.
-        dtype: of the base weights; None is fp32.
+        config: an ASRConfig that contains both base configs; it is not modified.
+        dtype: dtype of the base weights; None is fp32.
     """
     config = copy.copy(config)
     for name in ("audio_config", "text_config"):
         setattr(config, name, part := copy.deepcopy(getattr(config, name)))
         part._attn_implementation = "counted"
-    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # chance changes no count
+    for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # no randomness
         if key in vars(config.audio_config):
             setattr(config.audio_config, key, off)
     with torch.device("meta"):
@@ -148,45 +151,45 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
         return ASRModel(config, encoder, decoder)
 
 
-def twin_of(model: ASRModel) -> ASRModel:
-    """The model without its weights; it trains the same parameters."""
-    twin = without_weights(model.config, next(model.encoder.parameters()).dtype)
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+def meta_copy(model: ASRModel) -> ASRModel:
+    """Copy the model to the meta device; the copy trains the same parameters."""
+    copied = without_weights(model.config, next(model.encoder.parameters()).dtype)
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
-    return twin
+    return copied
 
 
 def count(
-    twin: ASRModel,
+    meta: ASRModel,
     settings: Mapping[str, Any],
     seconds: float,
     tokens: int,
     clips: int = 1,
     prompt: int = PROMPT_TOKENS,
 ) -> Cost:
-    """The cost of a training step on `clips` clips without padding.
+    """Count the cost of a training step on `clips` clips without padding.
+
+    Assumes that with the bridge "posteriors" the decoder sees one frame per token, and that the
+    optimizer is a fused AdamW: two states per trained parameter, and no memory for its step.
 
     Args:
-        twin: a model without weights; it is used up.
+        meta: a model on the meta device; it is modified.
         settings: the training group of the config.
         seconds: length of a clip.
         tokens: transcript tokens of a clip, without the end token.
-        clips: clips in a step: they set the memory.
+        clips: clips in a step, which determine the memory.
         prompt: tokens of the chat format around the audio.
-
-    With the bridge "posteriors" the decoder is taken to see one frame for each token. The optimizer
-    is a fused AdamW: two states for each trained parameter, and nothing for its step.
     """
     if settings["gradient_checkpointing"]:
-        twin.gradient_checkpointing_enable({"use_reentrant": False})
+        meta.gradient_checkpointing_enable({"use_reentrant": False})
     recorder = Recorder()
     with torch.device("meta"), recorder:
         recorder.part = "weights"
-        recorder.track([*twin.parameters(), *twin.buffers()])
-        recorder.live["optimizer"] = 2 * sum(p.nbytes for p in twin.parameters() if p.requires_grad)
-        step = _Step(twin.train(), recorder)
-        for module in twin.encoder.children():
-            if hasattr(module, "layers"):  # transformers 5.17 draws whether to drop each of them
+        recorder.track([*meta.parameters(), *meta.buffers()])
+        recorder.live["optimizer"] = 2 * sum(p.nbytes for p in meta.parameters() if p.requires_grad)
+        step = _Step(meta.train(), recorder)
+        for module in meta.encoder.children():
+            if hasattr(module, "layers"):  # transformers 5.17 applies layer dropout while training
                 module.training = False
         step.forward(settings, clips, seconds, tokens, prompt)
         step.backward()
@@ -195,9 +198,9 @@ def count(
 
 
 class _Step:
-    """One step of `ASRModel.forward` and its backward pass, cut at the parts' borders.
+    """One step of `ASRModel.forward` and its backward pass, run part by part.
 
-    The parts are called one by one: masks of real clips depend on data, which meta tensors lack.
+    `forward` itself cannot run on meta tensors, because its masks depend on the data.
     """
 
     def __init__(self, model: ASRModel, recorder: Recorder) -> None:
@@ -205,7 +208,7 @@ class _Step:
         self.cuts: list[tuple[str, Tensor, Tensor | None]] = []  # part, its output, the next input
 
     def cut(self, output: Tensor) -> Tensor:
-        """The output of a part as a fresh input of the next; gradients are handed over by hand."""
+        """Detach a part's output as the next part's input; `backward` passes its gradient on."""
         fresh = output.detach().requires_grad_(output.requires_grad)
         self.cuts.append((self.recorder.part, output, fresh))
         return fresh
@@ -213,7 +216,7 @@ class _Step:
     def forward(
         self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int, prompt: int
     ) -> None:
-        """Run the parts; what they keep for the backward pass stays in `cuts`."""
+        """Run the parts; `cuts` keeps their outputs for the backward pass."""
         model, recorder, cuts = self.model, self.recorder, self.cuts
         audio, text = model.config.audio_config, model.config.text_config
         recorder.part = "encoder"
@@ -252,7 +255,7 @@ class _Step:
         cuts.append((recorder.part, F.cross_entropy(logits.float(), targets), None))
 
     def backward(self) -> None:
-        """Backward through the parts, the last first; each frees what it kept."""
+        """Run backward through the parts, last to first, freeing the activations of each."""
         while self.cuts:
             self.recorder.part, output, fresh = self.cuts.pop()
             gradient = torch.ones_like(output) if fresh is None else fresh.grad
@@ -262,7 +265,7 @@ class _Step:
 
 
 def table(*rows: Sequence[str]) -> str:
-    """Rows of equally many cells as lines: the first column starts, the others end together."""
+    """Format rows of equal length as text: first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -272,7 +275,7 @@ def table(*rows: Sequence[str]) -> str:
 
 
 def describe(model: ASRModel) -> str:
-    """A table of the parts: parameters in total and trained, dtype, mode."""
+    """Format a table of the model's parts: total and trained parameters, dtype, mode."""
     rows = [("part", "total", "trained", "dtype", "mode")]
     for part, module in model.named_children():
         tensors = list(module.parameters())
@@ -286,17 +289,17 @@ def describe(model: ASRModel) -> str:
 def expected_cost(
     model: ASRModel, settings: dict[str, Any], examples: Sequence[Any]
 ) -> tuple[float, str]:
-    """GFLOP of a second of audio, and a line that says it and the memory of a step."""
-    seconds, tokens = 8.4, 25  # of a stream: a guess
+    """GFLOP per second of audio, and a line with that figure and the memory of a step."""
+    seconds, tokens = 8.4, 25  # a guess for streams
     if examples:
         seconds = sum(example.duration for example in examples) / len(examples)
         tokens = round(sum(len(example.target) for example in examples) / len(examples))
     clips = max(1, int(settings["batch_seconds"] / seconds))
-    cost = count(twin_of(model), settings, seconds, max(1, tokens), clips)
+    cost = count(meta_copy(model), settings, seconds, max(1, tokens), clips)
     gflop = sum(cost.gflop.values())
     parts = ", ".join(f"{part} {n:.1f}" for part, n in cost.gflop.items() if n)
     return gflop, (
-        f"{gflop:.1f} GFLOP a second of audio ({parts}); expected memory "
+        f"{gflop:.1f} GFLOP per second of audio ({parts}); expected memory "
         f"{sum(cost.memory.values()) / 1e9:.1f} GB with {clips} clips of {seconds:.1f} s"
     )
 
@@ -305,5 +308,5 @@ GPUS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "gpus.
 
 
 def gpu_of(device_name: str) -> str | None:
-    """The name in `gpus.yaml` of a device that torch calls `device_name`; None for others."""
+    """The name in `gpus.yaml` of the GPU that torch calls `device_name`, or None."""
     return next((name for name, gpu in GPUS.items() if device_name in gpu["devices"]), None)

@@ -1,4 +1,4 @@
-"""What a run says of itself: the line of a step, the log, the curves, the trackers."""
+"""Progress of a run: step lines, log.jsonl, curves.png and experiment trackers."""
 
 import json
 import os
@@ -19,28 +19,28 @@ LOG = "log.jsonl"
 
 
 class StepLine(TrainerCallback):
-    """Prints a line for each log and appends it to `log.jsonl`; draws the curves as it goes.
+    """Prints a line for each log, appends it to `log.jsonl`, and draws the curves on each save.
 
     Args:
-        folder: of the stage.
-        stages: names of all stages, whose curves are in `curves.png` beside their folders.
-        price: of an hour, in any currency; None: no cost is said.
+        folder: the stage's folder.
+        stages: names of all stages; `curves.png` beside their folders shows them all.
+        price: price of an hour in any currency; None omits the cost.
     """
 
     def __init__(self, folder: Path, stages: Sequence[str], price: float | None) -> None:
         self.path, self.stages, self.price = folder / LOG, stages, price
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; lines of steps that a resumed run makes again are taken out."""
+        """Start the clock; remove log lines of steps that a resumed run will repeat."""
         self.started, self.first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero:
             return
         rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.before = rows[-1]["seconds"] if rows else 0.0  # spent before this start
+        self.before = rows[-1]["seconds"] if rows else 0.0  # seconds of training before resuming
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
-        """Loss, learning rate, audio-seconds/s, padding, dropped examples, ETA, cost."""
+        """Print and log loss, learning rate, speed, padding, dropped examples, ETA and cost."""
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs or ()):
             return
         spent = time.monotonic() - self.started
@@ -90,7 +90,7 @@ class StepLine(TrainerCallback):
 
 def draw_curves(output: Path, stages: Sequence[str]) -> None:
     """Write `curves.png`: loss, WER and learning rate of the stages under `output`."""
-    from matplotlib.figure import Figure  # not pyplot: no state, no window
+    from matplotlib.figure import Figure  # not pyplot, which keeps global state
 
     logs = {stage: read_log(output / stage / LOG) for stage in stages}
     figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -114,25 +114,29 @@ def draw_curves(output: Path, stages: Sequence[str]) -> None:
 
 
 def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[str]:
-    """Names of the trackers that a stage reports to, started; what cannot be started is said.
+    """Start the trackers of a stage and return their names.
 
-    `wanted` None: wandb where it is installed and has a key (or WANDB_MODE=offline).
+    `wanted` None means wandb, if it is installed and has a key (or WANDB_MODE=offline). A line
+    says why wandb was not started.
+
+    Raises:
+        ValueError: if another tracker is not installed.
     """
     if wanted not in (None, "wandb", ["wandb"]):
         trackers = [] if wanted == "none" else [wanted] if isinstance(wanted, str) else list(wanted)
         if missing := {*trackers} - {*get_available_reporting_integrations()}:
-            raise ValueError(f"training.report_to: {sorted(missing)} not installed here")
+            raise ValueError(f"training.report_to: {sorted(missing)} not installed")
         return trackers
     local = f"the log is in {folder / LOG}"
     if find_spec("wandb") is None:
-        print(f"no wandb (pip install 'tiny-audio[wandb]'): {local}")
+        print(f"wandb is not installed (pip install 'tiny-audio[wandb]'): {local}")
         return []
     import wandb
 
     if not (os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key):
         print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
         return []
-    mark = folder / "wandb_id"  # a resumed run goes on in the same curve
+    mark = folder / "wandb_id"  # a resumed run continues the same curve
     if not mark.exists():
         mark.write_text(secrets.token_hex(4))
     try:

@@ -1,9 +1,8 @@
-"""Data that is too much for a disk: sources read as they come, resumable at any batch.
+"""Streaming data, for sources too large for the disk; resumable at any batch.
 
-A block of examples is read, sorted and cut into batches of similar length, as for data that is all
-there; the batches of a block are shuffled. Each batch carries the position behind it (where the
-sources stood at the block's start, and how many of its batches are out), so a resumed run reads one
-block again and nothing else.
+The stream reads a block of examples, sorts it, cuts it into batches of similar length, and shuffles
+the batches. Each batch carries the position after it: the state of the sources at the start of the
+block, and the number of batches emitted since. A resumed run therefore reads only one block again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,23 +18,23 @@ from .batches import cut_batches
 from .data import Clips, Dropped
 from .manifests import DataError, Example, Reader
 
-# `seen` counts the examples that were read, until it is all there are.
+# `seen` counts the examples read during the first epoch; later it is the size of the data.
 START: dict[str, Any] = {"epoch": 0, "block": 0, "emitted": 0, "sources": None, "seen": 0}
 
 
 class SpeechStream(Clips, IterableDataset):
-    """An endless iterator of batches. Every example is seen once an epoch.
+    """An endless iterator of batches; each epoch contains every example once.
+
+    `start` is the position of the first batch. A batch's `position` is that of the next batch.
 
     Args:
-        sources: see `data.SOURCE`; they are mixed by their `weight` until all are at their end.
-        batch_seconds: padded seconds of audio in a batch.
-        block: examples that are sorted and shuffled together.
-        most: clips in a batch.
-        rank, world: of this process; each reads its own share.
-        threads: that decode audio.
+        sources: see `manifests.SOURCE`; mixed by their `weight` until all are exhausted.
+        batch_seconds: maximum padded seconds of audio in a batch.
+        block: number of examples that are sorted and shuffled together.
+        most: maximum number of clips in a batch.
+        rank, world: this process and the number of processes; each reads its own share.
+        threads: number of threads that decode audio.
         options: see `Clips`.
-
-    `start` is the position of the first batch; a batch's `position` is that of the next one.
     """
 
     def __init__(
@@ -61,14 +60,14 @@ class SpeechStream(Clips, IterableDataset):
         self.sources, self.start = sources, START
         self.batch_seconds, self.block, self.most = batch_seconds, block, most or block
         self.rank, self.world, self.threads = rank, world, threads
-        for reader in self.open(START):  # a wrong column is said now, not in a worker
+        for reader in self.open(START):  # report a wrong column here instead of in a worker
             if reader.source["weight"] <= 0:
                 raise DataError(f"{reader.source['path']}: weight must be above 0")
 
     def texts(self, count: int) -> Iterator[Example]:
-        """The first `count` examples without their audio: what the vocabulary is made of."""
+        """Yield about `count` examples without audio, to build the vocabulary from."""
         for source in self.sources:
-            reader = Reader(source, streaming=True)  # all of it: every process needs the same
+            reader = Reader(source, streaming=True)  # no sharing: all processes need the same
             column, keep = reader.source["text_column"], count // len(self.sources)
             for row in reader.rows.select_columns([column]).take(keep):
                 example = Example("", None, str(row[column] or ""), duration=1.0)
@@ -78,9 +77,9 @@ class SpeechStream(Clips, IterableDataset):
 
     def __iter__(self) -> Iterator[BatchFeature]:
         position = {**START, **self.start}
-        dropped: list[dict[str, Any]] = []  # this may be a worker: the trainer counts them
+        dropped: list[dict[str, Any]] = []  # sent with the batches, since this may be a worker
         readers = self.open(position)
-        useful = position["block"] or position["emitted"]  # whether this epoch had a batch
+        useful = position["block"] or position["emitted"]  # whether this epoch yielded a batch
         with ThreadPoolExecutor(self.threads) as pool:
             while True:
                 self.set_epoch(position["epoch"])
@@ -105,7 +104,7 @@ class SpeechStream(Clips, IterableDataset):
                 position = {**following}
 
     def open(self, position: dict[str, Any]) -> list[Reader]:
-        """The sources, from a position on."""
+        """Open the sources at a position."""
         states = position["sources"] or [None] * len(self.sources)
         return [
             Reader(source, True, state, self.rank, self.world, (self.seed, position["epoch"]))
@@ -115,7 +114,7 @@ class SpeechStream(Clips, IterableDataset):
     def read_block(
         self, readers: list[Reader], position: dict[str, Any], dropped: list[dict[str, Any]]
     ) -> list[Example]:
-        """The good examples of the block at `position`; the others are added to `dropped`."""
+        """Read the usable examples of the block at `position`; append the others to `dropped`."""
         examples: list[Example] = []
         rng = np.random.default_rng([self.seed, position["epoch"], position["block"], 1])
         count = sum(reader.count for reader in readers)
@@ -127,7 +126,7 @@ class SpeechStream(Clips, IterableDataset):
             if example is None:
                 continue
             count += 1
-            if which:  # two sources may have the same ids
+            if which:  # keep ids unique across sources
                 example.id += f"@{which}"
             if refusal := self.admit(example):
                 dropped.append(refusal)
@@ -138,7 +137,7 @@ class SpeechStream(Clips, IterableDataset):
         return examples
 
     def following(self, readers: list[Reader], before: dict[str, Any]) -> dict[str, Any]:
-        """The position of the block after the one at `before`, which was read."""
+        """The position of the next block, after the block at `before` was read."""
         count = sum(reader.count for reader in readers)
         if all(reader.over for reader in readers) or count == self.max_train_samples:
             return {**START, "epoch": before["epoch"] + 1, "seen": before["seen"]}
@@ -146,7 +145,7 @@ class SpeechStream(Clips, IterableDataset):
         return {**before, "block": before["block"] + 1, "emitted": 0, "sources": states}
 
     def batches(self, examples: list[Example], position: dict[str, Any]) -> list[list[int]]:
-        """The batches of a block, in an order that (seed, epoch, block) fixes."""
+        """Cut a block into batches; their order depends only on (seed, epoch, block)."""
         if not examples:
             return []
         seconds = np.array([example.duration for example in examples])

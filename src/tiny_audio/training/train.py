@@ -1,8 +1,8 @@
-"""The recipe: a Hydra config in, a trained model out, stage by stage.
+"""Train a model stage by stage from a Hydra config.
 
-`python src/train.py +experiments=quickstart peft.r=32` composes
-`configs/hydra`, refuses unknown keys, and runs each of `stages` with the Hugging Face Trainer. The
-same command again continues where it stopped.
+`python src/train.py +experiments=quickstart peft.r=32` composes `configs/hydra`, refuses unknown
+keys, and runs each of `stages` with the Hugging Face Trainer. Repeating the command continues an
+interrupted run.
 """
 
 import gc
@@ -46,37 +46,37 @@ from .trainer import (
     ASRTrainer,
     changed_settings,
     clean_exit,
+    explain_full_disk,
     freeze_idle,
-    full_disk_is_said,
     keep_recipe,
     last_checkpoint,
-    only_run,
+    run_lock,
 )
 from .tuning import TUNED, tune
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "hydra"
 FINISHED, TUNING = "finished.json", "tuning.json"
-# Settings of the training group that are ours; every other one is a field of TrainingArguments.
+# Our own keys of the training group; all others are fields of TrainingArguments.
 OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
     "early_stopping_patience largest_first language".split()
 )
-# What no run may set: fixed below, of another name here, or without effect.
+# TrainingArguments that a run may not set: fixed in this file, renamed, or without effect.
 FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
 FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
-# Settings of the data group that choose what is read; every other one is an option of `Clips`.
+# Keys of the data group that select the data; all others are options of `Clips`.
 OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows".split())
 OWN_DATA_KEYS.add("max_dropped_fraction")
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Refuse keys that nothing reads, `+key=` additions included, with the nearest valid name.
+    """Refuse unknown keys, including `+key=` additions, and suggest the nearest valid name.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: names the unknown key.
     """
     known: Any = OmegaConf.load(CONFIGS / "config.yaml")
     known.model = OmegaConf.load(CONFIGS / "model/hubert_smollm3.yaml")
@@ -94,13 +94,13 @@ def check_config(cfg: DictConfig) -> None:
 
 
 def stage_configs(cfg: DictConfig) -> list[Any]:
-    """The config of each stage: the run's, with the stage's own `training` and `data` over it."""
+    """The config of each stage: the run's, updated by the stage's own `training` and `data`."""
     own = [{k: stage[k] for k in ("training", "data") if stage.get(k)} for stage in cfg.stages]
     return [OmegaConf.merge(cfg, part) for part in own]
 
 
 def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse `training.x=...` on the command line where a stage would overrule it."""
+    """Refuse `training.x=...` on the command line if a stage sets the same key."""
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         group, _, name = key.partition(".")
@@ -109,21 +109,24 @@ def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 raise ValueError(f"{key} is overruled by stage {stage.name}: set stages.{i}.{key}")
 
 
-def lenient(overrides: Sequence[str]) -> list[str]:
-    """Overrides with `++`, which lets unknown keys through to `check_config`: Hydra refuses them
-    too, without naming the nearest."""
+def allow_unknown_keys(overrides: Sequence[str]) -> list[str]:
+    """Prefix overrides with `++`, so that `check_config` reports unknown keys instead of Hydra.
+
+    Hydra's own message does not suggest the nearest valid key.
+    """
     return [f"++{a}" if re.match(r"\w+\.[\w.]+=", a) else a for a in overrides]
 
 
 def compose_recipe(overrides: Sequence[str]) -> DictConfig:
-    """The checked config of `python src/train.py <overrides>`, for who does not train at once.
+    """Compose and validate the config of `python src/train.py <overrides>` without starting a run.
 
     Raises:
-        ValueError: for an override that cannot be read, that nothing reads or a stage overrules.
+        ValueError: for an override that is malformed, names an unknown key, or has no effect
+            because a stage sets the same key.
     """
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-            cfg = hydra.compose("config", lenient(overrides))
+            cfg = hydra.compose("config", allow_unknown_keys(overrides))
     except HydraException as error:
         raise ValueError(" ".join(str(error).partition("Config search")[0].split())) from error
     check_config(cfg)
@@ -132,7 +135,11 @@ def compose_recipe(overrides: Sequence[str]) -> DictConfig:
 
 
 def build_processor(cfg: DictConfig) -> ASRProcessor:
-    """The processor that `cfg` describes: the encoder's features, the decoder's tokens."""
+    """Build the processor from the encoder's feature extractor and the decoder's tokenizer.
+
+    Raises:
+        ValueError: if a base model cannot be loaded; names its key.
+    """
     names = {key: cfg.model[key] for key in ("encoder_model_name", "decoder_model_name")}
     key = "encoder_model_name"
     try:
@@ -142,7 +149,7 @@ def build_processor(cfg: DictConfig) -> ASRProcessor:
         tokenizer = AutoTokenizer.from_pretrained(names[key])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.{key}={names[key]}: {one_line(error)}") from error
-    audio_config = vars(audio_config).get("encoder_config", audio_config)  # of Parakeet's models
+    audio_config = vars(audio_config).get("encoder_config", audio_config)  # Parakeet
     geometry = ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
     own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
     return ASRProcessor(
@@ -154,7 +161,11 @@ def build_processor(cfg: DictConfig) -> ASRProcessor:
 
 
 def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] | None:
-    """LoRA settings of a config group; rank 0, null, or another method than lora mean none."""
+    """LoRA settings of a config group; None if the rank is 0 or the method is null.
+
+    Raises:
+        ValueError: if the method is neither lora nor null.
+    """
     if method not in ("lora", None):
         raise ValueError(f"peft.peft_method must be lora or null, not {method!r}")
     if not group.r or method is None:
@@ -170,13 +181,17 @@ def build_model(
     ctc: tuple[list[int], list[int]] = ([], []),
     start: str | None = None,
 ) -> ASRModel:
-    """A model on its base models, its trained parts fresh or from the folder `start`.
+    """Build a model from its base models; trained parts are new or come from the folder `start`.
 
-    `ctc` is what `ctc_vocabulary` returns; an empty list leaves that head out. The n-gram of the
-    search comes from `start` too.
+    Args:
+        cfg: the config of a stage.
+        processor: the model's processor.
+        ctc: the token ids and bytes of the CTC heads, see `ctc_vocabulary`; an empty list omits
+            that head.
+        start: folder of a trained model, whose n-gram is loaded too.
 
     Raises:
-        ValueError: when `start` holds tensors that this config has no place for.
+        ValueError: if `start` holds tensors that do not fit this config.
     """
     own = "stack projector_hidden projector_dropout bridge encoder_revision decoder_revision "
     own += "decoding ctc_hidden prompt_prefix prompt_suffix"
@@ -205,7 +220,7 @@ def build_model(
 
 
 def keep_new_letters(tensors: dict[str, torch.Tensor], model: ASRModel) -> None:
-    """Give the saved character head the fresh rows of letters that are new to it, in place."""
+    """Append freshly initialised rows for new letters to a saved character head, in place."""
     for name, fresh in model.state_dict().items():
         if name.startswith(("characters.output.", "characters.direct.")) and name in tensors:
             known = tensors[name]
@@ -213,7 +228,7 @@ def keep_new_letters(tensors: dict[str, torch.Tensor], model: ASRModel) -> None:
 
 
 def fit_device(training: DictConfig) -> None:
-    """Turn off what only a GPU has (bf16, TF32), and choose the attention; both are said."""
+    """Turn off GPU-only settings (bf16, TF32, dtype) on a CPU, choose the attention; print both."""
     if not torch.cuda.is_available():
         for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
             if training.get(key):
@@ -229,7 +244,7 @@ def fit_device(training: DictConfig) -> None:
 def read_data(
     cfg: DictConfig, settings: dict[str, Any], processor: ASRProcessor, dropped: Dropped
 ) -> tuple[Any, SpeechDataset | None]:
-    """What a stage trains on, a SpeechDataset or SpeechStream, and what it is evaluated on."""
+    """Read a stage's training data (SpeechDataset or SpeechStream) and its evaluation data."""
     place = PartialState()
     options = {key: value for key, value in cfg.data.items() if key not in OWN_DATA_KEYS}
     options["seed"] = cfg.run.seed
@@ -253,16 +268,20 @@ def read_data(
 
 
 def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | None = None) -> Path:
-    """Train one stage in `folder`, from the trained folder `start`; returns its `final` folder.
+    """Train one stage in `folder` and return its `final` folder.
 
-    Each checkpoint is pushed to `hub_id`, if there is one.
+    Args:
+        cfg: the stage's config.
+        folder: where checkpoints and logs go.
+        start: folder of a trained model to start from, if any.
+        hub_id: Hub repository that each checkpoint is pushed to, if any.
     """
     final, place = folder / "final", PartialState(cpu=not torch.cuda.is_available())
     folder.mkdir(parents=True, exist_ok=True)
     if place.is_main_process:
         keep_recipe(cfg, folder)
     if (final / FINISHED).exists():
-        print(f"{folder}: finished before, kept")
+        print(f"{folder}: already finished, skipped")
         return final
     set_seed(cfg.run.seed)
     fit_device(cfg.training)
@@ -271,7 +290,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     dropped = Dropped(folder / f"dropped{rank}.jsonl", cfg.data.max_dropped_fraction)
     resume = settings["resume_from_checkpoint"] or last_checkpoint(folder)
     processor = build_processor(cfg)
-    with place.main_process_first():  # it fills the cache of `datasets`
+    with place.main_process_first():  # the first process fills the cache of `datasets`
         data, evaluation = read_data(cfg, settings, processor, dropped)
     model = stage_model(cfg, processor, data, start, resume)
     freeze_idle(model, settings)
@@ -316,8 +335,11 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
 def stage_model(
     cfg: DictConfig, processor: ASRProcessor, data: Any, start: str | None, resume: str | None
 ) -> ASRModel:
-    """The model that a stage begins with, its heads and words chosen by the transcripts; those of
-    a run that is continued are the checkpoint's."""
+    """Build the model that a stage starts with.
+
+    The transcripts determine the classes of its heads and the words of its n-gram. A model to start
+    from keeps its own and gains the new ones. A resumed run takes them from its checkpoint.
+    """
     streamed = isinstance(data, SpeechStream)
     texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
     if before := resume or start:
@@ -343,13 +365,13 @@ def stage_model(
 def training_arguments(
     cfg: DictConfig, settings: dict[str, Any], folder: Path, streamed: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments: those of the recipe, and those that are not for it to choose.
+    """Build the Trainer's arguments: the recipe's, and those that are always the same.
 
     Raises:
-        ValueError: for settings that exclude each other.
+        ValueError: for conflicting settings.
     """
     arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
-    # transformers' newer name of it; the field's own is kept in the configs
+    # newer transformers renamed this field; our configs keep the common name
     if hasattr(TrainingArguments, "activation_checkpointing"):
         arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -361,8 +383,8 @@ def training_arguments(
         disable_tqdm=True,
         logging_nan_inf_filter=False,
         report_to=start_trackers(settings["report_to"], folder, whole) if main else [],
-        ignore_data_skip=streamed,  # it starts at its position by itself
-        accelerator_config={"even_batches": False},  # our sampler sees to it
+        ignore_data_skip=streamed,  # a stream starts at its saved position
+        accelerator_config={"even_batches": False},  # LengthBatchSampler evens them out
         **arguments,
     )
     if settings["early_stopping_patience"] and not args.load_best_model_at_end:
@@ -375,18 +397,18 @@ def training_arguments(
 def cache_frames(
     model: ASRModel, data: SpeechDataset, args: TrainingArguments, parent: Path
 ) -> None:
-    """Have `data` serve the encoder's frames, which the main process computes, once."""
-    model.to(args.device)  # type: ignore[arg-type]  # the trainer would, but later
+    """Make `data` serve cached encoder frames; the main process computes them once."""
+    model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
     with PartialState().main_process_first():
         cache_encoder_frames(model, data, parent)
     data.dropped.check(data.total)
 
 
 def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:
-    """What a checkpoint's part of the run has dropped, and where in a stream it stood.
+    """Restore the dropped examples and the position in a stream from a checkpoint.
 
     Raises:
-        ValueError: when a stream was read by another number of processes.
+        ValueError: if a different number of processes read the stream.
     """
     place = PartialState()
     rank = f"-{place.process_index}" if place.process_index else ""
@@ -394,12 +416,12 @@ def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:
         dropped.add(**row)
     if isinstance(data, SpeechStream):
         if (shares := len(list(resume.glob("stream-*.json")))) != place.num_processes:
-            raise ValueError(f"{resume} can only be continued by {shares} processes, as it began")
+            raise ValueError(f"{resume} can only be continued by {shares} processes, as before")
         data.start = json.loads((resume / f"stream-{place.process_index}.json").read_text())
 
 
 def size_of(data: Any) -> str:
-    """How much there is in an epoch, in words."""
+    """Describe the size of an epoch."""
     if isinstance(data, SpeechStream):
         return "a stream"
     hours = sum(example.duration for example in data.examples) / 3600
@@ -407,7 +429,7 @@ def size_of(data: Any) -> str:
 
 
 def stage_summary(name: str, trainer: ASRTrainer, data: Any, seconds: float) -> dict[str, Any]:
-    """What a finished stage leaves of itself for the model's card."""
+    """Figures of a finished stage for the model card."""
     parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
     examples = [] if isinstance(data, SpeechStream) else data.examples
     return {
@@ -422,14 +444,14 @@ def stage_summary(name: str, trainer: ASRTrainer, data: Any, seconds: float) -> 
 
 
 def finish(cfg: DictConfig, start: str, output: Path) -> None:
-    """Write the last stage's model into `output`, its decoding tuned on the evaluation clips."""
+    """Tune decoding on the evaluation clips and save the last stage's model in `output`."""
     model, processor = ASRModel.from_pretrained(start), ASRProcessor.from_pretrained(start)
     evaluated = cfg.data.eval and cfg.training.eval_strategy != "no"
     if cfg.model.tune and model.characters is not None and evaluated:
         model.to(PartialState().device)  # type: ignore[arg-type]
         limits = {k: cfg.data[k] for k in ("min_seconds", "max_seconds", "lowercase", "streaming")}
         clips = SpeechDataset(cfg.data.eval, processor, Dropped(), **limits)
-        print(f"\n== decoding, chosen on {len(clips)} clips")
+        print(f"\n== tuning decoding on {len(clips)} clips")
         found = tune(model, processor, clips, cfg.training.language)
         for name, choice in found.items():
             print(f"{name}: expected WER {choice['expected_wer']:.2f} %")
@@ -440,7 +462,12 @@ def finish(cfg: DictConfig, start: str, output: Path) -> None:
 
 
 def train(cfg: DictConfig) -> Path:
-    """Run every stage of a composed config; returns the folder of the finished model."""
+    """Run every stage of a composed config and return the folder of the finished model.
+
+    Raises:
+        ValueError: for invalid settings, or if another run holds the folder.
+        DataError: if the data cannot be used.
+    """
     check_config(cfg)
     quiet_libraries()
     cfg.run.output_dir = str(Path(cfg.run.output_dir).expanduser())
@@ -451,26 +478,26 @@ def train(cfg: DictConfig) -> Path:
         if cfg.run.fresh and output.exists() and os.environ.get("RANK", "0") == "0":
             needed = start and Path(start).resolve().is_relative_to(output.resolve())
             if needed or not any((output / stage.name).exists() for stage in cfg.stages):
-                raise ValueError(f"{output} holds no run of this recipe, or what it starts from")
-            for stage in stage_configs(cfg):  # a mistyped path must not cost the old run
+                raise ValueError(f"{output} is no run of this recipe, or holds its starting model")
+            for stage in stage_configs(cfg):  # check paths before deleting the old run
                 for source in [*stage.data.train, *stage.data.eval]:
                     Reader(source, stage.data.streaming)
-            with only_run(output):
+            with run_lock(output):
                 shutil.rmtree(output)
     if (output / FINISHED).exists():
         changed = changed_settings(cfg, output / "training_config.yaml", r"run\.(?!seed)")
         others = f"; it was trained with other settings ({changed})" if changed else ""
-        print(f"{output} is finished, run.fresh=true starts anew{others}")
+        print(f"{output} is finished; run.fresh=true starts over{others}")
         return output
     if os.environ.get("RANK", "0") != "0":
-        sys.stdout = io.StringIO()  # one process speaks for all
+        sys.stdout = io.StringIO()  # only the main process prints
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
-    with full_disk_is_said(output), only_run(output):
+    with explain_full_disk(output), run_lock(output):
         for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
             print(f"\n== stage {stage.name}")
             start = str(run_stage(merged, output / stage.name, start, hub_id))
-            gc.collect()  # the trainer and its callbacks hold one another, and the model with them
+            gc.collect()  # trainer and callbacks form reference cycles that keep the model alive
             return_freed_memory()
         if not PartialState().is_main_process:
             return output
@@ -489,14 +516,14 @@ def train(cfg: DictConfig) -> Path:
 
 
 def main() -> None:
-    """`python src/train.py`: Hydra's command line."""
-    sys.argv[1:] = lenient(sys.argv[1:])
+    """Run Hydra's command line, as `python src/train.py` does."""
+    sys.argv[1:] = allow_unknown_keys(sys.argv[1:])
     compose_and_train()
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base=None)
 def compose_and_train(cfg: DictConfig) -> None:
-    """Train what the composed config describes."""
+    """Train with the composed config; Hydra parses the command line."""
     with clean_exit():
         refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)

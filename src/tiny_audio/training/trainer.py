@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer for this model: batches by length, evaluation with WER, the log."""
+"""The Hugging Face Trainer with length-budget batches, WER evaluation and detailed logs."""
 
 import json
 import os
@@ -31,31 +31,38 @@ from ..asr.asr_modeling import WEIGHTS
 from ..evaluation.scoring import score
 from ..hub import PushError, one_line
 from .batches import LengthBatchSampler
-from .data import ENOUGH, Dropped
+from .data import MIN_SEEN, Dropped
 from .frames import return_freed_memory
 from .manifests import DataError
 from .plan import GPUS, gpu_of
 from .stream import SpeechStream
 
-# Passed to `forward`.
+# Settings that are passed to `ASRModel.forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
-NO_SPACE = 2**20  # bytes left on a disk on which nothing can be saved
+NO_SPACE = 2**20  # bytes; a disk with less free space counts as full
 
 
 class ASRTrainer(Trainer):
-    """The Hugging Face Trainer with length-budget batches and a learning rate for each part."""
+    """The Hugging Face Trainer with length-budget batches and a learning rate for each part.
+
+    Args:
+        settings: the training group of the config.
+        gflop: GFLOP per second of audio, see `plan.expected_cost`.
+        args, kwargs: arguments of `Trainer`.
+    """
 
     model: Any
     processing_class: Any
 
     def __init__(self, settings: dict[str, Any], gflop: float, *args: Any, **kwargs: Any) -> None:
-        self.settings, self.gflop = settings, gflop  # work of a second of audio
+        self.settings, self.gflop = settings, gflop
         self.dropped: Dropped = kwargs["train_dataset"].dropped
-        self.seconds = self.padded = 0.0  # audio since the last log line
-        self.sources = Counter[str]()  # seconds of each source since then
-        self.waited = 0.0  # seconds since then that the device stood still for want of a batch
-        self.clips = 0  # checksum of the ids since then
-        self.position: Any = None  # of a stream
+        # Since the last log line:
+        self.seconds = self.padded = 0.0  # seconds of audio, without and with padding
+        self.sources = Counter[str]()  # seconds of audio by source
+        self.waited = 0.0  # seconds spent waiting for batches
+        self.clips = 0  # checksum of the ids
+        self.position: Any = None  # in a stream, after the last batch
         gpu = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.peak = GPUS[gpu]["tflops"] if gpu else None  # TFLOP/s
         self.logged_at = time.monotonic()
@@ -64,10 +71,10 @@ class ASRTrainer(Trainer):
         self.add_callback(Preemption(self))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches within `training.batch_seconds`, in an order that (seed, epoch) fixes."""
+        """Batches within `training.batch_seconds`; (seed, epoch) determines their order."""
         data: Any = self.train_dataset
         workers = self.args.dataloader_num_workers
-        # Its own generator: an iterator that a resumed run makes must not draw from the run's.
+        # A separate generator, so that resuming does not consume the run's random numbers.
         own = torch.Generator().manual_seed(self.args.seed)
         if isinstance(data, SpeechStream):  # one reader, which decodes in threads
             return DataLoader(data, batch_size=None, num_workers=min(1, workers), generator=own)
@@ -90,7 +97,7 @@ class ASRTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a group for each part: projector and CTC head, encoder LoRA, decoder LoRA."""
+        """Create AdamW with groups for projector and CTC heads, encoder LoRA, and decoder LoRA."""
         if self.optimizer is None:
             rates = part_rates(self.settings, self.args.learning_rate)
             groups: dict[str, list[Any]] = {part: [] for part in rates}
@@ -108,7 +115,7 @@ class ASRTrainer(Trainer):
         return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step; how long they were waited for is in the log."""
+        """The batches of a step; adds the time spent waiting for them to the log."""
         started = time.monotonic()
         batches = super().get_batch_samples(*args, **kwargs)
         self.waited += time.monotonic() - started
@@ -117,7 +124,12 @@ class ASRTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; a loss that is not finite stops the run and names its clips."""
+        """The model's loss.
+
+        Raises:
+            DataError: if the loss is not finite, naming the clips of the batch; or if a stream
+                dropped too many examples.
+        """
         inputs = dict(inputs)
         ids, seconds, sources = (inputs.pop(key) for key in ("ids", "seconds", "sources"))
         position, unread = inputs.pop("position", None), inputs.pop("dropped")
@@ -125,7 +137,7 @@ class ASRTrainer(Trainer):
             self.dropped.add(item["id"], item["reason"], item["detail"])
         settings = {key: self.settings[key] for key in LOSS_KEYS}
         if not model.training:
-            settings["ctc_negatives"] = 0  # all classes: nothing is drawn
+            settings["ctc_negatives"] = 0  # use all classes, without sampling
         outputs = model(**inputs, **settings, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(outputs.loss):
             raise DataError(
@@ -139,7 +151,7 @@ class ASRTrainer(Trainer):
             self.padded += seconds * mask.numel() / int(mask.sum())
             self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
-            if position and (position["epoch"] or position["seen"] >= ENOUGH):
+            if position and (position["epoch"] or position["seen"] >= MIN_SEEN):
                 self.dropped.check(position["seen"])
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 outputs.loss = outputs.loss * self.args.world_size  # DDP takes the mean
@@ -149,16 +161,17 @@ class ASRTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and WER (percent) on the evaluation clips; draws nothing, so training goes on alike.
+        """Loss and WER (percent) on the evaluation clips.
 
-        By the decoder where its loss is trained, by the CTC head alone in other stages.
+        Stages that train the decoder decode with it; other stages use the CTC head alone. Uses no
+        random numbers, so training continues as if there were no evaluation.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
         model.eval()
         loss, labels = 0.0, 0
-        said: list[str] = []
-        heard: list[str] = []
+        references: list[str] = []
+        hypotheses: list[str] = []
         decode = None if self.settings["decoder_loss_weight"] else "ctc"
         lengths = [example.duration for example in data.examples]
         budget = max(self.settings["batch_seconds"], *lengths)
@@ -177,23 +190,25 @@ class ASRTrainer(Trainer):
                 loss, labels = loss + n * float(self.compute_loss(model, batch)), labels + n
                 hidden, steps = model.encode(prompt.input_features, prompt.input_features_mask)
                 found = transcribe(model, self.processing_class, hidden, steps, decode)
-            heard += [transcript.text for transcript in found]
-            said += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
-                     "features" in i]  # fmt: skip
+            hypotheses += [transcript.text for transcript in found]
+            references += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
+                           "features" in i]  # fmt: skip
         model.train()
-        wer = score(said, heard, self.settings["language"])["wer"]
-        metrics = {"loss": loss / labels, "wer": wer, "clips": len(said)}
+        wer = score(references, hypotheses, self.settings["language"])["wer"]
+        metrics = {"loss": loss / labels, "wer": wer, "clips": len(references)}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
-        self.logged_at = time.monotonic()  # no part of the training's speed
+        self.logged_at = time.monotonic()  # exclude evaluation from the training speed
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add audio-seconds/s, padding, the share of time that went into waiting for data, dropped
-        examples, and the share of each source's audio to what every tracker is given."""
+        """Add speed, padding, waiting, dropped examples and shares of sources to the logs.
+
+        `waiting` is the share of the time spent waiting for batches.
+        """
         if "loss" in logs:
             now = time.monotonic()
             logs["audio_seconds_per_second"] = self.seconds / max(now - self.logged_at, 1e-9)
@@ -206,30 +221,33 @@ class ASRTrainer(Trainer):
                 logs |= {f"share_{name}": share for name, share in sorted(shares.items())}
             if self.peak:
                 rate = logs["audio_seconds_per_second"] * self.gflop / 1000
-                logs["mfu"] = rate / self.peak  # per process, as the audio is
+                logs["mfu"] = rate / self.peak  # of this process, like the audio
             self.seconds, self.padded, self.waited = 0.0, 0.0, 0.0
             self.clips, self.logged_at = 0, now
             self.sources.clear()
-            return_freed_memory()  # batches of ever new sizes leave the heap in pieces
+            return_freed_memory()  # batches of varying sizes fragment the heap
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trained tensors, config, processor and code; base weights only in the final save."""
+        """Save trained tensors, config, processor and code, but no base weights."""
         folder = str(output_dir or self.args.output_dir)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if self.position is not None:  # of each process
+        if self.position is not None:  # every process saves its own
             path = Path(folder) / f"stream-{self.args.process_index}.json"
             path.write_text(json.dumps(self.position))
         if self.dropped.path and self.dropped.path.exists():
             shutil.copy(self.dropped.path, folder)
         model = self.accelerator.unwrap_model(self.model)
-        tensors = model.checkpoint(self_contained=False)  # of every process
+        tensors = model.checkpoint(self_contained=False)  # every process takes part
         if self.args.should_save:
             model.save_pretrained(folder, self_contained=False, state_dict=tensors)
             self.processing_class.save_pretrained(folder)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As the Trainer's, which makes one step too many from a checkpoint of the last step."""
+        """Train as `Trainer.train` does, but never past the last step.
+
+        Trainer itself takes one more step when it resumes from the checkpoint of the last one.
+        """
         start = resume_from_checkpoint
         state = start and TrainerState.load_from_json(f"{start}/trainer_state.json")
         if state and (0 < self.args.max_steps <= state.global_step or stopped_early(state)):
@@ -249,7 +267,7 @@ class ASRTrainer(Trainer):
 
 
 def stopped_early(state: TrainerState) -> bool:
-    """Whether early stopping had ended the run that a checkpoint is of."""
+    """Whether early stopping had ended the run when it saved this state."""
     callbacks: Any = state.stateful_callbacks
     callback = callbacks.get("EarlyStoppingCallback", {})
     patience = callback.get("args", {}).get("early_stopping_patience")
@@ -258,7 +276,7 @@ def stopped_early(state: TrainerState) -> bool:
 
 
 class Preempted(RuntimeError):
-    """The run was told to stop by a signal, has saved a checkpoint, and is not finished."""
+    """A signal stopped the run, which has saved a checkpoint and can be continued."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name}: saved; the same command continues")
@@ -266,19 +284,19 @@ class Preempted(RuntimeError):
 
 
 class Preemption(TrainerCallback):
-    """SIGTERM (a spot machine is taken away) or Ctrl-C: save after this step, and stop.
+    """Saves and stops after the current step on SIGTERM (spot preemption) or Ctrl-C.
 
-    A second Ctrl-C stops at once. `signal` is the number of what came, or 0.
+    A second Ctrl-C stops at once. `signal` is the number of the received signal, or 0.
     """
 
     def __init__(self, trainer: ASRTrainer) -> None:
         self.trainer, self.signal, self.before = trainer, 0, {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen, and refuse sharding that is asked for and was not done."""
+        """Install the signal handlers; refuse to train if FSDP was requested but not applied."""
         wrapped = self.trainer.model_wrapped
         if self.trainer.is_fsdp_enabled and not isinstance(wrapped, FSDPModule):
-            raise ValueError(f"FSDP is asked for, but the model is a {type(wrapped).__name__}")
+            raise ValueError(f"FSDP was requested, but the model is a {type(wrapped).__name__}")
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._note)
 
@@ -289,16 +307,16 @@ class Preemption(TrainerCallback):
         print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where any process was told to."""
+        """Save and stop if any process received a signal."""
         if args.world_size > 1:
-            heard = torch.tensor(self.signal, device=args.device)
-            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-            self.signal = int(heard)
+            received = torch.tensor(self.signal, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.signal = int(received)
         if self.signal:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen no more; raise `Preempted` where a signal came, be it within the last step."""
+        """Restore the signal handlers; raise `Preempted` if a signal came."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.signal:
@@ -307,7 +325,7 @@ class Preemption(TrainerCallback):
 
 @contextmanager
 def clean_exit() -> Iterator[None]:
-    """Ends the program with one line, not a stack, and a code of its own where it was stopped."""
+    """Print an expected error as one line; exit with 75 after SIGTERM and 130 after Ctrl-C."""
     try:
         yield
     except (ValueError, OSError, DataError, PushError) as error:
@@ -328,29 +346,29 @@ def clean_exit() -> Iterator[None]:
 
 
 @contextmanager
-def only_run(output: Path) -> Iterator[None]:
-    """Holds a lock on a run's folder: two runs in one would overwrite each other's checkpoints.
+def run_lock(output: Path) -> Iterator[None]:
+    """Lock a run's folder, because two runs there would overwrite each other's checkpoints.
 
     Raises:
-        ValueError: when another run holds it; a run that was killed does not.
+        ValueError: if another run holds the lock. A killed run releases it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") != "0":  # one process of several holds it for all
+    if os.environ.get("RANK", "0") != "0":  # the main process holds the lock for all
         yield
         return
     try:
         with FileLock(output / ".lock", blocking=False):
             yield
     except Timeout as error:
-        raise ValueError(f"another run is at work in {output}: wait for it, or stop it") from error
+        raise ValueError(f"another run is using {output}: wait for it, or stop it") from error
 
 
 @contextmanager
-def full_disk_is_said(output: Path) -> Iterator[None]:
-    """Turns what a full disk makes of a save into one line; what was half written is removed.
+def explain_full_disk(output: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into one line, and remove partly written files.
 
     Raises:
-        OSError: naming the disk, what a checkpoint needs and what is safe.
+        OSError: names the folder, the size of a checkpoint, and the checkpoints that are safe.
     """
     try:
         yield
@@ -359,66 +377,69 @@ def full_disk_is_said(output: Path) -> Iterator[None]:
         if "No space left" not in str(error) and free > NO_SPACE:
             raise
         sizes = [folder_size(path) for path in output.glob("*/checkpoint-*")]
-        whole = [last_checkpoint(stage) for stage in output.iterdir() if stage.is_dir()]
+        safe = [last_checkpoint(stage) for stage in output.iterdir() if stage.is_dir()]
         for path in output.rglob("*.tmp*"):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         needed = f", a checkpoint takes {max(sizes) / 1e6:.0f} MB or more" if sizes else ""
-        kept = ", ".join(path for path in whole if path) or "nothing yet"
+        kept = ", ".join(path for path in safe if path) or "nothing yet"
         raise OSError(
-            f"the disk of {output} is full ({free / 1e6:.0f} MB free{needed}). Safe: {kept}. Make "
-            "room, and the same command continues"
+            f"the disk of {output} is full ({free / 1e6:.0f} MB free{needed}). Safe: {kept}. Free "
+            "some space; then the same command continues"
         ) from error
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Total size of the files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; one that a kill cut short is removed. The state comes last."""
+    """The newest complete checkpoint, or None; removes incomplete ones.
+
+    The trainer writes `trainer_state.json` last, so a checkpoint that has it is complete.
+    """
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
         try:
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
         except (OSError, ValueError):
-            print(f"{path}: was cut short, removed")
+            print(f"{path}: incomplete, removed")
             shutil.rmtree(path)
     return None
 
 
 def keep_recipe(cfg: DictConfig, folder: Path) -> None:
-    """Write a stage's recipe beside it; where it goes on with another one, say what differs."""
+    """Save a stage's config in its folder; warn if a resumed run has different settings."""
     path = folder / "training_config.yaml"
     if not (path.exists() and [*folder.glob("checkpoint-*"), *folder.glob("final")]):
         return OmegaConf.save(cfg, path, resolve=True)
     if changed := changed_settings(cfg, path, r"run\.(?!seed)|stages|training\.resume"):
         print(f"warning: {folder} was begun with other settings ({changed}); its learning rates "
-              "and optimizer options stay as they were, run.fresh=true starts anew")  # fmt: skip
+              "and optimizer options do not change. run.fresh=true starts over")  # fmt: skip
 
 
-def changed_settings(cfg: DictConfig, path: Path, unlike: str) -> str:
-    """What differs between a recipe and the one in a file, but for keys that `unlike` matches."""
+def changed_settings(cfg: DictConfig, path: Path, ignored: str) -> str:
+    """List the settings that differ from a saved config, except keys that match `ignored`."""
     now: Any = OmegaConf.to_container(cfg, resolve=True)
     before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
-    keys = [key for key in before | now if not re.match(unlike, key)]
+    keys = [key for key in before | now if not re.match(ignored, key)]
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys
                      if before.get(key) != now.get(key))  # fmt: skip
 
 
 def part_of(name: str) -> str:
-    """Which learning rate a parameter takes: projector (with the CTC head), encoder, decoder."""
+    """The part that sets a parameter's learning rate: encoder, decoder, or projector (the rest)."""
     return name.split(".")[0] if name.startswith(("encoder.", "decoder.")) else "projector"
 
 
 def part_rates(settings: dict[str, Any], default: float) -> dict[str, float]:
-    """Learning rate of each part; one that is not set follows `learning_rate`, 0 freezes."""
+    """Learning rate of each part; null means `learning_rate`, and 0 freezes the part."""
     own = {p: settings[f"{p}_learning_rate"] for p in ("encoder", "decoder")}
     return {"projector": default, **{p: default if r is None else r for p, r in own.items()}}
 
 
 def freeze_idle(model: Any, settings: dict[str, Any]) -> None:
-    """Freeze what a stage does not train: parts of rate 0, heads that none of its losses use."""
+    """Freeze parts with a learning rate of 0, and heads that none of the stage's losses use."""
     rates = part_rates(settings, settings["learning_rate"])
     decoded, posteriors = settings["decoder_loss_weight"], model.config.bridge == "posteriors"
     idle = {"characters": not settings["character_loss_weight"], "residual": not decoded}

@@ -1,8 +1,9 @@
-"""The weights of decoding, chosen on clips that the model was not trained on.
+"""Choose the weights of decoding on clips that the model was not trained on.
 
-Each candidate text of a clip gets a share by its score; a setting costs the word errors that are
-expected under these shares (minimum word error rate, Prabhavalkar et al. 2018, arXiv 1712.01818).
-That moves less by chance than the errors of the best texts alone, which few clips decide.
+The softmax of the candidates' scores gives each candidate of a clip a probability. The cost of a
+setting is the expected number of word errors (minimum word error rate, Prabhavalkar et al. 2018,
+arXiv 1712.01818). It varies less by chance than the errors of the best candidates, which depend on
+few clips.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from ..evaluation.scoring import count, normalizer
 from .batches import LengthBatchSampler
 from .data import SpeechDataset
 
-# What is tried, in this order: first the search alone, then the decoder on what it proposes.
+# The values to try: first for the search alone, then for the decoder that rescores its proposals.
 FIRST_PASS = {
     "temperature": (1.0, 1.5, 2.0),
     "ngram": (0.3, 0.5, 0.7),
@@ -32,8 +33,8 @@ SECOND_PASS = {
     "decoder_word": (0.0, 0.5, 1.0, 1.5, 2.0),
 }
 TUNED = (*FIRST_PASS, *SECOND_PASS)
-LEAST_GAIN = 0.1  # points of expected WER; less is chance
-WORTH = 0.75  # points of expected WER: a second pass of the decoder takes as long as the first
+MIN_GAIN = 0.1  # points of expected WER; smaller gains are within chance
+MIN_GAIN_BOTH = 0.75  # points of expected WER that justify two passes of the decoder
 
 
 def tune(
@@ -43,22 +44,23 @@ def tune(
 
     Args:
         model, processor: a trained model with a character head, and its processor.
-        data: clips with transcripts, not of the training set.
-        language: texts are normalised for it before their errors are counted.
-        batch_seconds: padded audio that is encoded together.
+        data: clips with transcripts, not from the training set.
+        language: language of the text normalizer.
+        batch_seconds: padded audio in a batch of the encoder.
 
     Returns:
-        `expected_wer` in percent by what is used beside the search: nothing ("first_pass"), the
-        decoder as it came ("language_model"), the trained one ("decoder") or "both", with the best
-        weights of each. Both are chosen only if they gain `WORTH` points.
+        `expected_wer` in percent and the best weights for each way to rescore the search's
+        proposals: not at all ("first_pass"), with the untrained decoder ("language_model"), with
+        the trained one ("decoder"), or with "both". "both" is chosen only if it gains
+        `MIN_GAIN_BOTH` points.
     """
     settings, normal = model.config.decoding, normalizer(language)
     clips = list(encoded(model, data, batch_seconds))
-    said = [normal(example.text) for example in data.examples]
-    total = max(1, sum(len(text.split()) for text in said))
+    references = [normal(example.text) for example in data.examples]
+    total = max(1, sum(len(text.split()) for text in references))
 
     def errors(row: int, text: str) -> int:
-        return count(said[row], normal(text)).errors
+        return count(references[row], normal(text)).errors
 
     def search(trial: dict[str, Any]) -> float:
         found = 0.0
@@ -72,10 +74,10 @@ def tune(
 
     with torch.inference_mode():
         best = search(settings)
-        for name, values in FIRST_PASS.items():  # one after the other
+        for name, values in FIRST_PASS.items():  # one setting at a time
             for value in values:
                 cost = search({**settings, name: value})
-                if cost < best - LEAST_GAIN:
+                if cost < best - MIN_GAIN:
                     best, settings[name] = cost, value
         scored = list(candidates(model, processor, clips, settings))
     wrong = [np.array([errors(row, c.proposal.text) for c in some]) for row, some in scored]
@@ -93,19 +95,19 @@ def tune(
         choices[name]["expected_wer"] = costs[weights]
     order = sorted(("language_model", "decoder"), key=lambda n: choices[n]["expected_wer"])
     gain = choices[order[0]]["expected_wer"] - choices["both"]["expected_wer"]
-    chosen = choices["both" if gain > WORTH else order[0]]
+    chosen = choices["both" if gain > MIN_GAIN_BOTH else order[0]]
     settings.update({name: chosen[name] for name in SECOND_PASS})
     return choices
 
 
 def expected(scores: np.ndarray, errors: np.ndarray) -> float:
-    """Word errors of a clip, each candidate's weighted by its share: softmax of `scores` (n,)."""
+    """Expected word errors of a clip: `errors` (n,) weighted by the softmax of `scores` (n,)."""
     shares = np.exp(scores - scores.max())
     return float(shares @ errors / shares.sum())
 
 
 def score_parts(some: list[Candidate]) -> np.ndarray:
-    """What `Candidate.score` adds up, of n candidates: (n, 5)."""
+    """The terms of `Candidate.score` for n candidates: (n, 5)."""
     rows = [
         (
             c.proposal.ctc,
@@ -122,7 +124,7 @@ def score_parts(some: list[Candidate]) -> np.ndarray:
 def encoded(
     model: Any, data: SpeechDataset, batch_seconds: float
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Rows of the data with their encoder frames (b, t, d) and lengths (b,)."""
+    """Yield batches of row numbers with their encoder frames (b, t, d) and lengths (b,)."""
     lengths = [example.duration for example in data.examples]
     for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
         items = [data[row] for row in rows]
@@ -138,7 +140,10 @@ def encoded(
 def candidates(
     model: Any, processor: Any, clips: list[Any], settings: dict[str, Any]
 ) -> Iterator[tuple[int, list[Candidate]]]:
-    """Each row with its proposals, scored by the decoder with and without the audio."""
+    """Yield each row number with its proposals, as scored by both decoders.
+
+    The trained decoder scores them given the audio, the untrained one as text alone.
+    """
     both = {**settings, "decoder": 1.0, "language_model": 1.0}
     for rows, hidden, steps in clips:
         found = model.search(settings)(model.characters(hidden), steps)

@@ -1,4 +1,4 @@
-"""What a recogniser can say: the classes of its CTC heads, and the words of its search."""
+"""The classes of the CTC heads and the vocabulary of the search."""
 
 import math
 import string
@@ -11,29 +11,31 @@ from ..asr.asr_ngram import START, NGram, Table, build_ngram
 from ..asr.asr_processing import ASRProcessor
 from .manifests import DataError, Example
 
-LONGEST_MEAN_WORD = 15.0  # letters: "words" of more on average are sentences without spaces
-LEAST_WORD = 3  # letters of a word that no transcript holds
+MAX_MEAN_WORD = 15.0  # letters; a longer mean indicates a script without spaces between words
+MIN_EXTRA_WORD = 3  # letters of a word that occurs in no transcript
 
 
 def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
-    """What occurs in the training transcripts: token ids, and lower-case bytes but punctuation
-    (', the apostrophe, is a letter)."""
+    """The token ids and the lower-case bytes that occur in the training transcripts.
+
+    The bytes exclude ASCII punctuation, except the apostrophe.
+    """
     examples = list(examples)
     tokens = {token for example in examples for token in example.target}
-    written = {byte for example in examples for byte in f" {example.text}".encode()}
-    spoken = set(bytes(written).lower()) - set(string.punctuation.encode())
-    return sorted(tokens), sorted(spoken | (written & set(b"'")))
+    text_bytes = {byte for example in examples for byte in f" {example.text}".encode()}
+    letters = set(bytes(text_bytes).lower()) - set(string.punctuation.encode())
+    return sorted(tokens), sorted(letters | (text_bytes & set(b"'")))
 
 
 def extend_vocabulary(
     previous: ASRConfig, examples: list[Example], resume: str | None
 ) -> tuple[list[int], list[int]]:
-    """The classes of a trained model's heads, and behind them what else the transcripts hold.
+    """Append the transcripts' new tokens and bytes to the classes of a trained model's heads.
 
-    A run that is continued (`resume`, its checkpoint) keeps its classes as they are.
+    A run that resumes from the checkpoint `resume` keeps its classes unchanged.
 
     Raises:
-        ValueError: when it would need other letters.
+        ValueError: if a resumed run would need new letters.
     """
     tokens, alphabet = ctc_vocabulary(examples)
     tokens = grow(previous.ctc_token_ids, tokens)
@@ -41,24 +43,24 @@ def extend_vocabulary(
     letters = new_letters({*alphabet} - {*previous.ctc_alphabet}, examples)
     if not resume:
         if letters:
-            print(f"letters that the model does not know, and learns: {letters}")
+            print(f"new letters, which the model will learn: {letters}")
         return tokens, alphabet
     if letters:
         raise ValueError(
-            f"letters that {resume} does not know: {letters}; run.fresh=true starts anew"
+            f"letters that {resume} does not know: {letters}; run.fresh=true starts over"
         )
     if others := len(tokens) - len(previous.ctc_token_ids):
-        print(f"{others} tokens that {resume} does not know: its token head leaves them out")
+        print(f"{others} tokens that {resume} does not know; its token head ignores them")
     return previous.ctc_token_ids, alphabet
 
 
 def grow(known: list[int], found: list[int]) -> list[int]:
-    """A head's classes, and behind them what else was found; none where there is no such head."""
+    """Append the new ones of `found` to a head's classes; empty if the head does not exist."""
     return [*known, *sorted({*found} - {*known})] if known else []
 
 
 def new_letters(new: set[int], texts: Iterable[Example]) -> str:
-    """The letters of the transcripts that need one of the bytes `new`, with their counts."""
+    """List the letters of the transcripts that contain a byte of `new`, with their counts."""
     letters = Counter(letter for example in texts for letter in example.text.lower())
     counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new & {*x.encode()}]
     return ", ".join(counts)
@@ -67,15 +69,15 @@ def new_letters(new: set[int], texts: Iterable[Example]) -> str:
 def transcript_ngram(
     processor: ASRProcessor, examples: Iterable[Example], words: Path | None = None
 ) -> NGram | None:
-    """The n-gram of the training transcripts, as the character head spells them.
+    """Build the n-gram of the training transcripts, in the spelling of the character head.
 
-    Its vocabulary holds the words of the list `words` too, see `read_words`, or where there is
-    none the decoder's whole words: tokens of lower-case letters with a space before them.
-    None for a script that puts no spaces between words.
+    Its vocabulary also contains the words of the file `words` (see `read_words`). Without a file,
+    it contains the decoder's whole words: tokens of letters that begin with a space. Returns None
+    for a script without spaces between words.
     """
     sentences = [processor.spoken(example.text).split() for example in examples]
     lengths = [len(word) for sentence in sentences for word in sentence]
-    if not lengths or sum(lengths) > LONGEST_MEAN_WORD * len(lengths):
+    if not lengths or sum(lengths) > MAX_MEAN_WORD * len(lengths):
         return None
     if words is None:
         tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
@@ -83,19 +85,19 @@ def transcript_ngram(
     else:
         counts = read_words(words)
     known = {*processor.alphabet}
-    elsewhere = {
+    extra = {
         word: count
         for word, count in counts.items()
-        if len(word) >= LEAST_WORD and {*word.encode()} <= known
+        if len(word) >= MIN_EXTRA_WORD and {*word.encode()} <= known
     }
-    return build_ngram(sentences, elsewhere)
+    return build_ngram(sentences, extra)
 
 
 def read_words(path: Path) -> dict[str, float]:
-    """Words and how often they are met in other text, from a file with "word<TAB>count" a line.
+    """Read words and their counts from a file with one "word<TAB>count" per line.
 
     Raises:
-        DataError: naming the line that is not like that.
+        DataError: if the file does not exist or a line is malformed; names the line.
     """
     if not path.is_file():
         raise DataError(f"data.words={path}: no such file")
@@ -103,7 +105,7 @@ def read_words(path: Path) -> dict[str, float]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         word, _, count = line.partition("\t")
         if not word or not count.strip().isdigit() or int(count) < 1:
-            raise DataError(f"{path}, line {number} is no word, tab and count: {line[:60]!r}")
+            raise DataError(f"{path}, line {number} is not word<TAB>count: {line[:60]!r}")
         counts[word] = float(count)
     return counts
 
