@@ -110,5 +110,5 @@ def test_a_head_without_its_vocabulary_is_an_error(base, tiny_bases, tmp_path):
     shutil.copytree(base, folder)
     for name in ("vocab.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="no vocabulary beside it"):
+    with pytest.raises(ValueError, match="has a CTC head, but no vocabulary"):
         build_asr(folder, tiny_bases / "decoder", fresh=True)
