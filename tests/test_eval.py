@@ -316,6 +316,7 @@ def kolmogorov_smirnov(values: list[float]) -> float:
     return float(max(np.max(steps[1:] - x), np.max(x - steps[:-1])) * np.sqrt(n))
 
 
+@pytest.mark.long
 def test_p_values_are_uniform_when_models_are_equal(monkeypatch):
     """1,000 pairs of equally good systems that agree on most utterances."""
     monkeypatch.setattr(scoring, "RESAMPLES", 300)

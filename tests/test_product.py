@@ -18,13 +18,13 @@ import pytest
 from conftest import split_at_pauses, write_audio
 
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
-from tiny_audio.commands import assets, cli, dev
+from tiny_audio.commands import assets, cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.loading import load_pipeline
 from tiny_audio.training.data import read_log
 from tiny_audio.training.run_log import LOG
-from tiny_audio.training.train import compose_recipe
+from tiny_audio.training.train import compose_recipe, train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,7 +35,8 @@ DOCS = {
 }
 # Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
 SHORT = (
-    "data.max_train_samples=90 'data.train=[{{path: {manifest}}}]' training.logging_steps=5 "
+    "data.max_train_samples=90 'data.train=[{{path: {train}}}]' training.logging_steps=5 "
+    "'data.eval=[{{path: {dev}, sample: 12}}]' "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
     "stages.1.training.max_steps=10 stages.2.training.max_steps=6 "
 )
@@ -62,7 +63,7 @@ def workplace(real_bases, real_rows, tmp_path_factory) -> Path:
     samples = load_audio(real_rows[0]["audio"])
     write_audio(folder / "talk.mp3", samples, 44_100, "libmp3lame")
     write_audio(folder / "meeting.m4a", samples, 22_050, "aac")
-    short = SHORT.format(manifest=real_bases.train)
+    short = SHORT.format(train=real_bases.train, dev=real_bases.dev)
     done = bash(f"python src/train.py +experiments=quickstart {short}", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -106,7 +107,7 @@ def test_same_text_everywhere(workplace, real_rows):
     assert [by_id[row["id"]] for row in real_rows[:3]] == remote
 
 
-def make_two_voices(path: Path, real_bases, seconds: float = 70.0) -> tuple[list, str]:
+def make_two_voices(path: Path, real_bases, seconds: float = 40.0) -> tuple[list, str]:
     """An MP3 (44.1 kHz, stereo) of two speakers in turn, 0.7 s apart; its pauses and its words."""
     prompts = [r for r in assets.read_manifest(real_bases.dev) if 3 < r["duration"] < 9]
     novel = [r for r in assets.read_manifest(real_bases.librivox) if r["duration"] < 18]
@@ -134,7 +135,7 @@ def test_a_long_recording_of_two_voices_is_read_to_its_end(workplace, real_bases
     samples = load_audio(workplace / "two.mp3")
     pipe = load_pipeline(str(workplace / "outputs/quickstart"))
     pieces = split_at_pauses(samples, pipe.processor.max_seconds)
-    assert len(pieces) >= 4 and pieces[-1][1] == len(samples)
+    assert len(pieces) >= 2 and pieces[-1][1] == len(samples)
     for _, end in pieces[:-1]:  # an MP3 shifts its audio by some 50 ms
         assert any(a - 0.1 <= end / SAMPLE_RATE <= b + 0.1 for a, b in pauses), end / SAMPLE_RATE
     quick = {"decode": "ctc"}
@@ -146,7 +147,7 @@ def test_a_long_recording_of_two_voices_is_read_to_its_end(workplace, real_bases
 
 
 def test_finished_run_is_kept(workplace, real_bases):
-    short = SHORT.format(manifest=real_bases.train)
+    short = SHORT.format(train=real_bases.train, dev=real_bases.dev)
     done = bash(f"python src/train.py +experiments=quickstart {short}", workplace)
     assert done.returncode == 0 and "is finished" in done.stdout
 
@@ -160,9 +161,8 @@ def test_finished_run_is_kept(workplace, real_bases):
     ],
 )
 def test_unknown_keys_are_refused(override, hint):
-    done = bash(f"python src/train.py {override}", ROOT)
-    assert done.returncode != 0
-    assert "unknown key" in done.stderr and f"did you mean '{hint}'" in done.stderr
+    with pytest.raises(ValueError, match=f"unknown key .* did you mean '{hint}'"):
+        compose_recipe([override])
 
 
 # -- the documents -------------------------------------------------------------------------------
@@ -232,11 +232,13 @@ def test_readme_remote_overrides_are_accepted():
         ("training.lerning_rate=1", "did you mean 'learning_rate'"),
     ],
 )
-def test_the_quickstart_says_what_is_wrong_before_it_fetches(override, message, tmp_path):
-    done = bash(f"tiny-audio quickstart {override}", tmp_path, TINY_AUDIO_CACHE=str(tmp_path))
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+def test_the_quickstart_says_what_is_wrong_before_it_fetches(
+    override, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TINY_AUDIO_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit, match=re.escape(message)) as stopped:
+        quickstart.main([override])
+    assert str(stopped.value).startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
@@ -248,17 +250,20 @@ def test_the_quickstart_says_what_is_wrong_before_it_fetches(override, message, 
     ],
 )
 def test_what_does_not_fit_is_said_before_the_encoding(override, message, real_bases, tmp_path):
-    train = f"'data.train=[{{path: {real_bases.train}}}]' run.output_dir={tmp_path}"
-    command = f"python src/train.py +experiments=quickstart {train} training.{override}"
-    done = bash(command, ROOT)
-    assert message in done.stderr and done.returncode == 1, done.stderr[-2000:]
+    overrides = [f"data.train=[{{path: {real_bases.train}}}]", f"run.output_dir={tmp_path}"]
+    cfg = compose_recipe(["+experiments=quickstart", *overrides, *f"training.{override}".split()])
+    with pytest.raises(ValueError, match=message):
+        train(cfg)
     assert not list(tmp_path.rglob("encoder_frames-*"))
 
 
 @pytest.mark.long
 def test_the_quickstart_is_told_to_stop_and_saves(workplace, real_bases, tmp_path):
     """SIGTERM ends it with the code of a run that can be continued, and no stack."""
-    short = SHORT.format(manifest=real_bases.train) + f"run.output_dir={tmp_path / 'run'}"
+    short = (
+        SHORT.format(train=real_bases.train, dev=real_bases.dev)
+        + f"run.output_dir={tmp_path / 'run'}"
+    )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = subprocess.Popen(["bash", "-c", f"exec tiny-audio quickstart {short}"], text=True,
                            env={**os.environ, "PATH": path}, cwd=workplace,

@@ -18,6 +18,7 @@ from conftest import LORAS, TEXTS, babble, write_audio
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from tiny_audio.asr import asr_modeling
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import CODE, WEIGHTS, ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
@@ -29,7 +30,7 @@ from tiny_audio.training.run_log import LOG
 # The last positions: a transcript. Before it the number of positions depends on the bridge, which
 # leaves out blank frames.
 TEXT = slice(-3, None)
-CODE_FOLDER = Path(recipe.__file__).parent
+CODE_FOLDER = Path(asr_modeling.__file__).parent
 CASES = [
     (encoder, lora, whole)
     for encoder, lora in (("whisper", "both"), ("whisper", "encoder"), ("whisper", "decoder"),

@@ -160,6 +160,7 @@ def test_interval_repeats_with_its_seed_and_shrinks_with_more_data():
     assert small / large == pytest.approx(np.sqrt(40), rel=0.3)
 
 
+@pytest.mark.long
 def test_interval_covers_the_true_rate(monkeypatch):
     """1,000 simulated corpora of 200 utterances whose errors come in clusters, as real ones do."""
     monkeypatch.setattr(scoring, "RESAMPLES", 400)

@@ -20,6 +20,7 @@ from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import read_log
 from tiny_audio.training.run_log import LOG
+from tiny_audio.training.trainer import clean_exit
 
 EVALUATED = ("training.eval_strategy=steps",)
 
@@ -157,26 +158,30 @@ def test_the_price_is_said(compose, capsys):
 
 
 @pytest.fixture
-def command(tiny_bases, corpus, tmp_path):
-    """`command("training.x=1", WANDB_MODE="offline")`: a one-step run of src/train.py."""
+def overrides(tiny_bases, corpus, tmp_path) -> list[str]:
+    """Of a run of two steps."""
+    return [
+        f"model.encoder_model_name={tiny_bases / 'whisper'}",
+        f"model.decoder_model_name={tiny_bases / 'decoder'}",
+        "model.projector_hidden=32",
+        f"data.train=[{{path: {corpus}}}]",
+        f"data.eval=[{{path: {corpus}, sample: 2}}]",
+        f"run.output_dir={tmp_path / 'run'}",
+        "training.max_steps=2",
+        "training.eval_steps=1",
+        "training.logging_steps=1",
+        "training.warmup_steps=0",
+        "training.dataloader_num_workers=0",
+    ]
 
-    def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess:
-        parts = [
-            sys.executable,
-            str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
-            f"model.encoder_model_name={tiny_bases / 'whisper'}",
-            f"model.decoder_model_name={tiny_bases / 'decoder'}",
-            "model.projector_hidden=32",
-            f"data.train=[{{path: {corpus}}}]",
-            f"data.eval=[{{path: {corpus}, sample: 2}}]",
-            f"run.output_dir={tmp_path / 'run'}",
-            "training.max_steps=2",
-            "training.eval_steps=1",
-            "training.logging_steps=1",
-            "training.warmup_steps=0",
-            "training.dataloader_num_workers=0",
-            *overrides,
-        ]
+
+@pytest.fixture
+def command(overrides, tmp_path):
+    """`command("training.x=1", WANDB_MODE="offline")`: src/train.py in a process of its own."""
+
+    def run(*more: str, **environment: str) -> subprocess.CompletedProcess:
+        script = str(recipe.CONFIGS.parents[3] / "src" / "train.py")
+        parts = [sys.executable, script, *overrides, *more]
         environment = {
             "WANDB_API_KEY": "",
             "HOME": str(tmp_path),
@@ -237,9 +242,15 @@ def test_without_a_network_the_run_goes_on_and_says_so(command, tmp_path):
         ("training.early_stopping_patience=2", "needs training.load_best_model_at_end=true"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(command, override, message):
-    done = command(*override.split(), HF_TOKEN="")
-    assert done.returncode == 1
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+def test_what_is_wrong_is_said_in_one_line(overrides, override, message, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(SystemExit) as stopped, clean_exit():
+        recipe.train(recipe.compose_recipe([*overrides, *override.split()]))
+    (line,) = str(stopped.value).splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_an_error_of_the_command_is_its_last_line(command):
+    done = command("training.lerning_rate=1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "did you mean 'learning_rate'" in done.stderr.strip().splitlines()[-1]
