@@ -3,7 +3,6 @@
 import sys
 from typing import Any
 
-import datasets
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging
@@ -23,7 +22,8 @@ def quiet_libraries() -> None:
     """Turn off other libraries' bars in a log, because each redraw would add a line."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        if "datasets" in sys.modules:  # only training imports it, and the import takes a second
+            sys.modules["datasets"].disable_progress_bars()
         disable_progress_bars()
 
 

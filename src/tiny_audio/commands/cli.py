@@ -23,6 +23,7 @@ VERBS = {
     "plan": "estimate a recipe's time, memory and cost before running it",
     "remote": "train on a rented machine: deploy, train, attach, status, logs, stop, fetch",
     "push": "upload a trained model to the Hugging Face Hub",
+    "adapt": "improve a trained model on recordings of your own",
     "quickstart": "train, score and use a real recogniser on this CPU",
     "dev": "run a development task: format, lint, type-check, test, check",
 }

@@ -1,0 +1,173 @@
+"""`tiny-audio adapt MODEL --data my.csv`: improve a trained model on recordings of your own.
+
+Holds out some of the clips, trains the character head and the words on the others, and measures the
+model before and after on the same held-out clips. Clips of the model's old training data are mixed
+in, and its old evaluation clips are measured too, because a model that adapts may forget.
+"""
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..evaluation.recognisers import load_recogniser
+from ..evaluation.scoring import difference
+from ..progress import quiet_libraries
+from ..training.manifests import DataError, Example, read_source
+from ..training.train import train
+from ..training.trainer import clean_exit
+from . import home_path, parser_of
+from .compare import read_rows
+from .eval import evaluate
+
+HELD_OUT = 0.2  # share of the clips
+MIN_CLIPS, MIN_SPEAKERS = 10, 5  # fewer held-out clips say nothing; fewer speakers are not split
+MOST_COPIES, COPIES_SECONDS = 8, 2400.0  # clips are repeated, disturbed anew, up to so much audio
+KEPT_CLIPS = 400  # of each source of the old training data
+# A stage of the character head alone: it decides what is proposed, and trains in minutes.
+STAGE: dict[str, Any] = {
+    "decoder_loss_weight": 0.0,
+    "ctc_loss_weight": 0.0,
+    "character_loss_weight": 1.0,
+    "decoder_learning_rate": 0.0,
+    "learning_rate": 1.0e-3,
+    "warmup_steps": 20,
+    "batch_seconds": 64,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+}
+
+
+def hold_out(clips: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Split clips into training and held-out ones.
+
+    With `MIN_SPEAKERS` or more, whole speakers are held out; otherwise all clips of a text.
+
+    Raises:
+        DataError: if too few clips would be held out.
+    """
+    speakers = {clip.speaker for clip in clips}
+    by_speaker = len(speakers) >= MIN_SPEAKERS and None not in speakers
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for clip in clips:
+        groups[str(clip.speaker) if by_speaker else " ".join(clip.text.lower().split())].append(
+            clip
+        )
+    names = sorted(groups)
+    random.Random(seed).shuffle(names)
+    held_out: list[Example] = []
+    while names and len(held_out) < HELD_OUT * len(clips):
+        held_out += groups[names.pop()]
+    kept = [clip for name in names for clip in groups[name]]
+    if len(held_out) < MIN_CLIPS or not kept:
+        kind = "speakers" if by_speaker else "texts"
+        raise DataError(
+            f"{len(clips)} clips with {len(groups)} {kind} are too few to hold {MIN_CLIPS} out: "
+            "record more, or name other clips with --dev"
+        )
+    return kept, held_out
+
+
+def write_clips(clips: list[Example], path: Path) -> str:
+    """Write a manifest with absolute paths; returns its path."""
+    rows = [{"id": c.id, "audio": str(Path(c.audio).absolute()), "text": c.text,
+             "duration": c.duration} for c in clips]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def recipe_of(model: Path) -> DictConfig:
+    """Load the recipe that a model was trained with.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
+    path = model / "training_config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{model} holds no training_config.yaml: adapt needs a model of ours")
+    cfg: Any = OmegaConf.load(path)
+    return cfg
+
+
+def here(sources: Any) -> list[dict[str, Any]]:
+    """The data sources of an old recipe that are still on this machine."""
+    return [dict(source) for source in sources or [] if Path(source["path"]).expanduser().exists()]
+
+
+def adapted_recipe(
+    model: Path, own: str, seconds: float, keep: list[dict[str, Any]], args: Any
+) -> DictConfig:
+    """The model's recipe, changed to train its character head on `own` and `keep`."""
+    cfg = recipe_of(model)
+    copies = max(1, min(MOST_COPIES, round(COPIES_SECONDS / max(seconds, 1.0))))
+    data = cfg.stages[0].get("data") or {} if cfg.stages else {}
+    steps = {"max_steps": args.steps, "save_steps": args.steps}
+    cfg.stages = [{"name": "adapt", "training": {**STAGE, **steps}, "data": data}]
+    cfg.run.output_dir, cfg.run.seed, cfg.run.fresh = str(args.out / "model"), args.seed, False
+    cfg.model.pretrained_model_path, cfg.model.tune = (
+        str(model),
+        False,
+    )  # measured on the same clips
+    cfg.data.train = [{"path": own, "repeat": copies}, *keep]
+    cfg.training.push_to_hub = False
+    return cfg
+
+
+def run(args: Any) -> int:
+    """Split, measure, train, measure again and print both; returns the exit code."""
+    clips = list(read_source({"path": str(args.data)}))
+    kept, held_out = (clips, list(read_source({"path": str(args.dev)}))) if args.dev else (
+        hold_out(clips, args.seed))  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    own = write_clips(kept, args.out / "train.jsonl")
+    old = recipe_of(args.model)
+    keep = [{"path": str(args.keep)}] if args.keep else here(old.data.train)
+    keep = [{**source, "sample": KEPT_CLIPS, "repeat": 1} for source in keep]
+    if not keep:
+        print("warning: none of the old training data is here: the model may forget (see --keep)")
+    sets = {"your held-out clips": held_out}
+    sets |= {f"old clips ({Path(s['path']).name})": [*read_source(s)] for s in here(old.data.eval)}
+    cfg = adapted_recipe(args.model, own, sum(c.duration for c in kept), keep, args)
+
+    def measure(model: Path, when: str) -> None:
+        recogniser = load_recogniser(str(model), args.device, args.language)
+        for i, examples in enumerate(sets.values()):
+            evaluate(recogniser, [replace(e) for e in examples], args.out / f"{when}{i}")
+
+    measure(args.model, "before")
+    adapted = train(cfg)
+    measure(adapted, "after")
+    print(f"\n{'WER %':<34}{'before':>8}{'after':>8}   difference [95 % interval], p")
+    for i, name in enumerate(sets):
+        before, after = (read_rows(args.out / f"{when}{i}") for when in ("before", "after"))
+        words = [row["words"] for row in before.values()]
+        errors = [[rows[key]["word_errors"] for key in before] for rows in (before, after)]
+        was, now = (100 * sum(wrong) / max(1, sum(words)) for wrong in errors)
+        low, high, p = difference(errors[0], errors[1], words)
+        print(
+            f"{name:<34}{was:8.1f}{now:8.1f}   {now - was:+.1f} [{low:+.1f}, {high:+.1f}], {p:.4f}"
+        )
+    print(f"\nthe adapted model is in {adapted}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Adapt a model; an error is one line."""
+    parser = parser_of("adapt", __doc__)
+    parser.add_argument("model", type=home_path, help="folder of a trained model")
+    parser.add_argument("--data", type=home_path, required=True, help="manifest of your clips")
+    parser.add_argument("--dev", type=home_path, help="held-out clips; default: a fifth of --data")
+    parser.add_argument("--keep", type=home_path, help="old clips to mix in; default: the model's")
+    parser.add_argument("--out", type=home_path, default=Path("outputs/adapted"))
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--language", default="en", help="normaliser of the WER; default: en")
+    parser.add_argument("--device", help="cpu, cuda or mps; default: the best one available")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    with clean_exit():
+        return run(args)
