@@ -175,7 +175,7 @@ def commands() -> list[str]:
 
 
 # The only substitutions: a manifest of three clips where a whole test set is scored.
-LONG = ("make quickstart", "+experiments=quickstart")
+LONG = ("make quickstart", "+experiments=quickstart", "tiny-audio adapt")
 SERVERS = {"tiny-audio demo": 7860, "tiny-audio serve": 8000}  # they run until interrupted
 APART = (*LONG, *SERVERS)
 
@@ -278,13 +278,21 @@ def test_the_quickstart_is_told_to_stop_and_saves(workplace, real_bases, tmp_pat
     assert list((tmp_path / "run/characters").glob("checkpoint-*"))
 
 
+def absolute(manifest: Path) -> list[dict]:
+    """The rows of a manifest, with absolute paths."""
+    rows = assets.read_manifest(manifest)
+    return [{**row, "audio": str(manifest.parent / row["audio"])} for row in rows]
+
+
 @pytest.fixture(scope="session")
-def long_run(tmp_path_factory) -> Path:
+def long_run(real_bases, tmp_path_factory) -> Path:
     """A clone in which the whole `make quickstart` has run."""
     clone = tmp_path_factory.mktemp("long") / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     done = bash("make quickstart", clone)
     assert done.returncode == 0, done.stderr[-3000:]
+    table = [f"{row['audio']},{row['text']}" for row in absolute(real_bases.dev)]
+    (clone / "my.csv").write_text("\n".join(["audio,text", *table]) + "\n")
     return clone
 
 
