@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TEXTS, babble
 
+from tiny_audio.asr import asr_ngram
 from tiny_audio.asr.asr_config import DECODE, ASRConfig
 from tiny_audio.asr.asr_decoding import TextTree, score_trees, transcribe
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
@@ -140,6 +141,19 @@ def test_a_file_that_is_no_ngram_is_named(tmp_path):
     path.write_text("\\data\\\n\\1-grams:\n-1.0\tone\n")
     with pytest.raises(ValueError, match="it lacks"):
         load_arpa(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_forgotten_counts_leave_a_distribution(seed, monkeypatch):
+    """As 25,000 hours of transcripts need it: rare n-grams are dropped while counting."""
+    monkeypatch.setattr(asr_ngram, "MAX_NGRAMS", 8)
+    rng = np.random.default_rng(seed)
+    sentences = [[f"w{x}" for x in rng.zipf(1.5, 5).clip(max=30)] for _ in range(60)]
+    ngram = build_ngram(sentences, order=3)
+    for context in ngram.table.number:
+        words = [i for i, word in enumerate(ngram.words) if word != "<s>"]
+        total = sum(math.exp(ngram.table.log_prob(context, word)) for word in words)
+        assert total == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("order", [2, 3])

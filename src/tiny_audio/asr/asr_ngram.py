@@ -175,7 +175,8 @@ def build_ngram(
             if id_of.keys() >= {*ngram}:
                 following.setdefault(ngram[:-1], []).append((ngram[-1], count))
         for history, after in following.items():
-            total = counts[n - 2][history]
+            own = sum(count for _, count in after)
+            total = max(counts[n - 2][history], own)  # lossy counting may have forgotten it
             left = 1 - sum(count - discount for _, count in after) / total
             context = tuple(id_of[word] for word in history)
             found = {}

@@ -47,6 +47,8 @@ FLAGS = {
     "no_speech": "may contain no speech",
     "silent": "is silent and was not decoded",
 }
+# PyTorch on a GPU and on a CPU.
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")
 LOOP = re.compile(r"(?i)(?<!\S)(\S+(?:\s+\S+){0,7}?)(?:\s+\1(?!\S)){3,}|([^\W\d_]{1,8}?)\2{5,}")
 # A subtitle ends at a pause, at the end of a sentence, or at its maximum length (seconds).
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0
@@ -274,19 +276,26 @@ class ASRPipeline(Pipeline):
             else:
                 piece.flags = ["silent"]
         progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
-        retries: list[Piece] = []
-        for batch in length_batches(loud, batch_seconds):
+        while loud:
+            loud.sort(key=lambda piece: piece.seconds, reverse=True)
+            many = max(1, int(batch_seconds / loud[0].seconds))
+            batch, loud = loud[:many], loud[many:]
             try:
                 self._decode(batch, **options)
             except RuntimeError as error:
-                if "memory" not in str(error):
+                if not OUT_OF_MEMORY.search(str(error)):
                     raise
-                logger.warning("out of memory: pieces of %.0f s are halved", batch[0].seconds)
-                retries += [half for p in batch for half in p.halve() or [p]]
-                batch_seconds /= 2
-            progress(sum(p.seconds for p in batch))
-        for batch in length_batches(retries, batch_seconds):
-            self._decode(batch, **options)
+                if len(batch) > 1:
+                    batch_seconds = len(batch) * batch[0].seconds / 2
+                    logger.warning("out of memory: batches have %.0f s from now on", batch_seconds)
+                    loud += batch
+                elif halves := batch[0].halve():
+                    logger.warning("out of memory: a piece of %.0f s is halved", batch[0].seconds)
+                    loud += halves
+                else:
+                    raise
+            else:
+                progress(sum(p.seconds for p in batch))
         final = [leaf for piece in pieces for leaf in piece.final()]
         for piece in [*pieces, *final]:
             piece.samples = np.zeros(0, np.float32)
@@ -402,12 +411,3 @@ def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
             sure = [c for c in (last["confidence"], word["confidence"]) if c is not None]
             last["confidence"] = min(sure, default=None)
     return segments
-
-
-def length_batches(pieces: list[Piece], batch_seconds: float) -> Iterator[list[Piece]]:
-    """Yield batches of at most `batch_seconds` including padding, longest pieces first."""
-    left = sorted(pieces, key=lambda piece: piece.seconds, reverse=True)
-    while left:
-        many = max(1, int(batch_seconds / left[0].seconds))
-        yield left[:many]
-        left = left[many:]
