@@ -339,6 +339,14 @@ def test_readme_python(workplace):
     assert done.stdout.strip()
 
 
+def test_troubleshooting_quotes_messages_that_exist():
+    source = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    rows = re.findall(r"^\| `([^`]+)` \|", DOCS["troubleshooting"], re.M)
+    quoted = [part.strip() for row in rows for part in row.split("...") if " " in part.strip()]
+    assert len(quoted) >= 8
+    assert [part for part in quoted if part not in source] == []
+
+
 def test_the_notebook_runs(workplace):
     cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
     code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
