@@ -120,7 +120,7 @@ def test_word_times_lie_where_the_speech_is(half_hour, real):
         piece = Piece(0.0, samples, text=row["text"])
         inputs = real.processor(samples)
         hidden, _ = real.model.encode(inputs["input_features"], inputs["input_features_mask"])
-        real._time(piece, real.model.characters(hidden)[0].numpy())
+        real._time(piece, real.model.characters(hidden)[0].numpy(), 0, len(samples))
         a, b = speech_bounds(samples)
         first, last = piece.words[0]["timestamp"][0], piece.words[-1]["timestamp"][1]
         errors.append((first - a, last - b))

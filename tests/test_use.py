@@ -156,7 +156,7 @@ def emissions(pipe, said: list[tuple[str, int, int]], frames: int) -> np.ndarray
 def test_word_times(pipe):
     said = [("the", 10, 20), ("red", 30, 42), ("dog", 90, 99)]
     piece = Piece(5.0, np.zeros(3 * SAMPLE_RATE, np.float32), text="the red 42 , dog 7")
-    pipe._time(piece, emissions(pipe, said, 150))
+    pipe._time(piece, emissions(pipe, said, 150), 0, len(piece.samples))
     assert [w["text"] for w in piece.words] == ["the", "red", "42", ",", "dog", "7"]
     by = {w["text"]: w["timestamp"] for w in piece.words}
     for word, start, end in said:
@@ -223,6 +223,21 @@ def test_silence_is_not_decoded_and_said(pipe):
     assert pipe(1e-6 * babble(1.0, 0), return_timestamps=True)["chunks"] == []
     assert pipe(np.zeros(160, np.float32))["silent"]  # 10 ms
     assert isinstance(pipe(tone(0.01))["text"], str)
+
+
+def test_silence_around_speech_changes_only_the_times(pipe):
+    """It is cut off before the encoder: digital silence, and what a 16-bit recording has of it."""
+    clip, seconds = babble(1.5, 8), 1.0
+    edge = np.zeros(SAMPLE_RATE // 4, np.float32)
+    alone = pipe(np.concatenate([edge, clip, edge]), return_timestamps="word")
+    rng = np.random.default_rng(0)
+    for level in (0.0, 1e-5):
+        silence = level * rng.standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32)
+        around = pipe(np.concatenate([silence, clip, silence]), return_timestamps="word")
+        assert around["text"] == alone["text"]
+        for a, b in zip(alone["chunks"], around["chunks"], strict=True):
+            shift = np.subtract(b["timestamp"], a["timestamp"])
+            assert shift == pytest.approx(seconds - 0.25, abs=0.03)
 
 
 def test_a_pause_within_speech_is_said_and_no_flag(pipe):

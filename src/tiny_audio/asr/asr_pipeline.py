@@ -39,6 +39,8 @@ ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
 DECODE_LOCK = threading.Lock()
 MIN_PIECE = 1.0  # seconds; pieces shorter than twice this are not split
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
+# Of the loudest energy (-60 dB); so much silence is kept around the speech of a piece.
+SILENCE_BELOW, SILENCE_MARGIN = 1e-6, SAMPLE_RATE // 4
 # Flag a transcript below the first CTC confidence, and a loop below the second.
 UNSUPPORTED, PLAUSIBLE = 0.22, 0.5
 FLAGS = {
@@ -137,11 +139,28 @@ def split_blocks(
         yield at, np.concatenate(held)
 
 
+def _energy(samples: np.ndarray) -> np.ndarray:
+    """Return the mean square of each 10 ms: (n // HOP,)."""
+    steps = len(samples) // HOP
+    return np.square(samples[: steps * HOP]).reshape(steps, HOP).mean(1)
+
+
+def loud_span(samples: np.ndarray) -> tuple[int, int]:
+    """Return the first sample and the one behind the last that is not silence, with a margin.
+
+    Silence is `SILENCE_BELOW` under the loudest 10 ms.
+    """
+    energy = _energy(samples)
+    loud = np.flatnonzero(energy > SILENCE_BELOW * energy.max(initial=0.0))
+    if not len(loud):
+        return 0, len(samples)
+    first, last = loud[0] * HOP - SILENCE_MARGIN, (loud[-1] + 1) * HOP + SILENCE_MARGIN
+    return max(0, first), min(len(samples), last)
+
+
 def _quietest(samples: np.ndarray, limit: int) -> int:
     """Return where to cut in the second half of the first `limit` samples."""
-    steps = len(samples) // HOP
-    energy = np.square(samples[: steps * HOP]).reshape(steps, HOP).mean(1)
-    energy = np.pad(energy, (PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1), mode="edge")
+    energy = np.pad(_energy(samples), (PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1), mode="edge")
     smooth = np.convolve(energy, np.ones(PAUSE_WINDOW) / PAUSE_WINDOW, mode="valid")
     low, high = limit // 2 // HOP, limit // HOP
     return (low + int(smooth[low:high].argmin())) * HOP
@@ -310,17 +329,19 @@ class ASRPipeline(Pipeline):
         generate_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Fill in texts, words and flags of a batch. The encoder runs only once."""
-        features = [self.processor.features(piece.samples) for piece in batch]
+        spans = [loud_span(piece.samples) for piece in batch]
+        heard = [piece.samples[a:b] for piece, (a, b) in zip(batch, spans, strict=True)]
+        features = [self.processor.features(samples) for samples in heard]
         inputs = self.processor.collate(features).to(self.model.device)
         options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
         with DECODE_LOCK:
             hidden, steps = self.model.encode(inputs.input_features, inputs.input_features_mask)
             found = transcribe(self.model, self.processor, hidden, steps, **options)
-        for piece, transcript, log_probs in zip(
-            batch, found, self._emissions(hidden, steps, found), strict=True
+        for piece, span, transcript, log_probs in zip(
+            batch, spans, found, self._emissions(hidden, steps, found), strict=True
         ):
             piece.text = transcript.text
-            self._time(piece, log_probs)
+            self._time(piece, log_probs, *span)
             piece.flags = ["truncated"] if transcript.truncated else []
             sure = piece.confidence or 0.0
             piece.flags += ["repetition"] if sure < PLAUSIBLE and LOOP.search(piece.text) else []
@@ -342,8 +363,11 @@ class ASRPipeline(Pipeline):
         log_probs = self.model.ctc(frames, self.model.get_input_embeddings().weight)
         return [row[:n].cpu().numpy() for row, n in zip(log_probs, lengths, strict=True)]
 
-    def _time(self, piece: Piece, log_probs: np.ndarray | None) -> None:
-        """Fill in `words` and `confidence` of a piece by forced alignment."""
+    def _time(self, piece: Piece, log_probs: np.ndarray | None, first: int, last: int) -> None:
+        """Fill in `words` and `confidence` of a piece by forced alignment.
+
+        The log-probabilities (t, c) are those of its samples from `first` to `last`.
+        """
         if log_probs is None:
             whole = (piece.start, piece.start + piece.seconds)
             piece.words = [{"text": piece.text, "timestamp": whole, "confidence": None}]
@@ -357,8 +381,9 @@ class ASRPipeline(Pipeline):
         else:
             step *= self.processor.stack
             spelled = [self.model.ctc.spelled(self.processor.tokenize(word)) for word in words]
-        edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, piece.seconds)
-        spans = (piece.start + edges).round(3).tolist()
+        seconds = (last - first) / SAMPLE_RATE
+        edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, seconds)
+        spans = (piece.start + first / SAMPLE_RATE + edges).round(3).tolist()
         piece.words = [
             {"text": word, "timestamp": tuple(span), "confidence": c}
             for word, span, c in zip(words, spans, sure, strict=True)
