@@ -78,7 +78,8 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
     audio = padded = started = 0.0
     for step, rows in enumerate([batches[0], *batches]):
         batch = data.collate([data[i] for i in rows])
-        inputs = {k: v for k, v in batch.items() if k not in ("ids", "seconds", "sources", "dropped")}
+        about = ("ids", "seconds", "sources", "dropped")
+        inputs = {k: v for k, v in batch.items() if k not in about}
         settings = variant.get("ctc", {"ctc_loss_weight": 0.2})
         if variant.get("label_logits"):
             loss = model(**inputs, **settings).loss
