@@ -60,5 +60,6 @@ def test_everything_works_without_a_clone(environment, tiny_bases, tmp_path):
     bases = [f"model.encoder_model_name={tiny_bases / 'whisper'}"]
     bases += [f"model.decoder_model_name={tiny_bases / 'decoder'}"]
     assert "GFLOP" in run("plan", *bases, *data)
-    assert re.search(r"^ +4 +0\.00 +0 +0", run("data", "check", *bases, *data), re.MULTILINE)
+    checked = run("data", "check", *bases, *data, f"data.eval=[{{path: {manifest}}}]")
+    assert re.search(r"^ +4 +0\.00 +0 +0", checked, re.MULTILINE)
     assert not list(tmp_path.glob("outputs/20*"))  # Hydra's own folders
