@@ -22,7 +22,7 @@ from .asr_search import Proposal
 logger = logging.getLogger(__name__)
 # A frame is silent if its blank probability is higher; `trim` keeps this many around the speech.
 SILENT_BLANK, MARGIN = 0.9, 25
-RESCORE_CLIPS = 8  # clips rescored together: a larger batch would be mostly padding
+RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
 
 
 class TextTree:
@@ -35,28 +35,28 @@ class TextTree:
         tokens: token id of each node.
         parents: parent of each node, -1 for the prompt.
         depths: number of tokens between the prompt and each node.
-        steps: each token of each text, as the node before it and its id.
+        texts: token ids of each text.
+        paths: the node before each token of each text.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self.steps: list[list[tuple[int, int]]] = []
+        self.texts = [list(text) for text in texts]
+        self.paths: list[list[int]] = []
         nodes: dict[tuple[int, int], int] = {}
-        for text in texts:
-            node, steps = -1, []
-            for depth, token in enumerate(text):
-                steps.append((node, token))
-                if depth == len(text) - 1:
-                    break
-                if (node, token) not in nodes:
-                    nodes[node, token] = len(self.tokens)
+        for text in self.texts:
+            path = [-1]
+            for depth, token in enumerate(text[:-1]):
+                branch = path[-1], token
+                if branch not in nodes:
+                    nodes[branch] = len(self.tokens)
                     self.tokens.append(token)
-                    self.parents.append(node)
+                    self.parents.append(path[-1])
                     self.depths.append(depth)
-                node = nodes[node, token]
-            self.steps.append(steps)
+                path.append(nodes[branch])
+            self.paths.append(path)
 
     def visible(self) -> np.ndarray:
         """Return the (n, n) bool mask of the nodes that each node sees."""
@@ -112,14 +112,13 @@ def score_trees(
             position_ids=prompt.sum(1, keepdim=True) + depths,
             past_key_values=prompts.past_key_values,
         ).last_hidden_state
-    hidden = torch.cat([prompts.last_hidden_state[:, -1:], nodes], 1)  # its last token is node -1
     scores = []
     for i, tree in enumerate(trees):
-        logits = decoder.get_output_embeddings()(hidden[i, : len(tree.tokens) + 1])
-        log_probs = logits.float().log_softmax(-1)
-        for_text = [zip(*steps, strict=True) for steps in tree.steps]
-        scores.append([float(log_probs[[n + 1 for n in nodes], list(tokens)].sum())
-                       for nodes, tokens in for_text])  # fmt: skip
+        # The prompt's last token comes last: it is node -1.
+        hidden = torch.cat([nodes[i, : len(tree.tokens)], prompts.last_hidden_state[i, -1:]])
+        after = decoder.get_output_embeddings()(hidden).float().log_softmax(-1)
+        scores.append([float(after[path, text].sum())
+                       for path, text in zip(tree.paths, tree.texts, strict=True)])  # fmt: skip
     return scores
 
 

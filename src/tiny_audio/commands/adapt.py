@@ -15,13 +15,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..evaluation.recognisers import load_recogniser
-from ..evaluation.scoring import difference
 from ..progress import quiet_libraries
 from ..training.manifests import DataError, Example, read_source
 from ..training.train import train
 from ..training.trainer import clean_exit
 from . import home_path, parser_of
-from .compare import read_rows
+from .compare import compared, paired, read_rows
 from .eval import evaluate
 
 HELD_OUT = 0.2  # share of the clips
@@ -54,9 +53,8 @@ def hold_out(clips: list[Example], seed: int) -> tuple[list[Example], list[Examp
     by_speaker = len(speakers) >= MIN_SPEAKERS and None not in speakers
     groups: dict[str, list[Example]] = defaultdict(list)
     for clip in clips:
-        groups[str(clip.speaker) if by_speaker else " ".join(clip.text.lower().split())].append(
-            clip
-        )
+        text = " ".join(clip.text.lower().split())
+        groups[str(clip.speaker) if by_speaker else text].append(clip)
     names = sorted(groups)
     random.Random(seed).shuffle(names)
     held_out: list[Example] = []
@@ -93,8 +91,8 @@ def recipe_of(model: Path) -> DictConfig:
     return cfg
 
 
-def here(sources: Any) -> list[dict[str, Any]]:
-    """The data sources of an old recipe that are still on this machine."""
+def existing(sources: Any) -> list[dict[str, Any]]:
+    """Keep the data sources of an old recipe that still exist on this machine."""
     return [dict(source) for source in sources or [] if Path(source["path"]).expanduser().exists()]
 
 
@@ -108,10 +106,8 @@ def adapted_recipe(
     steps = {"max_steps": args.steps, "save_steps": args.steps}
     cfg.stages = [{"name": "adapt", "training": {**STAGE, **steps}, "data": data}]
     cfg.run.output_dir, cfg.run.seed, cfg.run.fresh = str(args.out / "model"), args.seed, False
-    cfg.model.pretrained_model_path, cfg.model.tune = (
-        str(model),
-        False,
-    )  # measured on the same clips
+    cfg.model.pretrained_model_path = str(model)
+    cfg.model.tune = False  # it would choose on the clips that are measured
     cfg.data.train = [{"path": own, "repeat": copies}, *keep]
     cfg.training.push_to_hub = False
     return cfg
@@ -125,12 +121,14 @@ def run(args: Any) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     own = write_clips(kept, args.out / "train.jsonl")
     old = recipe_of(args.model)
-    keep = [{"path": str(args.keep)}] if args.keep else here(old.data.train)
+    keep = [{"path": str(args.keep)}] if args.keep else existing(old.data.train)
     keep = [{**source, "sample": KEPT_CLIPS, "repeat": 1} for source in keep]
     if not keep:
         print("warning: none of the old training data is here: the model may forget (see --keep)")
     sets = {"your held-out clips": held_out}
-    sets |= {f"old clips ({Path(s['path']).name})": [*read_source(s)] for s in here(old.data.eval)}
+    sets |= {
+        f"old clips ({Path(s['path']).name})": [*read_source(s)] for s in existing(old.data.eval)
+    }
     cfg = adapted_recipe(args.model, own, sum(c.duration for c in kept), keep, args)
 
     def measure(model: Path, when: str) -> None:
@@ -144,10 +142,7 @@ def run(args: Any) -> int:
     print(f"\n{'WER %':<34}{'before':>8}{'after':>8}   difference [95 % interval], p")
     for i, name in enumerate(sets):
         before, after = (read_rows(args.out / f"{when}{i}") for when in ("before", "after"))
-        words = [row["words"] for row in before.values()]
-        errors = [[rows[key]["word_errors"] for key in before] for rows in (before, after)]
-        was, now = (100 * sum(wrong) / max(1, sum(words)) for wrong in errors)
-        low, high, p = difference(errors[0], errors[1], words)
+        _, (was, now), (low, high, p) = compared(paired(before, after))
         print(
             f"{name:<34}{was:8.1f}{now:8.1f}   {now - was:+.1f} [{low:+.1f}, {high:+.1f}], {p:.4f}"
         )

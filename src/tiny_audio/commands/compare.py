@@ -26,6 +26,30 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows if "error" not in row}
 
 
+def paired(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pair the rows of utterances that both evaluations scored.
+
+    Raises:
+        SystemExit: if the evaluations are not of the same data.
+    """
+    both = [(a[key], b[key]) for key in a if key in b]
+    if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
+        sys.exit("error: not evaluations of the same data: their ids or references differ")
+    if unpaired := len(a) + len(b) - 2 * len(both):
+        print(f"warning: ignoring {unpaired} utterances that only one of the two scored")
+    return both
+
+
+def compared(
+    both: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> tuple[list[list[int]], list[float], tuple[float, float, float]]:
+    """Word errors and WER in percent of each side, and `scoring.difference` of the two."""
+    words = [x["words"] for x, _ in both]
+    errors = [[pair[i]["word_errors"] for pair in both] for i in (0, 1)]
+    wer = [100 * sum(wrong) / max(1, sum(words)) for wrong in errors]
+    return errors, wer, difference(errors[0], errors[1], words)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison."""
     parser = parser_of("compare", __doc__)
@@ -33,15 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=10, metavar="N", help="utterances; default: 10")
     args = parser.parse_args(argv)
     a, b = map(read_rows, args.folders)
-    both = [(a[key], b[key]) for key in a if key in b]
-    if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
-        sys.exit("error: not evaluations of the same data: their ids or references differ")
-    if unpaired := len(a) + len(b) - 2 * len(both):
-        print(f"warning: ignoring {unpaired} utterances that only one of the two scored")
-    words = [x["words"] for x, _ in both]
-    errors = [[pair[i]["word_errors"] for pair in both] for i in (0, 1)]
-    wer = [100 * sum(wrong) / max(1, sum(words)) for wrong in errors]
-    low, high, p = difference(errors[0], errors[1], words)
+    both = paired(a, b)
+    errors, wer, (low, high, p) = compared(both)
     gaps = [theirs - ours for ours, theirs in zip(*errors, strict=True)]
     print(
         f"A      {wer[0]:6.2f} % WER  {args.folders[0]}\n"

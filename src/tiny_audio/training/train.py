@@ -350,15 +350,16 @@ def stage_model(
     model = build_model(cfg, processor, heads, start)
     if resume and (Path(resume) / NGRAM).exists():
         model.ngram = load_arpa(Path(resume) / NGRAM)
-    elif model.characters is not None:
+    elif model.characters is not None and (
+        model.ngram is None or start == cfg.model.pretrained_model_path  # later stages have it
+    ):
         words = cfg.data.words and Path(cfg.data.words).expanduser()
         own = transcript_ngram(processor, texts, words)
-        if model.ngram is None:
-            model.ngram = own
-        elif own and start == cfg.model.pretrained_model_path:  # later stages have it already
+        if own and model.ngram:
             new = len({*own.words} - {*model.ngram.words})
             print(f"the model's n-gram is mixed with that of the transcripts: {new} new words")
-            model.ngram = blend(model.ngram, own)
+            own = blend(model.ngram, own)
+        model.ngram = own or model.ngram
     return model
 
 
