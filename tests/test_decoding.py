@@ -10,7 +10,7 @@ from conftest import TEXTS, babble
 
 from tiny_audio.asr import asr_ngram
 from tiny_audio.asr.asr_config import DECODE, ASRConfig
-from tiny_audio.asr.asr_decoding import TextTree, score_trees, transcribe
+from tiny_audio.asr.asr_decoding import TextTree, read_prompts, score_trees, transcribe
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
@@ -184,7 +184,8 @@ def test_a_tree_of_texts_is_scored_as_each_alone(build, clips):
     prompt = processor.prompt(steps.tolist())
     with torch.no_grad():
         embeds, mask, _ = model.prompts(hidden, steps, **prompt)
-        found = model.score_texts(embeds, mask, texts)
+        trees = [TextTree([[*text, processor.end_token_id] for text in some]) for some in texts]
+        found = score_trees(model.decoder, read_prompts(model.decoder, embeds, mask), trees)
         for i, some in enumerate(texts):
             own = embeds[i : i + 1, -int(mask[i].sum()) :]
             for text, score in zip(some, found[i], strict=True):
@@ -194,7 +195,8 @@ def test_a_tree_of_texts_is_scored_as_each_alone(build, clips):
                 wanted = logits.log_softmax(-1).gather(1, ids.T).sum()
                 assert score == pytest.approx(float(wanted), abs=1e-3)
         with model.decoder_without_lora():
-            bare = score_trees(model.decoder, embeds, mask, [TextTree(some) for some in texts])
+            prompts = read_prompts(model.decoder, embeds, mask)
+            bare = score_trees(model.decoder, prompts, trees)
         assert bare[0][0] != pytest.approx(found[0][0], abs=1e-3), "LoRA made no difference"
 
 

@@ -8,7 +8,8 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -67,30 +68,60 @@ class TextTree:
         return seen
 
 
-def score_trees(
-    decoder: Any, embeds: Tensor, attention_mask: Tensor, trees: Sequence[TextTree]
-) -> list[list[float]]:
-    """Score the texts of each clip after its prompt, in one pass of the decoder.
+@dataclass
+class Prompts:
+    """A batch of prompts that the decoder has read.
 
-    The prompt is computed once, and so is every prefix that texts share. Speculative decoding uses
-    the same tree attention to verify drafts (Miao et al. 2024, arXiv 2305.09781).
-
-    Args:
-        decoder: a causal language model of transformers.
-        embeds: (b, s, d) left-padded prompts with their audio.
-        attention_mask: (b, s).
-        trees: the texts of each clip, including end tokens.
-
-    Returns:
-        Log-probability of each text of each clip.
+    Attributes:
+        mask: (b, s) attention mask; padding is on the left.
+        last: (b, d) hidden state of each prompt's last token.
+        past_key_values: keys and values of all tokens.
     """
-    b, device = len(trees), embeds.device
-    prompts = decoder.base_model(
+
+    mask: Tensor
+    last: Tensor
+    past_key_values: Any
+
+
+def read_prompts(decoder: Any, embeds: Tensor, attention_mask: Tensor) -> Prompts:
+    """Run a causal language model of transformers over prompts (b, s, d) with a mask (b, s)."""
+    output = decoder.base_model(
         inputs_embeds=embeds,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
     )
+    return Prompts(attention_mask, output.last_hidden_state[:, -1], output.past_key_values)
+
+
+def read_text_prompt(model: Any, processor: Any) -> Prompts:
+    """Read the prompt without audio for the decoder without LoRA; the model keeps the result."""
+    inputs = processor.prompt([0]).to(model.device)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    key = tuple(inputs["input_ids"][0].tolist()), embeds.device, embeds.dtype
+    if model.last_text_prompt is None or model.last_text_prompt[0] != key:
+        prompts = read_prompts(model.decoder, embeds, inputs["attention_mask"])
+        model.last_text_prompt = key, prompts
+    prompts = model.last_text_prompt[1]
+    # Scoring appends to the keys and values.
+    return replace(prompts, past_key_values=deepcopy(prompts.past_key_values))
+
+
+def score_trees(decoder: Any, prompts: Prompts, trees: Sequence[TextTree]) -> list[list[float]]:
+    """Score the texts of each clip after its prompt, in one pass of the decoder.
+
+    A prefix that texts share is computed once. Speculative decoding uses the same tree attention to
+    verify drafts (Miao et al. 2024, arXiv 2305.09781).
+
+    Args:
+        decoder: a causal language model of transformers.
+        prompts: the prompt of each of b clips. Its `past_key_values` cannot be used again.
+        trees: the texts of each clip, including end tokens.
+
+    Returns:
+        Log-probability of each text of each clip.
+    """
+    b, device, dtype = len(trees), prompts.last.device, prompts.last.dtype
     n = max(1, *(len(tree.tokens) for tree in trees))
     tokens = torch.zeros(b, n, dtype=torch.long, device=device)
     depths = torch.zeros_like(tokens)
@@ -100,14 +131,12 @@ def score_trees(
         tokens[i, :size] = torch.tensor(tree.tokens)
         depths[i, :size] = torch.tensor(tree.depths)
         tree_mask[i, :size, :size] = torch.from_numpy(tree.visible())
-    prompt = attention_mask.bool()
+    prompt = prompts.mask.bool()
     visible = torch.cat([prompt[:, None].expand(-1, n, -1), tree_mask], 2)
-    tree_embeds = decoder.get_input_embeddings()(tokens).to(embeds.dtype)
-    lowest = torch.finfo(embeds.dtype).min
-    bias = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill(~visible, lowest)
+    bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
     with without_flash_attention(decoder):
         nodes = decoder.base_model(
-            inputs_embeds=tree_embeds,
+            inputs_embeds=decoder.get_input_embeddings()(tokens).to(dtype),
             attention_mask=bias[:, None],
             position_ids=prompt.sum(1, keepdim=True) + depths,
             past_key_values=prompts.past_key_values,
@@ -115,7 +144,7 @@ def score_trees(
     scores = []
     for i, tree in enumerate(trees):
         # The prompt's last token comes last: it is node -1.
-        hidden = torch.cat([nodes[i, : len(tree.tokens)], prompts.last_hidden_state[i, -1:]])
+        hidden = torch.cat([nodes[i, : len(tree.tokens)], prompts.last[i : i + 1]])
         after = decoder.get_output_embeddings()(hidden).float().log_softmax(-1)
         scores.append([float(after[path, text].sum())
                        for path, text in zip(tree.paths, tree.texts, strict=True)])  # fmt: skip
@@ -299,18 +328,22 @@ def rescore(
     undecided = [i for i, candidates in enumerate(kept) if len(candidates) > 1]
     for start in range(0, len(undecided), RESCORE_CLIPS):
         clips = undecided[start : start + RESCORE_CLIPS]
-        texts = [[processor.tokenize(c.proposal.text) for c in kept[i]] for i in clips]
+        texts = [
+            [[*processor.tokenize(c.proposal.text), processor.end_token_id] for c in kept[i]]
+            for i in clips
+        ]
         if settings["decoder"]:
             width = int(steps[clips].max())
-            prompt = processor.prompt(steps[clips].tolist()).to(hidden.device)
-            embeds, mask, _ = model.prompts(hidden[clips, :width], steps[clips], **prompt)
-            _set_scores(kept, clips, "decoder", model.score_texts(embeds, mask, texts))
+            inputs = processor.prompt(steps[clips].tolist()).to(hidden.device)
+            embeds, mask, _ = model.prompts(hidden[clips, :width], steps[clips], **inputs)
+            prompts = read_prompts(model.decoder, embeds, mask)
+            scores = score_trees(model.decoder, prompts, [TextTree(some) for some in texts])
+            _set_scores(kept, clips, "decoder", scores)
         if settings["language_model"]:
-            prompt = processor.prompt([0]).to(hidden.device)
-            embeds = model.get_input_embeddings()(prompt["input_ids"])
             together = [text for some in texts for text in some]  # one tree: the prompt is the same
             with model.decoder_without_lora():
-                (scores,) = model.score_texts(embeds, prompt["attention_mask"], [together])
+                prompts = read_text_prompt(model, processor)
+                (scores,) = score_trees(model.decoder, prompts, [TextTree(together)])
             of_clip = iter(scores)
             rows = [[next(of_clip) for _ in some] for some in texts]
             _set_scores(kept, clips, "language_model", rows)

@@ -35,7 +35,6 @@ from .asr_bases import (
 )
 from .asr_config import AUTO_MAP, IGNORE, ASRConfig, check_keys, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
-from .asr_decoding import TextTree, score_trees
 from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram, load_arpa, save_arpa
 from .asr_projector import AudioProjector
@@ -74,6 +73,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
         self.ngram: NGram | None = None
         self.last_search: Any = None
+        self.last_text_prompt: Any = None
         self.residual: Any = None
         if config.bridge == "posteriors":
             if self.ctc is None:
@@ -360,20 +360,6 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         return self.ctc.greedy(self.ctc(frames, self.get_input_embeddings().weight), lengths)
 
     @torch.no_grad()
-    def score_texts(
-        self, embeds: Tensor, attention_mask: Tensor, texts: list[list[list[int]]]
-    ) -> list[list[float]]:
-        """Return the log-probability of each text of each clip after its prompt.
-
-        Args:
-            embeds: (b, s, d) from `prompts`.
-            attention_mask: (b, s).
-            texts: token ids, without the end token, of at least one text for each clip.
-        """
-        end = self.config.end_token_id
-        trees = [TextTree([[*text, end] for text in clip]) for clip in texts]
-        return score_trees(self.decoder, embeds, attention_mask, trees)
-
     @contextmanager
     def decoder_without_lora(self) -> Iterator[None]:
         """Disable the decoder's LoRA: this leaves a plain language model."""

@@ -69,8 +69,9 @@ class Proposal:
 class Lexicon:
     """Words as a prefix tree over character classes.
 
-    `child` (nodes, c) is the next node for each class, `OPEN` for none; node 0 is the root.
-    `word` (nodes,) is the n-gram's id of the word that ends at a node, its `<unk>` for none.
+    `child` (nodes + 1, c) is the next node for each class, `OPEN` for none. `word` (nodes + 1,) is
+    the n-gram's id of the word that ends at a node, its `<unk>` for none. Node 0 is the root; the
+    last row belongs to `OPEN`.
     """
 
     def __init__(self, ngram: NGram, alphabet: Sequence[int]) -> None:
@@ -89,11 +90,11 @@ class Lexicon:
                     words.append(ngram.unknown)
                 node = children[node][character]
             words[node] = i
-        child = np.full((len(children), len(alphabet) + 1), OPEN, np.int32)
+        child = np.full((len(children) + 1, len(alphabet) + 1), OPEN, np.int32)
         for node, after in enumerate(children):
             child[node, list(after)] = list(after.values())
         self.child = torch.from_numpy(child)
-        self.word = torch.tensor(words)
+        self.word = torch.tensor([*words, ngram.unknown])
 
     def to(self, device: Any) -> "Lexicon":
         """Move the tables to a device in place."""
@@ -122,7 +123,12 @@ class Beams:
 
     def take(self, index: Tensor) -> "Beams":
         """Select the hypotheses at `index` (b, k)."""
-        return Beams(**{name: value.gather(1, index) for name, value in vars(self).items()})
+        numbers = torch.stack([self.blank, self.label, self.prior])
+        marks = torch.stack(
+            [self.hash, self.parent, self.last, self.node, self.depth, self.context]
+        )
+        numbers = numbers.gather(2, index.expand_as(numbers))
+        return Beams(*numbers, *marks.gather(2, index.expand_as(marks)))
 
 
 def _hash(parent: Tensor, character: Tensor) -> Tensor:
@@ -196,67 +202,97 @@ class PrefixSearch:
             The best hypotheses, the index (b, k) of the hypothesis that each comes from, and the
             character (b, k) that each gained, 0 for none.
         """
-        b, k = beams.last.shape
-        c = frame.shape[1]
-        total = torch.logaddexp(beams.blank, beams.label)
-        # A hypothesis stays the same if the frame is a blank or repeats its last character.
-        again = frame.gather(1, beams.last)
-        stay_blank, stay_label = total + frame[:, :1], beams.label + again
-        # Its parent also becomes this hypothesis, by gaining the last character.
-        is_parent = beams.parent[:, :, None] == beams.hash[:, None]  # (b, k, k)
-        double = beams.last[:, :, None] == beams.last[:, None]  # needs a blank in between
-        reached = torch.where(double, beams.blank[:, None], total[:, None])
-        reached = torch.where(is_parent, reached, IMPOSSIBLE).amax(2) + again
-        stay_label = torch.logaddexp(stay_label, reached)
-        taken = is_parent.any(2)
-        place = is_parent.int().argmax(2) * c + beams.last
-        merged = torch.zeros(b, k * c, device=frame.device).scatter_add(1, place, taken.float())
-        # All other extensions are new hypotheses.
-        new = frame[:, 1:].topk(min(self.settings.candidates, c - 1)).indices + 1  # (b, n)
-        new = new[:, None].expand(-1, k, -1)
-        double = new == beams.last[..., None]
-        label = torch.where(double, beams.blank[..., None], total[..., None])
-        label = label + frame[:, None].expand(-1, k, -1).gather(2, new)
-        label = label.masked_fill(merged.view(b, k, c).gather(2, new) > 0, IMPOSSIBLE)
-        grown = self.extend(beams, new, label)
-        stay = replace(beams, blank=stay_blank, label=stay_label)
-        both = {name: torch.cat([one, vars(grown)[name].flatten(1)], 1)
-                for name, one in vars(stay).items()}  # fmt: skip
-        everything = Beams(**both)  # (b, k + k n)
-        best = everything.score.topk(k, 1).indices
-        gained = torch.where(best < k, 0, everything.last.gather(1, best))
-        origin = torch.where(best < k, best, (best - k) // new.shape[2])
-        beams = everything.take(best)
-        beams.hash = beams.hash.masked_fill(dead := beams.score < IMPOSSIBLE / 2, NO_TEXT)
+        k = beams.last.shape[1]
+        stay, merged = self.keep(beams, frame)
+        log_probs, new = frame[:, 1:].topk(min(self.settings.candidates, frame.shape[1] - 1))
+        new = new + 1  # (b, n)
+        word_end = self.end_word(beams) if self.lexicon else (beams.prior, beams.context)
+        label, prior = self.extend(beams, new, log_probs, merged, word_end[0])
+        score = torch.cat([stay.score, (label + prior).flatten(1)], 1)  # (b, k + k n)
+        best = score.topk(k, 1).indices
+        grows = best >= k
+        origin = torch.where(grows, (best - k) // new.shape[1], best)
+        gained = new.gather(1, (best - k).clamp(min=0) % new.shape[1]).masked_fill(~grows, 0)
+        beams = self.grow(stay.take(origin), gained, word_end[1].gather(1, origin))
+        beams.blank = beams.blank.masked_fill(grows, IMPOSSIBLE)
+        beams.label = torch.cat([stay.label, label.flatten(1)], 1).gather(1, best)
+        beams.prior = torch.cat([stay.prior, prior.flatten(1)], 1).gather(1, best)
+        dead = score.gather(1, best) < IMPOSSIBLE / 2
+        beams.hash = beams.hash.masked_fill(dead, NO_TEXT)
         beams.parent = beams.parent.masked_fill(dead, NO_PARENT)
         return beams, origin, gained
 
-    def extend(self, beams: Beams, new: Tensor, label: Tensor) -> Beams:
-        """Extend each hypothesis by each of the characters `new`, to tensors (b, k, n)."""
-        old = Beams(**{name: value[..., None] for name, value in vars(beams).items()})
-        prior, context = old.prior.expand_as(label), old.context.expand_as(new)
-        node, depth = torch.full_like(new, OPEN), (old.depth + 1).expand_as(new)
+    def keep(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor]:
+        """Keep the text of each hypothesis: the frame is a blank or repeats its last character.
+
+        A hypothesis whose parent is kept too also becomes its text by gaining its last character.
+
+        Returns:
+            The hypotheses, and a mask (b, k, c) of the extensions that are among them already.
+        """
+        total = torch.logaddexp(beams.blank, beams.label)
+        again = frame.gather(1, beams.last)
+        found, at = (beams.parent[:, :, None] == beams.hash[:, None]).byte().max(2)
+        found = found.bool()
+        double = beams.last.gather(1, at) == beams.last  # needs a blank in between
+        reached = torch.where(double, beams.blank.gather(1, at), total.gather(1, at))
+        reached = reached.masked_fill(~found, IMPOSSIBLE)
+        label = torch.logaddexp(beams.label, reached) + again
+        stay = replace(beams, blank=total + frame[:, :1], label=label)
+        (b, k), c = beams.last.shape, frame.shape[1]
+        merged = torch.zeros(b, k * c, dtype=torch.uint8, device=frame.device)
+        merged.scatter_add_(1, at * c + beams.last, found.byte())
+        return stay, merged.view(b, k, c).bool()
+
+    def extend(
+        self, beams: Beams, new: Tensor, log_probs: Tensor, merged: Tensor, ended: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score each hypothesis with each of the characters `new` (b, n) added to its text.
+
+        Args:
+            beams, merged: see `keep`.
+            new, log_probs: classes (b, n) and their log-probabilities in this frame.
+            ended: the prior (b, k) if the current word ended here.
+
+        Returns:
+            `label` and `prior` (b, k, n) of the extensions.
+        """
+        total = torch.logaddexp(beams.blank, beams.label)
+        new = new[:, None].expand(-1, beams.last.shape[1], -1)
+        double = new == beams.last[..., None]
+        label = torch.where(double, beams.blank[..., None], total[..., None]) + log_probs[:, None]
+        forbidden = merged.gather(2, new)
+        prior = beams.prior[..., None].expand_as(label)
         if self.lexicon:
-            is_open = old.node == OPEN
-            child = self.lexicon.child[beams.node.clamp(min=0)].gather(2, new).long()
-            node = torch.where(is_open, OPEN, child)
-            leaves = (node == OPEN) & ~is_open
-            prices = torch.where(leaves, depth, (node == OPEN).long())
-            prior = prior - self.settings.open_character * prices
+            unknown = self.lexicon.child[beams.node].gather(2, new) == OPEN
+            price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
+            as_unknown = beams.prior - self.settings.open_character * price
+            prior = torch.where(unknown, as_unknown[..., None], prior)
         if self.lexicon and self.space:
             is_space = new == self.space
-            ended, following = self.end_word(beams)
             prior = torch.where(is_space, ended[..., None], prior)
-            context = torch.where(is_space, following[..., None], context)
-            label = label.masked_fill(is_space & (old.depth == 0), IMPOSSIBLE)
+            forbidden = forbidden | (is_space & (beams.depth == 0)[..., None])
+        return label.masked_fill(forbidden, IMPOSSIBLE), prior
+
+    def grow(self, beams: Beams, gained: Tensor, following: Tensor) -> Beams:
+        """Add the character `gained` (b, k), 0 for none, to the text of each hypothesis.
+
+        `following` (b, k) is the n-gram context if it ends a word. The scores do not change.
+        """
+        grows = gained > 0
+        node, depth, context = beams.node, beams.depth + grows, beams.context
+        if self.lexicon:
+            child = self.lexicon.child[node, gained].long()
+            node = torch.where(grows, child, node)
+        if self.lexicon and self.space:
+            is_space = gained == self.space
             node, depth = node.masked_fill(is_space, 0), depth.masked_fill(is_space, 0)
-        return Beams(
-            blank=torch.full_like(label, IMPOSSIBLE),
-            label=label,
-            prior=prior,
-            hash=_hash(old.hash, new),
-            parent=old.hash.expand_as(new),
-            last=new,
+            context = torch.where(is_space, following, context)
+        return replace(
+            beams,
+            hash=torch.where(grows, _hash(beams.hash, gained), beams.hash),
+            parent=torch.where(grows, beams.hash, beams.parent),
+            last=torch.where(grows, gained, beams.last),
             node=node,
             depth=depth,
             context=context,
@@ -265,8 +301,7 @@ class PrefixSearch:
     def end_word(self, beams: Beams) -> tuple[Tensor, Tensor]:
         """Return the prior and the n-gram context (b, k) if the current word ended here."""
         assert self.ngram and self.lexicon
-        word = self.lexicon.word[beams.node.clamp(min=0)]
-        word = word.masked_fill(beams.node == OPEN, self.ngram.unknown)
+        word = self.lexicon.word[beams.node]
         log_prob, context = self.ngram.score(beams.context, word)
         unfinished = (word == self.ngram.unknown) & (beams.node != OPEN)
         price = self.settings.open_character * unfinished * beams.depth
@@ -311,7 +346,7 @@ class PrefixSearch:
 
 
 def squeeze_blanks(
-    log_probs: Tensor, lengths: Tensor, sure: float = 0.999
+    log_probs: Tensor, lengths: Tensor, sure: float = 0.98
 ) -> tuple[Tensor, Tensor]:
     """Drop frames that are almost surely blank, except the first of each run.
 
