@@ -25,8 +25,8 @@ REPO = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def ready() -> assets.Assets:
-    """Everything, in the normal cache: minutes the first time, a look later."""
-    return assets.prepare()
+    """Everything but synthetic speech, in the normal cache: downloads the first time."""
+    return assets.prepare(synthetic=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,10 @@ def test_the_cache_is_where_the_configs_look(monkeypatch, tmp_path):
         assert Path(cfg.data.train[0].path).parent.parent == assets.cache_dir()
 
 
-def test_second_call_is_a_look(ready):
-    start = time.perf_counter()
-    assert assets.prepare() == ready
-    assert time.perf_counter() - start < 1
+def test_second_call_is_a_look(ready, monkeypatch):
+    """It does not even take the lock, under which things are made."""
+    monkeypatch.delattr(assets, "FileLock")
+    assert assets.prepare(synthetic=False) == ready
 
 
 def test_damaged_package_is_named_and_nothing_is_made(ready, tmp_path):
@@ -259,6 +259,7 @@ def test_smollm2_loads_whole_and_answers(ready):
     assert tokenizer.decode(answer[0]).endswith("The capital of France is Paris.<|im_end|>")
 
 
+@pytest.mark.long
 def test_smollm2_weights_are_the_package_s(ready, tmp_path):
     from gguf import GGUFReader, dequantize
     from safetensors import safe_open
@@ -372,8 +373,13 @@ def test_nothing_held_out_is_nearly_in_training(ready):
         (a, row["text"]) for a in train for row in held_out if near_duplicate(a, row["text"])
     ]
     assert not clashes
-    held_out += read_manifest(ready.librivox)
-    synthetic = {row["text"] for row in read_manifest(ready.synthetic)}
+
+
+@pytest.mark.long
+def test_nothing_held_out_is_nearly_in_synthetic_speech(ready):
+    speech = (ready.dev, ready.test, ready.librivox)
+    held_out = [row for path in speech for row in read_manifest(path)]
+    synthetic = {row["text"] for row in read_manifest(assets.prepare().synthetic)}
     clashes = [
         (a, row["text"]) for a in synthetic for row in held_out if near_duplicate(a, row["text"])
     ]
@@ -400,6 +406,7 @@ def test_sentences_are_ordinary_english(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_synthetic_speech_is_seeded_and_keeps_out_held_out_texts(half_ready, ready):
     (half_ready / "speech").mkdir()
     for path in (ready.dev, ready.test, ready.librivox):

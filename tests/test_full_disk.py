@@ -28,6 +28,7 @@ def can_mount() -> bool:
     return subprocess.run([*DISK, "true"], capture_output=True).returncode == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_mount(), reason="this machine gives its users no mounts of their own")
 def test_a_full_disk_costs_nothing(tiny_bases, corpus, tmp_path):
     disk, copy = tmp_path / "disk", tmp_path / "copy"

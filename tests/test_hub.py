@@ -68,7 +68,12 @@ def test_a_run_pushes_its_checkpoints_and_its_result(hub, trained):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["stage1", "parakeet", "archive/lora_decoder", "mac_minimal"])
+OTHERS = ("parakeet", "archive/lora_decoder", "mac_minimal")
+
+
+@pytest.mark.parametrize(
+    "name", ["stage1", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
+)
 def test_the_presets_run(hub, tiny_bases, corpus, tmp_path, name):
     """With their own Hub ids, under which this Hub holds small models of the same classes."""
     hub.add("facebook/hubert-xlarge-ls960-ft", tiny_bases / "hubert")
@@ -141,6 +146,7 @@ def test_the_pushed_model_says_what_the_local_one_says(hub, trained, corpus, tmp
     assert any(local)
 
 
+@pytest.mark.long
 def test_push_by_hand_and_merged(hub, trained, corpus, tmp_path):
     home, output, _ = trained
     code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -161,6 +167,7 @@ def test_push_by_hand_and_merged(hub, trained, corpus, tmp_path):
     assert alone == texts(run(hub, home, *python, str(output), clip))
 
 
+@pytest.mark.long
 def test_a_refused_push_costs_nothing(hub, trained, corpus, tmp_path):
     home, _, _ = trained
     hub.fail = True
@@ -182,6 +189,7 @@ def test_pushing_without_a_token_is_refused_before_training(hub, corpus, tmp_pat
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.long
 def test_no_push_where_it_is_turned_off(hub, trained, corpus, tmp_path):
     home, _, _ = trained
     before = list(hub.messages)

@@ -67,7 +67,7 @@ def test_batch_equals_single(build, clips, encoder, bridge):
     assert len(said) >= len(clips), "all clips gave the same tokens: this shows nothing"
 
 
-@pytest.mark.parametrize("bridge", ["frames", "posteriors"])
+@pytest.mark.parametrize("bridge", [pytest.param("frames", marks=pytest.mark.long), "posteriors"])
 def test_batch_equals_single_on_real_weights(real_bases, real_rows, real_clips, bridge):
     texts = [row["text"] for row in real_rows]
     processor, model = build_asr(
@@ -462,6 +462,7 @@ def test_placeholders_are_projected_frames_at_any_length(build, encoder, stack):
         assert frames.shape[1] == lengths.item() == processor.frames(steps)
 
 
+@pytest.mark.long
 def test_real_length_whisper_features_are_close_to_padded_ones(real_bases, real_clips):
     processor, model = build_asr(real_bases.whisper, real_bases.decoder, hidden=8, ctc=False)
     reference = WhisperModel.from_pretrained(real_bases.whisper, dtype=torch.float32).get_encoder()

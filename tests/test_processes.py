@@ -80,6 +80,7 @@ def test_two_processes_are_one_with_twice_the_batches(losses):
         assert torch.allclose(two[2][name], tensor, atol=1e-5), name
 
 
+@pytest.mark.long
 def test_two_processes_share_a_stream(losses):
     loss, _, _ = losses("stream", 2, 1, streaming=True)
     assert len(loss) == 6
@@ -160,6 +161,7 @@ os._exit(0)  # gloo's threads outlive the interpreter's end now and then, and ab
 """
 
 
+@pytest.mark.long
 def test_the_model_can_be_sharded(tiny_bases, tmp_path):
     """FSDP2 on two processes: the same loss and gradients, saved and loaded again. (accelerate
     shards on GPUs alone.)"""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -35,10 +36,11 @@ DOCS = {
 }
 # Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
 SHORT = (
-    "data.max_train_samples=90 'data.train=[{{path: {train}}}]' training.logging_steps=5 "
-    "'data.eval=[{{path: {dev}, sample: 12}}]' "
+    "data.max_train_samples=60 'data.train=[{{path: {train}}}]' training.logging_steps=5 "
+    "'data.eval=[{{path: {dev}, sample: 6}}]' stages.0.training.batch_seconds=32 "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
-    "stages.1.training.max_steps=10 stages.2.training.max_steps=6 "
+    "stages.1.training.batch_seconds=32 stages.1.training.max_steps=5 "
+    "stages.2.training.batch_seconds=28 stages.2.training.max_steps=2 "
 )
 
 
@@ -64,8 +66,9 @@ def workplace(real_bases, real_rows, tmp_path_factory) -> Path:
     write_audio(folder / "talk.mp3", samples, 44_100, "libmp3lame")
     write_audio(folder / "meeting.m4a", samples, 22_050, "aac")
     short = SHORT.format(train=real_bases.train, dev=real_bases.dev)
-    done = bash(f"python src/train.py +experiments=quickstart {short}", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(compose_recipe(["+experiments=quickstart", *shlex.split(short)]))
     return folder
 
 
@@ -83,7 +86,7 @@ def test_short_run_learns(workplace):
             assert 0 <= row["padding"] < 0.5
 
 
-def test_same_text_everywhere(workplace, real_rows):
+def test_same_text_everywhere(workplace, real_rows, capsys):
     """Pipeline in a process without this package, command line and evaluation: one text."""
     clips = [row["audio"] for row in real_rows[:3]]
     model = workplace / "outputs/quickstart"
@@ -95,19 +98,21 @@ def test_same_text_everywhere(workplace, real_rows):
     out = subprocess.run([sys.executable, "-c", code, *clips], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
     remote = json.loads(out.stdout.split("TEXTS ")[1])
-    said = bash(f"tiny-audio transcribe {' '.join(clips)} --model {model}", workplace)
-    assert [line.split(": ", 1)[1] for line in said.stdout.splitlines()] == remote
+    capsys.readouterr()
+    assert cli.main(["transcribe", *clips, "--model", str(model)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[1] for line in said] == remote
     manifest = workplace / "three.jsonl"
     rows = [{**row, "audio": str(row["audio"])} for row in real_rows[:3]]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scored = bash(f"tiny-audio eval {model} --dataset {manifest} --out three", workplace)
-    assert scored.returncode == 0, scored.stderr[-3000:]
+    out = str(workplace / "three")
+    assert cli.main(["eval", str(model), "--dataset", str(manifest), "--out", out]) == 0
     results = [json.loads(s) for s in (workplace / "three/results.jsonl").read_text().splitlines()]
     by_id = {row["id"]: row["prediction"] for row in results}
     assert [by_id[row["id"]] for row in real_rows[:3]] == remote
 
 
-def make_two_voices(path: Path, real_bases, seconds: float = 40.0) -> tuple[list, str]:
+def make_two_voices(path: Path, real_bases, seconds: float = 26.0) -> tuple[list, str]:
     """An MP3 (44.1 kHz, stereo) of two speakers in turn, 0.7 s apart; its pauses and its words."""
     prompts = [r for r in assets.read_manifest(real_bases.dev) if 3 < r["duration"] < 9]
     novel = [r for r in assets.read_manifest(real_bases.librivox) if r["duration"] < 18]
@@ -146,10 +151,11 @@ def test_a_long_recording_of_two_voices_is_read_to_its_end(workplace, real_bases
     assert ("truncated" in whole) == any("truncated" in part for part in parts)  # said, not hidden
 
 
-def test_finished_run_is_kept(workplace, real_bases):
+def test_finished_run_is_kept(workplace, real_bases, monkeypatch, capsys):
     short = SHORT.format(train=real_bases.train, dev=real_bases.dev)
-    done = bash(f"python src/train.py +experiments=quickstart {short}", workplace)
-    assert done.returncode == 0 and "is finished" in done.stdout
+    monkeypatch.chdir(workplace)
+    train(compose_recipe(["+experiments=quickstart", *shlex.split(short)]))
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,20 @@ SERVERS = {"tiny-audio demo": 7860, "tiny-audio serve": 8000}  # they run until 
 APART = (*LONG, *SERVERS)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not any(x in c for x in APART)])
+QUICK = [c for c in commands() if not any(x in c for x in APART)]
+
+
+@pytest.mark.parametrize("command", [c for c in QUICK if re.fullmatch("tiny-audio [^|<>]*", c)])
+def test_readme_verb(command, workplace, monkeypatch):
+    """In this process; `test_readme_command` runs the command itself."""
+    monkeypatch.chdir(workplace)
+    words = [word.replace("~", str(Path.home())) for word in shlex.split(command)]
+    assert cli.main([word.replace("/test.jsonl", "/librivox.jsonl") for word in words[1:]]) == 0
+
+
+@pytest.mark.parametrize("command", [
+    c if c.startswith("make") else pytest.param(c, marks=pytest.mark.long) for c in QUICK
+])  # fmt: skip
 def test_readme_command(command, workplace):
     if command.startswith("make "):  # `make test` is what runs this
         done = bash(f"{command.replace('make', 'make -n')}", ROOT)
@@ -189,7 +208,10 @@ def test_readme_command(command, workplace):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(tuple(SERVERS))])
+@pytest.mark.parametrize("command", [
+    c if "serve" in c else pytest.param(c, marks=pytest.mark.long)
+    for c in commands() if c.startswith(tuple(SERVERS))
+])  # fmt: skip
 def test_readme_server(command, workplace):
     """It answers, OpenAI's client as the README has it gets its text, and Ctrl-C ends it."""
     port = next(p for name, p in SERVERS.items() if command.startswith(name))
@@ -347,6 +369,7 @@ def test_troubleshooting_quotes_messages_that_exist():
     assert [part for part in quoted if part not in source] == []
 
 
+@pytest.mark.long
 def test_the_notebook_runs(workplace):
     cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
     code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")

@@ -33,7 +33,9 @@ from tiny_audio.training.train import NGRAM, run_lock
 # -- audio ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [8, 9, 16])
+@pytest.mark.parametrize(
+    "channels", [8, *(pytest.param(n, marks=pytest.mark.long) for n in (9, 16))]
+)
 def test_recordings_of_many_channels(channels):
     """In a process of its own: it used to be a segmentation fault."""
     file = io.BytesIO()

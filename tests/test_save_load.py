@@ -422,7 +422,9 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
     assert after == pytest.approx(before, rel=1e-6)  # a step of 1e-12 may turn a last digit
 
 
-@pytest.mark.parametrize("lora", list(LORAS))
+@pytest.mark.parametrize(
+    "lora", ["both", *(pytest.param(x, marks=pytest.mark.long) for x in LORAS if x != "both")]
+)
 def test_lora_combinations_of_tiny_models(compose, corpus, lora, monkeypatch, tmp_path):
     cfg = compose(encoder="hubert", learning_rate=1e-3)
     processor = recipe.build_processor(cfg)

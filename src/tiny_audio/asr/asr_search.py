@@ -345,9 +345,7 @@ class PrefixSearch:
         return proposals
 
 
-def squeeze_blanks(
-    log_probs: Tensor, lengths: Tensor, sure: float = 0.98
-) -> tuple[Tensor, Tensor]:
+def squeeze_blanks(log_probs: Tensor, lengths: Tensor, sure: float = 0.98) -> tuple[Tensor, Tensor]:
     """Drop frames that are almost surely blank, except the first of each run.
 
     Args:

@@ -16,10 +16,11 @@ from ..progress import clock
 from .data import read_log
 
 LOG = "log.jsonl"
+DRAW_SECONDS = 60.0  # the curves are drawn at most this often; drawing takes up to a second
 
 
 class StepLine(TrainerCallback):
-    """Prints a line for each log, appends it to `log.jsonl`, and draws the curves on each save.
+    """Prints a line for each log, appends it to `log.jsonl`, and draws the curves now and then.
 
     Args:
         folder: the stage's folder.
@@ -32,7 +33,8 @@ class StepLine(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; remove log lines of steps that a resumed run will repeat."""
-        self.started, self.first_step = time.monotonic(), state.global_step
+        self.started = self.drawn = time.monotonic()
+        self.first_step = state.global_step
         if not state.is_world_process_zero:
             return
         rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
@@ -79,13 +81,15 @@ class StepLine(TrainerCallback):
         print(" | ".join(parts), flush=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the curves beside the checkpoint."""
-        if state.is_world_process_zero:
-            draw_curves(self.path.parents[1], self.stages)
+        """Draw the curves if they are old."""
+        if time.monotonic() - self.drawn > DRAW_SECONDS:
+            self.on_train_end(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the curves once more."""
-        self.on_save(args, state, control)
+        """Draw the curves."""
+        if state.is_world_process_zero:
+            draw_curves(self.path.parents[1], self.stages)
+            self.drawn = time.monotonic()
 
 
 def draw_curves(output: Path, stages: Sequence[str]) -> None:
@@ -93,7 +97,8 @@ def draw_curves(output: Path, stages: Sequence[str]) -> None:
     from matplotlib.figure import Figure  # not pyplot, which keeps global state
 
     logs = {stage: read_log(output / stage / LOG) for stage in stages}
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.17, top=0.9)
     panels = (("loss", ("loss", "eval_loss")), ("WER %", ("eval_wer",)),
               ("learning rate", ("learning_rate",)))  # fmt: skip
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -133,13 +138,14 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
         return []
     import wandb
 
-    if not (os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key):
-        print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
-        return []
-    mark = folder / "wandb_id"  # a resumed run continues the same curve
-    if not mark.exists():
-        mark.write_text(secrets.token_hex(4))
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
     try:
+        if not offline and not wandb.login(prompt=False):
+            print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
+            return []
+        mark = folder / "wandb_id"  # a resumed run continues the same curve
+        if not mark.exists():
+            mark.write_text(secrets.token_hex(4))
         wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tiny-audio"),
             name=f"{folder.parent.name}/{folder.name}",
