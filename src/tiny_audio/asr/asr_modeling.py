@@ -340,7 +340,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         names = [field.name for field in fields(SearchSettings)]
         own = SearchSettings(**{name: settings[name] for name in names})
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
-        key = own, ngram, words
+        key = ngram, words
         if self.last_search is None or self.last_search[0] != key:
             if words and ngram is None:
                 raise ValueError("words to prefer need a lexicon: use lexicon=True and an n-gram")
@@ -349,7 +349,9 @@ class ASRModel(PreTrainedModel, GenerationMixin):
             device = self.device if self.device.type == "cuda" else torch.device("cpu")
             search = PrefixSearch(self.config.ctc_alphabet, ngram, own, device)
             self.last_search = key, search  # cached, because the lexicon takes a moment to build
-        return self.last_search[1]
+        search = copy.copy(self.last_search[1])
+        search.settings = own
+        return search
 
     @torch.no_grad()
     def ctc_greedy(self, hidden: Tensor, steps: Tensor) -> list[list[int]]:
