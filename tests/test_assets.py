@@ -132,6 +132,7 @@ def test_a_full_disk_is_seen_before_work_starts(monkeypatch, tmp_path):
     assert made(tmp_path) == []
 
 
+@pytest.mark.long
 def test_killed_run_leaves_nothing_that_is_trusted(half_ready, ready):
     code = "import sys, pathlib; from tiny_audio.commands.assets import prepare; "
     code += "prepare(pathlib.Path(sys.argv[1]), synthetic=False)"

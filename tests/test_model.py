@@ -97,7 +97,9 @@ def test_ctc_transcript_does_not_depend_on_the_batch(build, clips):
 def test_every_row_stops_at_its_own_token_limit(build, clips):
     processor, model = build("whisper")
     batch = processor(clips)
-    _, lengths = model.project(batch["input_features"], batch["input_features_mask"])
+    _, lengths = model.projector(
+        *model.encode(batch["input_features"], batch["input_features_mask"])
+    )
     # A decoder that never ends by itself: without a limit each row would run on.
     never_end = [lambda ids, scores: scores.index_fill(1, torch.tensor([processor.end_token_id]),
                                                        float("-inf"))]  # fmt: skip
@@ -255,7 +257,9 @@ def test_projector_starts_as_loud_as_the_token_embeddings(build, clips, real_bas
     for (processor, model), some in ((build("whisper"), clips), (real, real_clips)):
         batch = processor(some)
         with torch.no_grad():
-            frames, lengths = model.project(batch["input_features"], batch["input_features_mask"])
+            frames, lengths = model.projector(
+                *model.encode(batch["input_features"], batch["input_features_mask"])
+            )
         inside = torch.arange(frames.shape[1]) < lengths[:, None]
         loud = frames[inside].pow(2).mean().sqrt().item()
         expected = model.decoder.get_input_embeddings().weight.pow(2).mean().sqrt().item()
@@ -436,9 +440,9 @@ def test_whisper_refuses_more_than_thirty_seconds(build):
     processor, model = build("whisper")
     limit = SAMPLE_RATE * 30
     with torch.no_grad():
-        model.project(**audio_of(processor, np.zeros(limit, np.float32)))
+        model.projector(*model.encode(**audio_of(processor, np.zeros(limit, np.float32))))
         with pytest.raises(ValueError, match="longer than 30 s"):
-            model.project(**audio_of(processor, np.zeros(limit + 400, np.float32)))
+            model.projector(*model.encode(**audio_of(processor, np.zeros(limit + 400, np.float32))))
 
 
 def audio_of(processor, samples):
@@ -457,7 +461,7 @@ def test_placeholders_are_projected_frames_at_any_length(build, encoder, stack):
     for n in [1600, 1601, 4000, 8079, 8080, 8081, *rng.integers(1600, 30000, 6).tolist()]:
         audio = audio_of(processor, rng.standard_normal(n).astype(np.float32))
         with torch.no_grad():
-            frames, lengths = model.project(**audio)
+            frames, lengths = model.projector(*model.encode(**audio))
         steps = audio["input_features_mask"].shape[1]
         assert frames.shape[1] == lengths.item() == processor.frames(steps)
 

@@ -165,6 +165,7 @@ def planned(tmp_path_factory):
     return run
 
 
+@pytest.mark.long
 def test_the_plan_of_the_page_is_what_the_command_prints(planned):
     page = (ROOT / "docs/price.md").read_text()
     said = page.split("<!-- plan:begin -->\n```\n")[1].split("\n```\n<!-- plan:end -->")[0]

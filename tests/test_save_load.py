@@ -47,7 +47,13 @@ def run_python(code: str, *args: object, hide: bool = False, **env: str) -> str:
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", **env},
+        env={
+            **os.environ,
+            "PYTHONPATH": "",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            **env,
+        },
         timeout=300,
     )
     assert out.returncode == 0, out.stderr[-3000:]

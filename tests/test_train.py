@@ -258,6 +258,7 @@ def test_mended_data_is_trained_on(compose, corpus, tmp_path):
     assert log_of(output / "align")[-1]["dropped"] == 0
 
 
+@pytest.mark.long
 def test_what_was_dropped_after_the_checkpoint_is_dropped_again(compose, corpus, monkeypatch,
                                                                 tmp_path):  # fmt: skip
     """A stream counts from the checkpoint on, as the examples that it has seen."""

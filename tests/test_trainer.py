@@ -195,6 +195,7 @@ def command(overrides, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_wandb_offline_is_really_written(command, tmp_path):
     done = command(WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,25 +4,25 @@
 `transcribe` returns the best. Shapes: b clips, t encoder frames, s prompt tokens.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .asr_config import DECODE, DECODING_DEFAULTS, check_keys
 from .asr_search import Proposal
 
-logger = logging.getLogger(__name__)
+logger: Any = logging.get_logger(__name__)
 # A frame is silent if its blank probability is higher; `trim` keeps this many around the speech.
 SILENT_BLANK, MARGIN = 0.9, 25
+WEIGHTS = ("prior", "decoder", "language_model", "decoder_word")
 RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
 
 
@@ -177,13 +177,16 @@ class Candidate:
     decoder: float = 0.0
     language_model: float = 0.0
 
-    def score(self, weights: dict[str, Any]) -> float:
-        """Combine all scores with the weights of `ASRConfig.decoding`."""
+    def parts(self) -> tuple[float, ...]:
+        """The terms of the score: the CTC score, and one for each of `WEIGHTS`."""
         words = len(self.proposal.text.split())
-        search = self.proposal.ctc + weights["prior"] * self.proposal.prior
-        decoder = weights["decoder"] * self.decoder
-        decoder += weights["language_model"] * self.language_model
-        return search + decoder + weights["decoder_word"] * words
+        first_pass = self.proposal.ctc, self.proposal.prior
+        return *first_pass, self.decoder, self.language_model, float(words)
+
+    def score(self, settings: dict[str, Any]) -> float:
+        """Combine all terms with the weights of `ASRConfig.decoding`."""
+        ctc, *terms = self.parts()
+        return ctc + sum(settings[name] * x for name, x in zip(WEIGHTS, terms, strict=True))
 
 
 @dataclass
@@ -271,14 +274,8 @@ def spell_terms(processor: Any, terms: Sequence[str]) -> list[str]:
         if sum(map(str.isalnum, spelled)) == sum(map(str.isalnum, term)):
             words |= {*spelled.split()}
         else:
-            warn_once(f"{term!r} is not preferred: the model does not know all of its letters")
+            logger.warning_once(f"{term!r} is not preferred: not all of its letters are known")
     return sorted(words)
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Log each warning only once."""
-    logger.warning(message)
 
 
 def trim(hidden: Tensor, steps: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,12 +113,6 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return hidden.masked_fill(~inside[..., None], 0.0), lengths
 
-    def project(
-        self, input_features: Tensor, input_features_mask: Tensor, encoded: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Audio -> projected frames (b, f, d) in fp32 or the autocast dtype, and lengths (b,)."""
-        return self.projector(*self.encode(input_features, input_features_mask, encoded))
-
     def bridge(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Turn projected frames into decoder inputs, with a mask of the frames to keep.
 

@@ -113,15 +113,6 @@ class NGram:
             context = torch.where(missing, self.shorter[context], context)
         return weight + self.log_probs[at], self.next[at]
 
-    def score_text(self, words: Sequence[str]) -> float:
-        """Return the log-probability of a sentence, including its end."""
-        total, context = 0.0, torch.tensor([self.start], device=self.keys.device)
-        for word in [*words, END]:
-            i = torch.full_like(context, self.id_of.get(word, self.unknown))
-            log_prob, context = self.score(context, i)
-            total += float(log_prob)
-        return total
-
 
 def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter]:
     """Count the n-grams of orders 1 to `order`, including sentence starts and ends.

@@ -21,6 +21,7 @@ from .asr_ngram import NGram
 IMPOSSIBLE = -1e30  # log of "impossible"; finite, so sums of it stay comparable
 SPACE = 32  # the byte between words
 NO_TEXT, NO_PARENT = -2, -1  # hashes that never match a text
+NO_CLASS = -1  # never equal to a class
 OPEN = -1  # node of a word that the lexicon lacks
 
 
@@ -161,7 +162,7 @@ class PrefixSearch:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
         self.ngram = ngram.to(device) if ngram else None
         self.lexicon = Lexicon(ngram, alphabet).to(device) if ngram else None
-        self.space = self.alphabet.index(SPACE) + 1 if SPACE in self.alphabet else 0
+        self.space = self.alphabet.index(SPACE) + 1 if SPACE in self.alphabet else NO_CLASS
 
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
@@ -268,7 +269,6 @@ class PrefixSearch:
             price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
             as_unknown = beams.prior - self.settings.open_character * price
             prior = torch.where(unknown, as_unknown[..., None], prior)
-        if self.lexicon and self.space:
             is_space = new == self.space
             prior = torch.where(is_space, ended[..., None], prior)
             forbidden = forbidden | (is_space & (beams.depth == 0)[..., None])
@@ -284,7 +284,6 @@ class PrefixSearch:
         if self.lexicon:
             child = self.lexicon.child[node, gained].long()
             node = torch.where(grows, child, node)
-        if self.lexicon and self.space:
             is_space = gained == self.space
             node, depth = node.masked_fill(is_space, 0), depth.masked_fill(is_space, 0)
             context = torch.where(is_space, following, context)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..asr.asr_decoding import Candidate, rescore
+from ..asr.asr_decoding import WEIGHTS, Candidate, rescore
 from ..evaluation.scoring import count, normalizer
 from .batches import LengthBatchSampler
 from .data import SpeechDataset
@@ -75,15 +75,15 @@ def tune(
     with torch.inference_mode():
         best = search(settings)
         for name, values in FIRST_PASS.items():  # one setting at a time
-            for value in values:
+            for value in sorted({*values} - {settings[name]}):
                 cost = search({**settings, name: value})
                 if cost < best - MIN_GAIN:
                     best, settings[name] = cost, value
         scored = list(candidates(model, processor, clips, settings))
     wrong = [np.array([errors(row, c.proposal.text) for c in some]) for row, some in scored]
-    parts = [score_parts(some) for _, some in scored]
+    parts = [np.array([c.parts() for c in some]) for _, some in scored]
     costs = {}
-    for weights in product(*SECOND_PASS.values()):
+    for weights in product(*(SECOND_PASS[name] for name in WEIGHTS)):
         by_weight = np.array([1.0, *weights])
         found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
         costs[weights] = 100 * found / total
@@ -91,7 +91,7 @@ def tune(
     for name, ruled_out in (("language_model", 1), ("decoder", 2), ("both", None)):
         allowed = [w for w in costs if ruled_out is None or not w[ruled_out]]
         weights = min(allowed, key=costs.__getitem__)
-        choices[name] = dict(zip(SECOND_PASS, weights, strict=True))
+        choices[name] = dict(zip(WEIGHTS, weights, strict=True))
         choices[name]["expected_wer"] = costs[weights]
     order = sorted(("language_model", "decoder"), key=lambda n: choices[n]["expected_wer"])
     gain = choices[order[0]]["expected_wer"] - choices["both"]["expected_wer"]
@@ -104,21 +104,6 @@ def expected(scores: np.ndarray, errors: np.ndarray) -> float:
     """Expected word errors of a clip: `errors` (n,) weighted by the softmax of `scores` (n,)."""
     shares = np.exp(scores - scores.max())
     return float(shares @ errors / shares.sum())
-
-
-def score_parts(some: list[Candidate]) -> np.ndarray:
-    """The terms of `Candidate.score` for n candidates: (n, 5)."""
-    rows = [
-        (
-            c.proposal.ctc,
-            c.proposal.prior,
-            c.decoder,
-            c.language_model,
-            len(c.proposal.text.split()),
-        )
-        for c in some
-    ]
-    return np.array(rows, float)
 
 
 def encoded(
