@@ -73,6 +73,14 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LORAS = {"both": (4, 4), "encoder": (4, 0), "decoder": (0, 4), "neither": (0, 0)}
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Leave the number of threads as it was: the last bits of a result depend on it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def tone(seconds: float, hz: float = 440.0, rate: int = SAMPLE_RATE, level: float = 0.3) -> Any:
     """A sine wave: float32 samples (n,)."""
     time = np.arange(round(seconds * rate)) / rate
