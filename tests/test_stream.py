@@ -103,6 +103,21 @@ def test_a_stream_goes_on_where_it_stopped(two_sources, processor, stop):
         assert batch["dropped"] == expected["dropped"]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_the_vocabulary_of_a_stream_is_that_of_its_texts(processor, tmp_path, kind):
+    """Not of the names of its columns, paths and ids."""
+    rows = [{"id": f"Q{i}", "audio": "x.wav", "sentence": text} for i, text in enumerate(TEXTS)]
+    if kind == "jsonl":
+        path = write_manifest(tmp_path / "m.jsonl", rows)
+        path.write_text(path.read_text().replace("\n", "\n\n", 1))  # an empty line
+    else:
+        path = tmp_path / "m.csv"
+        lines = [",".join(row.values()) for row in rows]
+        path.write_text("\n".join(["id,audio,sentence", *lines]) + "\n")
+    stream = stream_of([{"path": str(path)}], processor)
+    assert [example.text for example in stream.texts(100)] == list(TEXTS)
+
+
 def test_processes_share_a_stream(two_sources, processor):
     """No example twice, none lost."""
     ids = Counter()

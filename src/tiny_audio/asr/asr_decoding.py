@@ -22,7 +22,7 @@ from .asr_search import Proposal
 logger: Any = logging.get_logger(__name__)
 # A frame is silent if its blank probability is higher; `trim` keeps this many around the speech.
 SILENT_BLANK, MARGIN = 0.9, 25
-WEIGHTS = ("prior", "decoder", "language_model", "decoder_word")
+TERMS = ("prior", "decoder", "language_model", "decoder_word")
 RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
 
 
@@ -95,12 +95,16 @@ def read_prompts(decoder: Any, embeds: Tensor, attention_mask: Tensor) -> Prompt
 
 
 def read_text_prompt(model: Any, processor: Any) -> Prompts:
-    """Read the prompt without audio for the decoder without LoRA; the model keeps the result."""
+    """Read the prompt without audio by the decoder without LoRA, whose weights never change.
+
+    The model keeps the result.
+    """
     inputs = processor.prompt([0]).to(model.device)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    key = tuple(inputs["input_ids"][0].tolist()), embeds.device, embeds.dtype
+    key = tuple(inputs["input_ids"][0].tolist()), embeds.device, embeds.dtype, model.training
     if model.last_text_prompt is None or model.last_text_prompt[0] != key:
-        prompts = read_prompts(model.decoder, embeds, inputs["attention_mask"])
+        with model.decoder_without_lora():
+            prompts = read_prompts(model.decoder, embeds, inputs["attention_mask"])
         model.last_text_prompt = key, prompts
     prompts = model.last_text_prompt[1]
     # Scoring appends to the keys and values.
@@ -178,7 +182,7 @@ class Candidate:
     language_model: float = 0.0
 
     def parts(self) -> tuple[float, ...]:
-        """The terms of the score: the CTC score, and one for each of `WEIGHTS`."""
+        """The terms of the score: the CTC score, and one for each of `TERMS`."""
         words = len(self.proposal.text.split())
         first_pass = self.proposal.ctc, self.proposal.prior
         return *first_pass, self.decoder, self.language_model, float(words)
@@ -186,7 +190,7 @@ class Candidate:
     def score(self, settings: dict[str, Any]) -> float:
         """Combine all terms with the weights of `ASRConfig.decoding`."""
         ctc, *terms = self.parts()
-        return ctc + sum(settings[name] * x for name, x in zip(WEIGHTS, terms, strict=True))
+        return ctc + sum(settings[name] * x for name, x in zip(TERMS, terms, strict=True))
 
 
 @dataclass
@@ -301,11 +305,12 @@ def trim(hidden: Tensor, steps: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
     return cut.masked_fill(~inside[..., None], 0.0), lengths
 
 
-def choose(candidates: list[Candidate], weights: dict[str, Any]) -> str:
+def choose(candidates: list[Candidate], settings: dict[str, Any]) -> str:
     """Return the text of the best candidate of a clip."""
-    return max(candidates, key=lambda candidate: candidate.score(weights)).proposal.text
+    return max(candidates, key=lambda candidate: candidate.score(settings)).proposal.text
 
 
+@torch.no_grad()
 def rescore(
     model: Any,
     processor: Any,
@@ -314,7 +319,7 @@ def rescore(
     proposals: list[list[Proposal]],
     settings: dict[str, Any],
 ) -> list[list[Candidate]]:
-    """Score the proposals of each clip that are close to its best one with the decoder.
+    """With the decoder, score each clip's proposals that are close to its best one.
 
     A clip with only one such proposal is not scored, because there is nothing to choose.
     """
@@ -325,9 +330,10 @@ def rescore(
     undecided = [i for i, candidates in enumerate(kept) if len(candidates) > 1]
     for start in range(0, len(undecided), RESCORE_CLIPS):
         clips = undecided[start : start + RESCORE_CLIPS]
+        rows = [kept[i] for i in clips]
         texts = [
-            [[*processor.tokenize(c.proposal.text), processor.end_token_id] for c in kept[i]]
-            for i in clips
+            [[*processor.tokenize(c.proposal.text), processor.end_token_id] for c in row]
+            for row in rows
         ]
         if settings["decoder"]:
             width = int(steps[clips].max())
@@ -335,24 +341,22 @@ def rescore(
             embeds, mask, _ = model.prompts(hidden[clips, :width], steps[clips], **inputs)
             prompts = read_prompts(model.decoder, embeds, mask)
             scores = score_trees(model.decoder, prompts, [TextTree(some) for some in texts])
-            _set_scores(kept, clips, "decoder", scores)
+            _set_scores(rows, "decoder", scores)
         if settings["language_model"]:
             together = [text for some in texts for text in some]  # one tree: the prompt is the same
+            prompts = read_text_prompt(model, processor)
             with model.decoder_without_lora():
-                prompts = read_text_prompt(model, processor)
                 (scores,) = score_trees(model.decoder, prompts, [TextTree(together)])
             of_clip = iter(scores)
-            rows = [[next(of_clip) for _ in some] for some in texts]
-            _set_scores(kept, clips, "language_model", rows)
+            by_clip = [[next(of_clip) for _ in row] for row in rows]
+            _set_scores(rows, "language_model", by_clip)
     return kept
 
 
-def _set_scores(
-    kept: list[list[Candidate]], clips: list[int], name: str, scores: list[list[float]]
-) -> None:
-    for clip, row in zip(clips, scores, strict=True):
-        for candidate, score in zip(kept[clip], row, strict=True):
-            setattr(candidate, name, score)
+def _set_scores(rows: list[list[Candidate]], name: str, scores: list[list[float]]) -> None:
+    for row, values in zip(rows, scores, strict=True):
+        for candidate, value in zip(row, values, strict=True):
+            setattr(candidate, name, value)
 
 
 def generate(

@@ -72,8 +72,8 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
         self.ngram: NGram | None = None
-        self.last_search: Any = None
-        self.last_text_prompt: Any = None
+        self.last_search: Any = None  # kept by `search`
+        self.last_text_prompt: Any = None  # kept by `read_text_prompt`
         self.residual: Any = None
         if config.bridge == "posteriors":
             if self.ctc is None:
@@ -334,13 +334,13 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         names = [field.name for field in fields(SearchSettings)]
         own = SearchSettings(**{name: settings[name] for name in names})
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
-        key = ngram, words
+        # The many small steps suit a CPU, and CUDA queues them just as fast.
+        device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        key = ngram, words, device
         if self.last_search is None or self.last_search[0] != key:
             if words and ngram is None:
                 raise ValueError("words to prefer need a lexicon: use lexicon=True and an n-gram")
             ngram = ngram.preferring(words) if ngram and words else ngram
-            # The many small steps suit a CPU, and CUDA queues them just as fast.
-            device = self.device if self.device.type == "cuda" else torch.device("cpu")
             search = PrefixSearch(self.config.ctc_alphabet, ngram, own, device)
             self.last_search = key, search  # cached, because the lexicon takes a moment to build
         search = copy.copy(self.last_search[1])
@@ -355,7 +355,6 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         frames, lengths = self.projector(hidden, steps)
         return self.ctc.greedy(self.ctc(frames, self.get_input_embeddings().weight), lengths)
 
-    @torch.no_grad()
     @contextmanager
     def decoder_without_lora(self) -> Iterator[None]:
         """Disable the decoder's LoRA: this leaves a plain language model."""

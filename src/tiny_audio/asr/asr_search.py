@@ -27,7 +27,7 @@ OPEN = -1  # node of a word that the lexicon lacks
 
 @dataclass
 class SearchSettings:
-    """Weights and sizes of the first pass, in natural logarithms.
+    """Weights and sizes of the first pass; costs are natural logarithms.
 
     Attributes:
         beams: hypotheses kept in each frame.
@@ -75,7 +75,7 @@ class Lexicon:
     last row belongs to `OPEN`.
     """
 
-    def __init__(self, ngram: NGram, alphabet: Sequence[int]) -> None:
+    def __init__(self, ngram: NGram, alphabet: Sequence[int], device: Any = "cpu") -> None:
         class_of = {byte: i for i, byte in enumerate(alphabet, 1)}
         children: list[dict[int, int]] = [{}]
         words = [ngram.unknown]
@@ -94,13 +94,8 @@ class Lexicon:
         child = np.full((len(children) + 1, len(alphabet) + 1), OPEN, np.int32)
         for node, after in enumerate(children):
             child[node, list(after)] = list(after.values())
-        self.child = torch.from_numpy(child)
-        self.word = torch.tensor([*words, ngram.unknown])
-
-    def to(self, device: Any) -> "Lexicon":
-        """Move the tables to a device in place."""
-        self.child, self.word = self.child.to(device), self.word.to(device)
-        return self
+        self.child = torch.from_numpy(child).to(device)
+        self.word = torch.tensor([*words, ngram.unknown], device=device)
 
 
 @dataclass
@@ -161,7 +156,7 @@ class PrefixSearch:
     ) -> None:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
         self.ngram = ngram.to(device) if ngram else None
-        self.lexicon = Lexicon(ngram, alphabet).to(device) if ngram else None
+        self.lexicon = Lexicon(ngram, alphabet, device) if ngram else None
         self.space = self.alphabet.index(SPACE) + 1 if SPACE in self.alphabet else NO_CLASS
 
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
@@ -307,7 +302,7 @@ class PrefixSearch:
         return beams.prior + self.settings.ngram * log_prob + self.settings.word - price, context
 
     def finish(self, beams: Beams) -> Beams:
-        """End the last word and the text."""
+        """Add the n-gram scores of the last word and of the end of the text."""
         if not self.ngram:
             return beams
         ended, following = self.end_word(beams)
@@ -350,7 +345,8 @@ def squeeze_blanks(log_probs: Tensor, lengths: Tensor, sure: float = 0.98) -> tu
     Args:
         log_probs: (b, t, c).
         lengths: (b,) in frames.
-        sure: probability of the blank above which a frame is dropped.
+        sure: probability of the blank above which a frame is dropped. The search compares the
+            posterior that its temperature has flattened.
 
     Returns:
         Frames (b, t', c), which can only be blank beyond a clip's own, and the log-probability (b,)

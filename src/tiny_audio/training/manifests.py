@@ -236,11 +236,13 @@ class Reader:
     ) -> None:
         self.source = complete(source)
         self.rows, self.folder = open_rows(self.source, streaming)
+        self.is_jsonl = self.source["path"].endswith(".jsonl")
         self.count, self.over = 0, False
         if state:
             if state["path"] != self.source["path"]:
                 raise DataError(
-                    f"the checkpoint was reading {state['path']}, not {self.source['path']}"
+                    f"the checkpoint was reading {state['path']}, but data.train names "
+                    f"{self.source['path']}: restore it, or start over with run.fresh=true"
                 )
             self.count, self.over = state["count"], state["over"]
         at = state and state["rows"]
@@ -255,14 +257,12 @@ class Reader:
 
     def read(self) -> Example | None:
         """The next example, or None at the end; its duration is -1 if unreadable."""
-        row, source = next(self.iterator, None), self.source
-        if source["path"].endswith(".jsonl"):
-            while row is not None and not row["text"].strip():  # skip empty lines
-                row = next(self.iterator, None)
-            row = row and self.parse(row["text"])
-        if row is None:
-            self.over = True
-            return None
+        row, source = None, self.source
+        while row is None:
+            if (line := next(self.iterator, None)) is None:
+                self.over = True
+                return None
+            row = self.parse(line)
         audio = row[source["audio_column"]]
         if isinstance(audio, str):
             places = [self.folder / folder / audio for folder in AUDIO_FOLDERS]
@@ -298,11 +298,26 @@ class Reader:
             raise DataError(f"{where}: duration {stated!r} is not a number of seconds")
         return seconds
 
-    def parse(self, line: str) -> dict[str, Any]:
-        """Parse a line of JSON into a row; absent audio and text columns are None."""
+    def texts(self, count: int) -> Iterator[str]:
+        """Yield the texts of the first `count` rows of a stream; no audio is read."""
+        column = self.source["text_column"]
+        stored = "text" if self.is_jsonl else column  # the column that holds a line of JSON
+        for line in self.rows.select_columns([stored]).take(count):
+            if row := self.parse(line):
+                yield str(row[column] or "")
+
+    def parse(self, line: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a row of a table as it is; parse a line of a .jsonl, None if it is empty.
+
+        Absent audio and text columns of a line are None.
+        """
+        if not self.is_jsonl:
+            return line
+        if not line["text"].strip():
+            return None
         wanted = self.source["audio_column"], self.source["text_column"]
         try:
-            row = json.loads(line)
+            row = json.loads(line["text"])
             return {**dict.fromkeys(wanted), **row}
         except (ValueError, TypeError) as error:
             where = f"{self.source['path']}, row {self.count + 1}"

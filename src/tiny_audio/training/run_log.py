@@ -82,14 +82,14 @@ class StepLine(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the curves if they are old."""
-        if time.monotonic() - self.drawn > DRAW_SECONDS:
-            self.on_train_end(args, state, control)
+        if state.is_world_process_zero and time.monotonic() - self.drawn > DRAW_SECONDS:
+            draw_curves(self.path.parents[1], self.stages)
+            self.drawn = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the curves."""
         if state.is_world_process_zero:
             draw_curves(self.path.parents[1], self.stages)
-            self.drawn = time.monotonic()
 
 
 def draw_curves(output: Path, stages: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def draw_curves(output: Path, stages: Sequence[str]) -> None:
 
     logs = {stage: read_log(output / stage / LOG) for stage in stages}
     figure = Figure(figsize=(11, 3.2))
-    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.17, top=0.9)
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.17, top=0.9, wspace=0.25)
     panels = (("loss", ("loss", "eval_loss")), ("WER %", ("eval_wer",)),
               ("learning rate", ("learning_rate",)))  # fmt: skip
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -138,9 +138,9 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
         return []
     import wandb
 
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
     try:
-        if not offline and not wandb.login(prompt=False):
+        wandb.finish()  # the run of the stage before
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
             print(f"wandb has no key (WANDB_API_KEY, or `wandb login`): {local}")
             return []
         mark = folder / "wandb_id"  # a resumed run continues the same curve
@@ -155,7 +155,7 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
             config=config,
             settings=wandb.Settings(init_timeout=30),
         )
-    except (wandb.Error, OSError) as error:
+    except (wandb.Error, OSError, TypeError) as error:  # TypeError: wandb is older than 0.30
         print(f"wandb cannot be reached ({type(error).__name__}): {local}")
         return []
     return ["wandb"]

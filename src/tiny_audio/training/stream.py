@@ -65,12 +65,14 @@ class SpeechStream(Clips, IterableDataset):
                 raise DataError(f"{reader.source['path']}: weight must be above 0")
 
     def texts(self, count: int) -> Iterator[Example]:
-        """Yield about `count` examples without audio, to build the vocabulary from."""
+        """Yield at most `count` examples without audio, to build the vocabulary from.
+
+        Each source gives an equal share.
+        """
         for source in self.sources:
             reader = Reader(source, streaming=True)  # no sharing: all processes need the same
-            column, keep = reader.source["text_column"], count // len(self.sources)
-            for row in reader.rows.select_columns([column]).take(keep):
-                example = Example("", None, str(row[column] or ""), duration=1.0)
+            for text in reader.texts(count // len(self.sources)):
+                example = Example("", None, text, duration=1.0)
                 self.admit(example)
                 if example.text:
                     yield example

@@ -305,16 +305,10 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if resume:
         print(f"continuing from {resume}")
         restore_position(data, dropped, Path(resume))
-    trainer = ASRTrainer(
-        settings,
-        gflop,
-        model=model,
-        args=args,
-        train_dataset=data,
-        eval_dataset=evaluation,
-        processing_class=processor,
-    )
-    trainer.add_callback(StepLine(folder, [s.name for s in cfg.stages], cfg.run.price_per_hour))
+    lines = StepLine(folder, [s.name for s in cfg.stages], cfg.run.price_per_hour)
+    trainer = ASRTrainer(settings, gflop, model=model, args=args, train_dataset=data,
+                         eval_dataset=evaluation, processing_class=processor,
+                         callbacks=[lines])  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if settings["early_stopping_patience"]:
         trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))

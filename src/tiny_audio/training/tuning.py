@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..asr.asr_decoding import WEIGHTS, Candidate, rescore
+from ..asr.asr_decoding import TERMS, Candidate, rescore
 from ..evaluation.scoring import count, normalizer
 from .batches import LengthBatchSampler
 from .data import SpeechDataset
@@ -83,7 +83,7 @@ def tune(
     wrong = [np.array([errors(row, c.proposal.text) for c in some]) for row, some in scored]
     parts = [np.array([c.parts() for c in some]) for _, some in scored]
     costs = {}
-    for weights in product(*(SECOND_PASS[name] for name in WEIGHTS)):
+    for weights in product(*(SECOND_PASS[name] for name in TERMS)):
         by_weight = np.array([1.0, *weights])
         found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
         costs[weights] = 100 * found / total
@@ -91,7 +91,7 @@ def tune(
     for name, ruled_out in (("language_model", 1), ("decoder", 2), ("both", None)):
         allowed = [w for w in costs if ruled_out is None or not w[ruled_out]]
         weights = min(allowed, key=costs.__getitem__)
-        choices[name] = dict(zip(WEIGHTS, weights, strict=True))
+        choices[name] = dict(zip(TERMS, weights, strict=True))
         choices[name]["expected_wer"] = costs[weights]
     order = sorted(("language_model", "decoder"), key=lambda n: choices[n]["expected_wer"])
     gain = choices[order[0]]["expected_wer"] - choices["both"]["expected_wer"]
