@@ -169,7 +169,7 @@ def without_flash_attention(decoder: Any) -> Iterator[None]:
 
 @dataclass
 class Candidate:
-    """A proposal with its log-probabilities from the decoder.
+    """A proposal with its log-probabilities from the decoder, 0.0 where none was computed.
 
     Attributes:
         proposal: from the search.

@@ -1,4 +1,4 @@
-"""Adapt encoder families beyond their transformers classes.
+"""What each encoder family needs beyond its transformers class.
 
 - Whisper runs at the real length of the audio instead of 30 s.
 - The group norm of the smaller HuBERT and wav2vec2 models ignores padding in its statistics.

@@ -461,11 +461,13 @@ class ASRModel(PreTrainedModel, GenerationMixin):
     def from_base(
         cls, config: ASRConfig, *, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> "ASRModel":
-        """Load the base models that `config` names and add newly initialised trained parts.
+        """Load the base models that `config` names and add the parts to train.
+
+        The character head may start from the encoder's own CTC head.
 
         Args:
-            config: its `audio_config` and `text_config` may be None. This method fills them in,
-                together with the resolved commits.
+            config: this method sets its `audio_config`, `text_config`, commits of the base models,
+                `projector_scale` and `ctc_direct`.
             dtype: dtype of the base weights; the trained parts stay in fp32.
             kwargs: `attn_implementation`, `token`, `cache_dir`, `local_files_only`.
 

@@ -1,6 +1,6 @@
 """ASRPipeline: transcribe audio of any length into text and times, in batches of similar length.
 
-The pipeline decodes with the model's own generation settings, so `pipeline(...)`, the command line,
+The pipeline decodes with the model's own settings, so `pipeline(...)`, the command line,
 the web page, the endpoint and the evaluation return the same text.
 """
 
@@ -253,7 +253,7 @@ class ASRPipeline(Pipeline):
     def pieces(self, source: AudioInput | Recording, **kwargs: Any) -> Iterator[Piece]:
         """Yield the pieces of one input in order, each as soon as its batch is decoded.
 
-        Their texts joined with spaces equal the text that a call returns.
+        The non-empty texts, joined with spaces, are the text that a call returns.
         """
         pre, forward, _ = self.settings(**kwargs)
         recording = source if isinstance(source, Recording) else Recording(source)
@@ -309,7 +309,7 @@ class ASRPipeline(Pipeline):
                     logger.warning("out of memory: batches have %.0f s from now on", batch_seconds)
                     loud += batch
                 elif halves := batch[0].halve():
-                    logger.warning("out of memory: a piece of %.0f s is halved", batch[0].seconds)
+                    logger.warning("out of memory: %.0f s are split in two", batch[0].seconds)
                     loud += halves
                 else:
                     raise

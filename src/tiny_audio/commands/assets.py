@@ -131,14 +131,13 @@ def prepare(cache: Path | None = None, synthetic: bool = True, baseline: bool = 
         words=cache / "words.tsv",
         **speech,
     )
-    makers = {
+    makers = {assets.whisper: convert_whisper} if baseline else {}
+    makers |= {
         assets.encoder: convert_whisper_base,
         assets.decoder: convert_smollm2,
         assets.words: list_words,
         **{speech[name]: unpack_speech for name in REAL_SPLITS},
     }
-    if baseline:
-        makers[assets.whisper] = convert_whisper
     if synthetic:
         makers[assets.synthetic] = synthesize
     if all(path.exists() for path in makers):
@@ -513,7 +512,7 @@ def synthesize(
     By default, `texts` are the sentences of the fortunes package. Texts close to a held-out
     transcript are dropped, so the recorded speech must exist. Texts are shuffled and read in two
     alternating accents; when they run out, each is read again in the other accent. Clip i depends
-    only on i, so asking for more hours keeps the earlier clips.
+    only on i, so asking for more hours gives the same first clips.
     """
     manifests = [cache / "speech" / f"{name}.jsonl" for name in HELD_OUT]
     held_out = [row["text"] for path in manifests for row in read_manifest(path)]

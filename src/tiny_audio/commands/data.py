@@ -53,7 +53,7 @@ def check_source(clips: Clips, source: Any, streaming: bool) -> list[float]:
 
 
 def check(cfgs: Sequence[Any]) -> None:
-    """Check the data of all stages.
+    """Check the data of the first stage, and the batches of every stage.
 
     Raises:
         DataError: if training would raise it.

@@ -123,7 +123,7 @@ def evaluate(
     scored = [row for row in rows if "error" not in row]
     failed = [row for row in rows if "error" in row]
     if not scored:
-        raise ValueError(f"no utterance was scored; {failed[0]['error'] if failed else 'no data'}")
+        raise ValueError(f"no clip was scored: {failed[0]['error'] if failed else 'no data'}")
     seconds = sum(row["duration"] for row in scored)
     summary = {
         **score([r["reference"] for r in scored], [r["prediction"] for r in scored], pipe.language),
@@ -206,7 +206,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
     path = Path(args.dataset).expanduser()
     local = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
     if local and (unfit := given.keys() & {"name", "split", "revision"}):
-        raise DataError(f"{path} is no dataset of the Hub: it has no {', '.join(sorted(unfit))}")
+        raise DataError(f"{path} is local, and --{', --'.join(sorted(unfit))} needs a Hub dataset")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty")
     examples = []
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         pipe = load_recogniser(args.model, args.device, args.language)
         s = evaluate(pipe, examples, out, options, about)
     except (DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(
         f"WER {s['wer']:.2f} % [{s['wer_low']:.2f}, {s['wer_high']:.2f}], CER {s['cer']:.2f} %, "

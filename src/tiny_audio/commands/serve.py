@@ -90,7 +90,7 @@ class Worker:
 
 
 def timed(chunks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Convert chunks to OpenAI's format, with the confidence of the CTC head."""
+    """Convert chunks to OpenAI's format, with our confidence; `name` is the key of the text."""
     rows = [(c["text"], *c["timestamp"], c["confidence"]) for c in chunks]
     names = (name, "start", "end", "confidence")
     return [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows)]

@@ -42,7 +42,7 @@ class SpeechLLM:
         self.options = supported(self.processor.decode, plain)
 
     def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
-        """The text of each clip (n,) at 16 kHz; the clips are one batch."""
+        """Transcribe clips (n,) at 16 kHz as one batch."""
         inputs = self.processor.apply_transcription_request(audio=list(clips), **self.request)
         inputs = inputs.to(self.device, self.dtype)
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=444)

@@ -163,7 +163,7 @@ class ASRTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss and WER (percent) on the evaluation clips.
 
-        Stages that train the decoder decode with it; other stages use the CTC head alone. Uses no
+        Stages that train the decoder decode with it; other stages use the CTC search. Uses no
         random numbers, so training continues as if there were no evaluation.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
