@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-all format lint type-check check size bench clean
+.PHONY: install quickstart smoke test test-all format lint type-check check size bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -23,7 +23,7 @@ test: install
 test-all: install
 	$(BIN)/tiny-audio dev test --numprocesses=0 -m ''
 
-format lint type-check check: install
+smoke format lint type-check check: install
 	$(BIN)/tiny-audio dev $@
 
 size: install

@@ -11,6 +11,7 @@ TASKS: dict[str, list[list[str]]] = {
     "format": [["ruff", "format", *PATHS], ["ruff", "check", "--fix", *PATHS]],
     "lint": [["ruff", "check", *PATHS], ["ruff", "format", "--check", *PATHS]],
     "type-check": [["pyright"]],
+    "smoke": [["pytest", "tests/test_audio.py", "tests/test_decoding.py", "tests/test_scoring.py"]],
     "test": [["pytest", "--numprocesses=2", "--dist=loadfile"]],  # a file per process
 }
 TASKS["check"] = [*TASKS["lint"], *TASKS["type-check"], *TASKS["test"]]

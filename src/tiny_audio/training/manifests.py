@@ -147,8 +147,8 @@ def choose_columns(source: dict[str, Any], columns: Sequence[str]) -> None:
         found = next((name for name in usual if name in columns), None)
         if wanted != SOURCE[setting] or found is None:
             raise DataError(
-                f"{source['path']}: no column {wanted!r}; has {list(columns)}. Set "
-                f"{setting} of this source"
+                f"{source['path']}: no column {wanted!r}; has {list(columns)}. Name it "
+                f"in this source: {setting}=..."
             )
         source[setting] = found
         print(f"{source['path']}: the {key} is read from column {found!r}")
