@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+import wandb
 from conftest import write_manifest
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import read_log
-from tiny_audio.training.run_log import LOG
+from tiny_audio.training.run_log import LOG, start_trackers
 from tiny_audio.training.trainer import clean_exit
 
 EVALUATED = ("training.eval_strategy=steps",)
@@ -203,6 +204,17 @@ def test_wandb_offline_is_really_written(command, tmp_path):
     written = record.read_bytes()
     for key in (b"eval/wer", b"train/loss", b"train/audio_seconds_per_second", b"encoder_lora"):
         assert key in written, key
+
+
+def test_every_stage_is_tracked(monkeypatch, tmp_path):
+    """Each in a run of its own: the run of the stage before is finished first."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it reads the environment once
+    for stage in ("align", "decoder"):
+        (tmp_path / stage).mkdir()
+        assert start_trackers(None, tmp_path / stage, {}) == ["wandb"]
+    wandb.teardown()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 def test_without_a_key_the_run_goes_on_and_says_so(command, tmp_path):
