@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import pytest
 import torch
-import wandb
 from conftest import write_manifest
 from safetensors.torch import load_file
 
@@ -20,7 +19,7 @@ from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import read_log
-from tiny_audio.training.run_log import LOG, start_trackers
+from tiny_audio.training.run_log import LOG
 from tiny_audio.training.trainer import clean_exit
 
 EVALUATED = ("training.eval_strategy=steps",)
@@ -206,14 +205,20 @@ def test_wandb_offline_is_really_written(command, tmp_path):
         assert key in written, key
 
 
-def test_every_stage_is_tracked(monkeypatch, tmp_path):
+def test_every_stage_is_tracked(tmp_path):
     """Each in a run of its own: the run of the stage before is finished first."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb.teardown()  # it reads the environment once
-    for stage in ("align", "decoder"):
-        (tmp_path / stage).mkdir()
-        assert start_trackers(None, tmp_path / stage, {}) == ["wandb"]
-    wandb.teardown()
+    code = """
+import pathlib, sys
+from tiny_audio.training.run_log import start_trackers
+for stage in ("align", "decoder"):
+    folder = pathlib.Path(sys.argv[1], stage)
+    folder.mkdir()
+    assert start_trackers(None, folder, {}) == ["wandb"]
+"""
+    env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
