@@ -79,17 +79,24 @@ def read(out: Path) -> tuple[dict, dict[str, dict]]:
 def test_a_killed_evaluation_goes_on(model, tmp_path):
     manifest = make_set(tmp_path / "set", 60)
     args = ["eval", str(model), "--dataset", str(manifest), "--batch-seconds", "6", "--out"]
-    code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = """
+import os, signal, sys
+from tiny_audio.commands import cli, eval
+
+decode, batches = eval.decode, []
+
+def decode_and_die(*arguments):
+    batches.append(arguments)
+    if len(batches) > 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(*arguments)
+
+eval.decode = decode_and_die
+cli.main(sys.argv[1:])
+"""
     run = [sys.executable, "-c", code, *args, str(tmp_path / "killed")]
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    work: list[Path] = []
-    while process.poll() is None:
-        work = list(tmp_path.glob("killed/results-*.jsonl"))
-        if work and len(work[0].read_text().splitlines()) >= 15:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert subprocess.run(run, capture_output=True).returncode == -signal.SIGKILL
+    work = list(tmp_path.glob("killed/results-*.jsonl"))
     early = work[0].read_text()
     assert 15 <= len(early.splitlines()) < 60 and not (tmp_path / "killed/summary.json").exists()
     whole_lines = early[: early.rfind("\n") + 1]

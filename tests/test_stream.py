@@ -118,6 +118,14 @@ def test_the_vocabulary_of_a_stream_is_that_of_its_texts(processor, tmp_path, ki
     assert [example.text for example in stream.texts(100)] == list(TEXTS)
 
 
+def test_a_broken_line_of_a_stream_is_named_when_the_vocabulary_is_read(processor, tmp_path):
+    rows = [{"id": f"{i}", "audio": "x.wav", "text": text} for i, text in enumerate(TEXTS[:3])]
+    path = write_manifest(tmp_path / "m.jsonl", rows)
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(DataError, match=r"m\.jsonl, row 4 is not a JSON object"):
+        list(stream_of([{"path": str(path)}], processor).texts(100))
+
+
 def test_processes_share_a_stream(two_sources, processor):
     """No example twice, none lost."""
     ids = Counter()

@@ -298,7 +298,7 @@ def test_out_of_memory_makes_batches_and_then_pieces_smaller(pipe, monkeypatch, 
 
     monkeypatch.setattr(type(pipe.model), "encode", small)
     result = pipe(babble(3.5, 4), batch_seconds=2.6)
-    assert result["text"] and "split in two" in caplog.text
+    assert result["text"] and "halved" in caplog.text
     alone = pipe(babble(1.1, 4))
     assert pipe([babble(1.1, 4)] * 5, batch_seconds=60.0) == [alone] * 5
     assert "batches have" in caplog.text

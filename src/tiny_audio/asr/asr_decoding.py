@@ -22,6 +22,7 @@ from .asr_search import Proposal
 logger: Any = logging.get_logger(__name__)
 # A frame is silent if its blank probability is higher; `trim` keeps this many around the speech.
 SILENT_BLANK, MARGIN = 0.9, 25
+# The weights of `Candidate.score`, in the order of `Candidate.parts`.
 TERMS = ("prior", "decoder", "language_model", "decoder_word")
 RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
 

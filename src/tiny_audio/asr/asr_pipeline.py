@@ -1,7 +1,7 @@
 """ASRPipeline: transcribe audio of any length into text and times, in batches of similar length.
 
-The pipeline decodes with the model's own settings, so `pipeline(...)`, the command line,
-the web page, the endpoint and the evaluation return the same text.
+The pipeline decodes with the model's own settings, so `pipeline(...)`, the command line, the web
+page, the endpoint and the evaluation return the same text.
 """
 
 import logging
@@ -309,7 +309,7 @@ class ASRPipeline(Pipeline):
                     logger.warning("out of memory: batches have %.0f s from now on", batch_seconds)
                     loud += batch
                 elif halves := batch[0].halve():
-                    logger.warning("out of memory: %.0f s are split in two", batch[0].seconds)
+                    logger.warning("out of memory: a piece of %.0f s is halved", batch[0].seconds)
                     loud += halves
                 else:
                     raise

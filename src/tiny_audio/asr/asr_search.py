@@ -202,14 +202,14 @@ class PrefixSearch:
         stay, merged = self.keep(beams, frame)
         log_probs, new = frame[:, 1:].topk(min(self.settings.candidates, frame.shape[1] - 1))
         new = new + 1  # (b, n)
-        word_end = self.end_word(beams) if self.lexicon else (beams.prior, beams.context)
-        label, prior = self.extend(beams, new, log_probs, merged, word_end[0])
+        ended, following = self.end_word(beams) if self.lexicon else (beams.prior, beams.context)
+        label, prior = self.extend(beams, new, log_probs, merged, ended)
         score = torch.cat([stay.score, (label + prior).flatten(1)], 1)  # (b, k + k n)
         best = score.topk(k, 1).indices
         grows = best >= k
         origin = torch.where(grows, (best - k) // new.shape[1], best)
         gained = new.gather(1, (best - k).clamp(min=0) % new.shape[1]).masked_fill(~grows, 0)
-        beams = self.grow(stay.take(origin), gained, word_end[1].gather(1, origin))
+        beams = self.grow(stay.take(origin), gained, following.gather(1, origin))
         beams.blank = beams.blank.masked_fill(grows, IMPOSSIBLE)
         beams.label = torch.cat([stay.label, label.flatten(1)], 1).gather(1, best)
         beams.prior = torch.cat([stay.prior, prior.flatten(1)], 1).gather(1, best)

@@ -121,7 +121,7 @@ def run(args: Any) -> int:
     mark = args.out / "adapt.json"  # what this folder was made from
     asked = json.dumps([vars(args), fingerprint([args.data])], default=str)
     if mark.exists() and mark.read_text() != asked:
-        raise ValueError(f"{args.out} is of other clips or options: name a new folder with --out")
+        raise ValueError(f"{args.out} has other clips or options: name a new folder with --out")
     mark.write_text(asked)
     own = write_clips(kept, args.out / "train.jsonl")
     old = recipe_of(args.model)
@@ -130,9 +130,8 @@ def run(args: Any) -> int:
     if not keep:
         print("warning: none of the old training data is here: the model may forget (see --keep)")
     sets = {"your held-out clips": held_out}
-    sets |= {
-        f"old clips ({Path(s['path']).name})": [*read_source(s)] for s in existing(old.data.eval)
-    }
+    for source in existing(old.data.eval):
+        sets[f"old clips ({Path(source['path']).name})"] = [*read_source(source)]
     cfg = adapted_recipe(args.model, own, sum(c.duration for c in kept), keep, args)
 
     def measure(model: Path, when: str) -> None:

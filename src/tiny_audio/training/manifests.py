@@ -304,6 +304,7 @@ class Reader:
         stored = "text" if self.is_jsonl else column  # the column that holds a line of JSON
         for line in self.rows.select_columns([stored]).take(count):
             if row := self.parse(line):
+                self.count += 1
                 yield str(row[column] or "")
 
     def parse(self, line: dict[str, Any]) -> dict[str, Any] | None:
