@@ -16,10 +16,7 @@ from tiny_audio.commands.assets import WHISPER, cache_dir, fetch, prepare, unpac
 
 PAGE = Path("docs/evaluate.md")
 BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"
-KEPT = (
-    "wer wer_low wer_high cer utterances words errors rtfx seconds device dtype peak_memory_gb "
-    "model_revision dataset_revision batch_seconds options versions git_hash date"
-).split()
+LOCAL = ("command", "model", "dataset", "source")  # these hold paths of this machine
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -50,7 +47,7 @@ def main() -> None:
             args = [str(model), "--dataset", str(assets.test), "--out", str(out)]
             subprocess.run([sys.executable, "-c", run, *args], check=True)
             summary = json.loads((out / "summary.json").read_text())
-            rows[name] = {key: summary[key] for key in KEPT}
+            rows[name] = {key: value for key, value in summary.items() if key not in LOCAL}
     Path("docs/models.json").write_text(json.dumps(rows, indent=2) + "\n")
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(before + BEGIN + table(rows) + END + rest.split(END)[1])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,8 @@ class Part:
 def machine() -> Row:
     """Date, device, driver and versions."""
     found: Row = {"date": str(date.today()), "git": git_hash(), "python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "peft", "accelerate", "flash-attn", "liger-kernel"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    names = "torch transformers peft accelerate flash-attn liger-kernel".split()
+    found |= {d.name: d.version for d in distributions() if d.name in names}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

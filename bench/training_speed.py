@@ -1,17 +1,19 @@
 """Compare training speed with the usual method, in audio seconds per CPU second on real clips.
 
     python bench/training_speed.py --clips 64
-    python bench/training_speed.py --table memory
+    python bench/training_speed.py --encoder ~/.cache/tiny-audio/whisper-tiny.en
 
 Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
 decoder) once on the same clips, drawn from the quickstart's recordings, without cached encoder
 frames. The usual method has random batches of 8, clips padded to 30 s, and logits at every
-position. The next rows add our three changes one by one. The table `memory` shows the cost or gain
-of logits at labels only, gradient checkpointing and encoder LoRA. Each row runs in its own process,
-to measure its peak memory separately.
+position. The next rows add our three changes one by one. The decoder of an aligned model reads no
+blank frames; that row takes as many frames as the transcript has tokens. Each row runs in its own
+process, to measure its peak memory separately. "of the machine" compares the FLOPs of the clips,
+without those of padding, with a multiplication of two large matrices on the same core.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -30,24 +32,49 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "+ clips at their real length": {"real_length": True},
     "+ length-budget batches": {**OURS, "label_logits": False},
     "+ logits at labels only (our decoder stage)": OURS,
+    "our decoder stage, aligned model": {**OURS, "aligned": True},
     "our CTC stage": {**OURS, "ctc": CTC},
 }
-HEAD = "| way | audio-s per CPU-s | ratio | CPU-s a step | padding | logits | peak memory |"
-ROW = "| {name} | {speed:.2f} | {ratio:.2f}x | {step:.1f} | {padding:.0%} "
-ROW += "| {logits_mb:.0f} MB | {peak_gb:.1f} GB |"
-MEMORY: dict[str, dict[str, Any]] = {
-    "decoder LoRA, logits at labels only": OURS,
-    "full logits": {**OURS, "label_logits": False},
-    "gradient checkpointing": {**OURS, "checkpointing": True},
-    "encoder LoRA": {**OURS, "encoder_lora": True},
-    "encoder LoRA, gradient checkpointing": {**OURS, "encoder_lora": True, "checkpointing": True},
-}
+HEAD = "| way | audio-s per CPU-s | ratio | of the machine | padding | peak memory |"
+ROW = "| {name} | {speed:.2f} | {ratio:.2f}x | {share:.0%} | {padding:.0%} | {peak_gb:.1f} GB |"
 
 
-def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
+def matrix_rate() -> float:
+    """GFLOP per CPU second of a product of two matrices of size 1024."""
+    import torch
+
+    a, started = torch.randn(1024, 1024), time.process_time()
+    for _ in range(50):
+        a = (a @ a).clamp(-1, 1)
+    return 50 * 2 * 1.024**3 / (time.process_time() - started)
+
+
+def keep_tokens(model: Any, labels: Any) -> None:
+    """Let the bridge of an untrained model keep one frame per token, as it does once aligned."""
+    bridge, tokens = type(model).bridge, (labels >= 0).sum(1, keepdim=True)
+
+    def aligned(frames: Any, lengths: Any) -> Any:
+        audio, keep = bridge(model, frames, lengths)
+        return audio, keep.new_ones(keep.shape).cumsum(1) <= tokens
+
+    model.bridge = aligned
+
+
+def loss_of(model: Any, inputs: dict[str, Any], settings: dict[str, Any], at_labels: Any) -> Any:
+    """The loss of a step, with logits at the labels alone or, without the CTC loss, everywhere."""
+    from torch.nn import functional as F
+
+    if at_labels:
+        return model(**inputs, **settings).loss
+    labels = inputs.pop("labels")
+    out = model(**inputs, **settings).logits
+    return F.cross_entropy(out[:, :-1].flatten(0, 1), labels[:, -out.shape[1] + 1 :].flatten())
+
+
+def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, float]:
     """Train one epoch on `clips` clips after a warm-up step; return the figures of the run."""
     import torch
-    from torch.nn import functional as F
+    from torch.utils.flop_counter import FlopCounterMode
 
     from tiny_audio.commands.eval import peak_memory
     from tiny_audio.training.batches import LengthBatchSampler
@@ -56,54 +83,46 @@ def measure(variant: dict[str, Any], clips: int) -> dict[str, float]:
     from tiny_audio.training.vocabulary import ctc_vocabulary
 
     torch.manual_seed(0)
-    rank = f"encoder_lora.r={8 if variant.get('encoder_lora') else 0}"
-    cfg = compose_recipe(["+experiments=quickstart", rank])
+    changes = [f"model.encoder_model_name={encoder}"] if encoder else []
+    cfg = compose_recipe(["+experiments=quickstart", *changes])
     processor = build_processor(cfg)
     data = SpeechDataset([{"path": cfg.data.train[0].path}], processor, Dropped(), max_seconds=29.0)
     data.examples = random.Random(0).sample(data.examples, clips)
     if not variant.get("real_length"):
         processor.min_seconds, processor.tail_seconds = 30.0, 0.0
     model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
-    if variant.get("checkpointing"):
-        model.gradient_checkpointing_enable()
-    logits: list[int] = []  # bytes of the logits in each step
-    head = model.decoder.get_output_embeddings()
-    head.register_forward_hook(lambda module, given, output: logits.append(output.nbytes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # frozen ones get no gradient
     durations = [example.duration for example in data.examples]
     if variant.get("length_batches"):
         batches = list(LengthBatchSampler(durations, 64.0 if "ctc" in variant else BATCH_SECONDS))
     else:
         batches = [list(range(i, min(i + 8, clips))) for i in range(0, clips, 8)]
-    audio = padded = started = 0.0
+    audio = padded = started = gflop = 0.0
     for step, rows in enumerate([batches[0], *batches]):
         batch = data.collate([data[i] for i in rows])
         about = ("ids", "seconds", "sources", "dropped")
         inputs = {k: v for k, v in batch.items() if k not in about}
         settings = variant.get("ctc", {"ctc_loss_weight": 0.2})
-        if variant.get("label_logits"):
-            loss = model(**inputs, **settings).loss
-        else:  # logits at every position, without the CTC loss
-            labels = inputs.pop("labels")
-            out = model(**inputs, **settings).logits
-            loss = F.cross_entropy(
-                out[:, :-1].flatten(0, 1), labels[:, -out.shape[1] + 1 :].flatten()
-            )
-        loss.backward()
+        if variant.get("aligned"):
+            keep_tokens(model, inputs["labels"])
+        counter = FlopCounterMode(display=False)
+        with counter if step == 0 else contextlib.nullcontext():
+            loss_of(model, inputs, settings, variant.get("label_logits")).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step == 0:
-            started = time.process_time()  # the first step is a warm-up
+        with_padding = batch["input_features"].shape[-1] / 100 * len(batch["ids"])
+        if step == 0:  # a warm-up
+            gflop = counter.get_total_flops() / 1e9 / with_padding
+            started = time.process_time()
             continue
         audio += batch["seconds"]
-        padded += batch["input_features"].shape[-1] / 100 * len(batch["ids"])
+        padded += with_padding
     spent = time.process_time() - started
     return {
         "speed": audio / spent,
         "padding": 1 - audio / padded,
         "peak_gb": peak_memory(),
-        "logits_mb": max(logits, default=0) / 1e6,
-        "step": spent / len(batches),
+        "share": gflop * audio / spent / matrix_rate(),
     }
 
 
@@ -113,16 +132,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clips", type=int, default=64, help="number of clips to train on")
-    parser.add_argument("--table", choices=("speed", "memory"), default="speed")
+    parser.add_argument("--encoder", default="", help="folder; default: the quickstart's")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    variants = VARIANTS if args.table == "speed" else MEMORY
     if args.only:
-        print(json.dumps(measure(variants[args.only], args.clips)))
+        print(json.dumps(measure(VARIANTS[args.only], args.encoder, args.clips)))
         return
-    options = f"--table {args.table} --clips {args.clips}"
+    options = f"--clips {args.clips}" + (f" --encoder {args.encoder}" if args.encoder else "")
     rows: dict[str, dict[str, float]] = {}
-    for name in variants:
+    for name in VARIANTS:
         command = [sys.executable, __file__, "--only", name, *options.split()]
         one = {**os.environ, "OMP_NUM_THREADS": "1"}
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one).stdout
@@ -130,14 +148,14 @@ def main() -> None:
         print(name, rows[name], flush=True)
     base = next(iter(rows.values()))["speed"]
     lines = [
-        f"Training {args.table}, {date.today()}, CPU, fp32, one thread; "
-        f"`python bench/training_speed.py {options}`\n",
+        f"Training speed, {date.today()}, CPU, fp32, one thread; "
+        f"encoder {Path(args.encoder).name or 'of the quickstart'}\n",
         HEAD,
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         lines.append(ROW.format(name=name, ratio=row["speed"] / base, **row))
-    path = Path(__file__).parent / "results" / f"training_{args.table}_{date.today()}.md"
+    path = Path(__file__).parent / "results" / f"training_speed_{date.today()}.md"
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -143,7 +143,6 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
         rows = (tmp_path / "check" / "data_check.jsonl").read_text().splitlines()
         assert {row["id"]: row["reason"] for row in map(json.loads, rows)} == reasons
     said = capsys.readouterr()
-    assert (tmp_path / "check" / "data_check.png").stat().st_size > 5000
     assert f"{len(good):>9,}" in said.out and "more than data.max_dropped_fraction" in said.err
     processor = recipe.build_processor(cfg)
     data = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=6.0)

@@ -13,18 +13,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import babble, make_tokenizer, write_audio, write_manifest
+from conftest import babble, write_audio, write_manifest
 from hub import serve
 from transformers import (
-    GlmAsrConfig,
-    GlmAsrForConditionalGeneration,
-    GlmAsrProcessor,
     HubertConfig,
     HubertForCTC,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
-    WhisperFeatureExtractor,
 )
 
 from tiny_audio.commands import assets, cli, leaderboard
@@ -256,36 +252,6 @@ def test_a_ctc_model_of_transformers(tiny_bases, clips, tmp_path):
     alone = [recognise(pipe, [clip], {})[0] for clip in clips]
     assert recognise(pipe, clips, {}) == alone and len({a["text"] for a in alone}) > 1
     assert pipe.revision.startswith("sha256:")
-
-
-@pytest.mark.long
-def test_a_speech_llm_of_transformers(clips, tmp_path):
-    """A tiny GLM-ASR: its processor makes the prompt, the prompt is not part of the answer."""
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|pad|>"]})
-    template = "{% for m in messages %}{% for c in m.content %}{% if c.type == 'audio' %}<|pad|>"
-    template += "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
-    text = dict.fromkeys(("bos_token_id", "eos_token_id"), 1) | {"pad_token_id": 0}
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = GlmAsrConfig(
-        audio_config={**sizes, "model_type": "glmasr_encoder", "hidden_size": 16,
-                      "intermediate_size": 64, "num_mel_bins": 80},
-        text_config={**sizes, **text, "model_type": "llama", "hidden_size": 16,
-                     "intermediate_size": 32, "vocab_size": len(tokenizer), "eos_token_id": 2},
-        audio_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    llm = GlmAsrForConditionalGeneration(config)
-    llm.generation_config.eos_token_id, llm.generation_config.pad_token_id = 2, 0
-    llm.save_pretrained(tmp_path)
-    extractor = WhisperFeatureExtractor(feature_size=80)
-    GlmAsrProcessor(extractor, tokenizer, chat_template=template).save_pretrained(tmp_path)
-    pipe = load_recogniser(str(tmp_path))
-    assert type(pipe).__name__ == "SpeechLLM"
-    alone = [recognise(pipe, [clip], {})[0] for clip in clips[:2]]
-    assert all("error" not in answer for answer in alone)
-    assert recognise(pipe, clips[:2], {}) == alone
-    assert not any("transcribe this audio" in answer["text"] for answer in alone)
 
 
 def test_a_failing_batch_costs_only_the_clip_that_fails(model, clips):

@@ -7,12 +7,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 from conftest import babble, write_audio
 from test_serve import Running
 
+from tiny_audio.asr.asr_processing import load_audio
 from tiny_audio.commands import demo
 from tiny_audio.commands.serve import create_app
+from tiny_audio.training.manifests import read_source
 
 SCREENS = {"desktop": (1200, 900), "phone": (390, 844)}
 
@@ -21,7 +24,7 @@ SCREENS = {"desktop": (1200, 900), "phone": (390, 844)}
 def page(model_folder, tmp_path):
     """The page's address."""
     example = str(write_audio(tmp_path / "example.wav", babble(1.0, 3), 16_000, "pcm_s16le"))
-    blocks = demo.build([str(model_folder)], [example])
+    blocks = demo.build([str(model_folder)], [example], folder=tmp_path / "mine")
     _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, css=demo.CSS)
     yield url
     blocks.close()
@@ -41,6 +44,18 @@ def driver(tmp_path):
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
+
+
+def correct(driver, wait, text: str) -> None:
+    """Overwrite the text of the page and keep it as a training clip."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    box = driver.find_element(By.CSS_SELECTOR, "#text textarea")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(Keys.DELETE, text, Keys.TAB)
+    driver.find_element(By.CSS_SELECTOR, "#keep").click()
+    wait.until(lambda d: "adapt MODEL" in d.find_element(By.CSS_SELECTOR, "#kept").text)
 
 
 @pytest.mark.long
@@ -83,6 +98,10 @@ def test_the_page(page, driver, pipe, tmp_path, screen):
         wait.until(lambda d, kind=kind: (tmp_path / f"talk.{kind}").exists())
     assert (tmp_path / "talk.txt").read_text().strip() == words["text"].strip()
     assert "-->" in (tmp_path / "talk.srt").read_text()
+    correct(driver, wait, "what was really said")
+    (example,) = read_source({"path": str(tmp_path / "mine" / "clips.csv")})
+    assert example.text == "what was really said"
+    assert np.array_equal(load_audio(example.audio), load_audio(talk))
     width = driver.execute_script("return document.documentElement.scrollWidth")
     assert width <= driver.execute_script("return window.innerWidth") + 1
     inside = "const e = document.querySelector('.words'); return e.scrollWidth <= e.clientWidth"

@@ -65,6 +65,7 @@ def workplace(real_bases, real_rows, tmp_path_factory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     samples = load_audio(real_rows[0]["audio"])
     write_audio(folder / "talk.mp3", samples, 44_100, "libmp3lame")
+    (folder / "talk.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nplease hold\n")
     write_audio(folder / "meeting.m4a", samples, 22_050, "aac")
     short = SHORT.format(train=real_bases.train, dev=real_bases.dev)
     with pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,7 @@ from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import demo, transcribe
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.serve import create_app
+from tiny_audio.training.manifests import read_source
 
 KINDS = {
     "wav": "pcm_s16le",
@@ -278,7 +279,7 @@ def page_text(source: Path, model: str) -> str:
     import html
     import re
 
-    *_, last = demo.transcribe(str(source), model)
+    *_, (last, _) = demo.transcribe(str(source), model)
     return " ".join(html.unescape(w) for w in re.findall(r"<span [^>]*>(.*?)</span>", last, re.S))
 
 
@@ -303,10 +304,21 @@ def test_one_text_everywhere(twenty, model_folder, pipe, endpoint, capsys):
 
 def test_the_page_says_what_is_wrong(model_folder, tmp_path):
     (tmp_path / "a<b>.wav").write_text("no audio")
-    *_, last = demo.transcribe(str(tmp_path / "a<b>.wav"), str(model_folder))
+    *_, (last, _) = demo.transcribe(str(tmp_path / "a<b>.wav"), str(model_folder))
     assert "Error: a&lt;b&gt;.wav: not readable" in last and str(tmp_path) not in last
-    assert "Choose a file" in list(demo.transcribe(None, str(model_folder)))[-1]
+    assert "Choose a file" in list(demo.transcribe(None, str(model_folder)))[-1][0]
     demo.build([str(model_folder)], [])
+
+
+def test_corrections_become_a_manifest(tmp_path):
+    source, folder = tmp_path / "said.wav", tmp_path / "mine"
+    write_audio(source, babble(1.0, 1), 16_000, "pcm_s16le")
+    assert "first" in demo.keep(None, "text", folder) and "first" in demo.keep("x", " ", folder)
+    for text in ("hello, world", "good\nbye"):
+        assert f"--data {folder / 'clips.csv'}" in demo.keep(str(source), text, folder)
+    examples = list(read_source({"path": str(folder / "clips.csv")}))
+    assert [example.text for example in examples] == ["hello, world", "good bye"]
+    assert len({example.audio for example in examples}) == 2
 
 
 @pytest.mark.long

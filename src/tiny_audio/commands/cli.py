@@ -23,6 +23,7 @@ VERBS = {
     "plan": "estimate a recipe's time, memory and cost before running it",
     "remote": "train on a rented machine: deploy, train, attach, status, logs, stop, fetch",
     "push": "upload a trained model to the Hugging Face Hub",
+    "cut": "make training clips from long recordings with subtitles",
     "adapt": "improve a trained model on recordings of your own",
     "quickstart": "train, score and use a real recogniser on this CPU",
     "dev": "run a development task: format, lint, type-check, test, check",
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         code = importlib.import_module(f"tiny_audio.commands.{verb}").main(rest)
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: pip install 'tiny-audio[{verb}]'", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

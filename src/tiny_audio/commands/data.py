@@ -2,9 +2,8 @@
 
 Reads and decodes every clip of the recipe's sources, applies the checks of training, and prints a
 table. Arguments are those of src/train.py. `data.max_train_samples=1000` checks only the first
-1,000 clips of each source, streams included. Writes two files to the run's folder:
-`data_check.jsonl` lists each clip that training would drop, with the reason, and `data_check.png`
-shows the lengths of the clips. The exit code is 1 if the recipe would not train.
+1,000 clips of each source, streams included. `data_check.jsonl` in the run's folder lists each clip
+that training would drop, with the reason. The exit code is 1 if the recipe would not train.
 """
 
 import sys
@@ -14,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from ..hub import one_line
@@ -26,8 +24,8 @@ from . import parser_of
 from .plan import recipe_stages
 
 
-def check_source(clips: Clips, source: Any, streaming: bool) -> list[float]:
-    """Print the row of one source; return the duration of each usable clip, in seconds."""
+def check_source(clips: Clips, source: Any, streaming: bool) -> None:
+    """Print the rows of one source."""
     before, rewritten, started = clips.dropped.counts.copy(), clips.rewritten, time.monotonic()
     total, seconds = clips.total, list[float]()
     speakers, characters = set[str | None](), set[str]()
@@ -46,10 +44,10 @@ def check_source(clips: Clips, source: Any, streaming: bool) -> list[float]:
         f"{len(seconds):>9,}{sum(seconds) / 3600:>9.2f}{reasons.total():>9,}"
         f"{clips.rewritten - rewritten:>11,}{named:>10}{rate:>9.0f}  {source['path']}"
     )
-    print(f"{'':<9}characters: {''.join(sorted(characters))}")
+    span = f"{min(seconds):.1f} to {max(seconds):.1f} s; " if seconds else ""
+    print(f"{'':<9}{span}characters: {''.join(sorted(characters))}")
     for reason, count in reasons.items():
         print(f"{'':<9}{count:,} {reason}, first {clips.dropped.first[reason]}")
-    return seconds
 
 
 def check(cfgs: Sequence[Any]) -> None:
@@ -66,14 +64,9 @@ def check(cfgs: Sequence[Any]) -> None:
     limits = ("min_seconds", "max_seconds", "lowercase", "max_train_samples")
     clips = Clips(processor, dropped, **{key: cfg.data[key] for key in limits})
     print(f"{'clips':>9}{'hours':>9}{'dropped':>9}{'rewritten':>11}{'speakers':>10}{'clips/s':>9}")
-    lengths = [check_source(clips, source, cfg.data.streaming) for source in cfg.data.train]
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(lengths, bins=60, stacked=True, label=[source.path for source in cfg.data.train])
-    axes.set(xlabel="seconds", ylabel="clips", title=f"{sum(map(len, lengths)):,} clips")
-    axes.legend(fontsize=7)
-    figure.savefig(folder / "data_check.png", dpi=110)
-    print(f"{report.with_suffix('.png')} shows the lengths; dropped clips are named in {report}")
+    for source in cfg.data.train:
+        check_source(clips, source, cfg.data.streaming)
+    print(f"dropped clips are named in {report}")
     dropped.check(clips.total)
     for stage in cfgs:  # read the data as training does
         settings: Any = OmegaConf.to_container(stage.training, resolve=True)

@@ -1,11 +1,14 @@
 """`tiny-audio demo [MODEL ...]`: serve a web page that transcribes uploads and recordings.
 
-Uploads are limited in size and length, deleted later, and never sent to another machine.
+Uploads are limited in size and length, deleted later, and never sent to another machine. With
+`--corrections FOLDER`, the text can be corrected and kept with its recording as a training clip.
 """
 
 import base64
+import csv
 import functools
 import html
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from ..asr.asr_config import DECODE
 from ..asr.asr_pipeline import Recording
 from ..asr.asr_processing import AudioError
 from ..loading import load_pipeline
-from . import parser_of
+from . import home_path, parser_of
 from .formats import render
 from .transcribe import DECODE_HELP
 
@@ -62,20 +65,20 @@ def player(result: dict[str, Any], source: Path) -> str:
     return out
 
 
-def transcribe(source: str | None, model: str, decode: str | None = None) -> Iterator[str]:
-    """Yield the page's HTML, updated as the text arrives."""
+def transcribe(source: str | None, model: str, decode: str | None = None) -> Iterator[tuple]:
+    """Yield the page's HTML and the text to correct, updated as the text arrives."""
     if not source:
-        yield page("Choose a file, record something or select an example first.")
+        yield page("Choose a file, record something or select an example first."), ""
         return
-    yield page("Listening ...")
+    yield page("Listening ..."), ""
     pipe, began = load(model, decode), time.perf_counter()
     recording, done = Recording(source), []
     try:
         for piece in pipe.pieces(recording, limit_seconds=MAX_SECONDS):
             done += piece.words
-            yield page(f"{piece.start + piece.seconds:.0f} s read ...", done)
+            yield page(f"{piece.start + piece.seconds:.0f} s read ...", done), ""
     except AudioError as error:
-        yield page(f"Error: {str(error).replace(source, Path(source).name)}")
+        yield page(f"Error: {str(error).replace(source, Path(source).name)}"), ""
         return
     spent = time.perf_counter() - began
     result = pipe.postprocess(recording, return_timestamps=True)
@@ -83,7 +86,20 @@ def transcribe(source: str | None, model: str, decode: str | None = None) -> Ite
     status = f"{seconds:.1f} s of audio in {spent:.1f} s: {seconds / spent:.1f} times real time. "
     notes = result.get("warnings", []) + result.get("missing", [])
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    yield page(status + none, done, player(result, Path(source))) + notes
+    yield page(status + none, done, player(result, Path(source))) + notes, result["text"]
+
+
+def keep(source: str | None, text: str, folder: Path) -> str:
+    """Add a recording and its corrected text to the manifest in `folder`."""
+    if not source or not text.strip():
+        return page("Transcribe a recording and correct its text first.")
+    folder.mkdir(parents=True, exist_ok=True)
+    audio, manifest = folder / f"{time.time_ns()}{Path(source).suffix}", folder / "clips.csv"
+    shutil.copyfile(source, audio)
+    rows = [] if manifest.exists() else [("audio", "text")]
+    with manifest.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([*rows, (audio.name, " ".join(text.split()))])
+    return page(f"Kept. Enough clips? Run: tiny-audio adapt MODEL --data {manifest}")
 
 
 @functools.lru_cache(1)
@@ -92,17 +108,24 @@ def load(model: str, decode: str | None = None) -> Any:
     return load_pipeline(model, decode=decode)
 
 
-def build(models: list[str], examples: list[str], decode: str | None = None) -> gr.Blocks:
-    """Build the page for some models and example recordings."""
+def build(
+    models: list[str], examples: list[str], decode: str | None = None, folder: Path | None = None
+) -> gr.Blocks:
+    """Build the page for some models and example recordings; corrections are kept in `folder`."""
     with gr.Blocks(title="tiny-audio", delete_cache=(300, KEEP)) as blocks:
         gr.Markdown("# tiny-audio\nUpload or record speech; the text appears as it is decoded.")
         audio = gr.Audio(type="filepath", label="Recording", elem_id="recording", buttons=[])
         choice = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
         button = gr.Button("Transcribe", variant="primary", elem_id="go")
         out = gr.HTML(elem_id="result", js_on_load=JS)
+        text = gr.Textbox(label="Correct the text", lines=2, elem_id="text", visible=bool(folder))
+        save = gr.Button("Keep as a training clip", elem_id="keep", visible=bool(folder))
+        kept = gr.HTML(elem_id="kept")
         if examples:
             gr.Examples(examples, audio, cache_examples=False)
-        button.click(functools.partial(transcribe, decode=decode), [audio, choice], out)
+        button.click(functools.partial(transcribe, decode=decode), [audio, choice], [out, text])
+        if folder:
+            save.click(functools.partial(keep, folder=folder), [audio, text], kept)
     return blocks
 
 
@@ -112,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
     parser.add_argument("--examples", nargs="*", default=[], help="recordings to show as examples")
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
+    parser.add_argument("--corrections", type=home_path, metavar="FOLDER",
+                        help="keep corrected texts and their recordings here")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, local only")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
@@ -120,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no model in outputs: name a folder or Hub id")
     load(models[0], args.decode)
     try:
-        build(models, args.examples, args.decode).launch(
+        build(models, args.examples, args.decode, args.corrections).launch(
             server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, css=CSS
         )
     except OSError as error:

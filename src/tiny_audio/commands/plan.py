@@ -39,8 +39,6 @@ OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": Non
 OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
 MARGIN = 0.1  # share of the memory left for the driver and fragmentation
 LETTERS = 40  # classes of a character head; English has 28
-CHANGES = ("encoder_lora.r=0", "training.gradient_checkpointing=false")
-RECIPES = ("stage1", "archive/lora_decoder", "parakeet", "quickstart", "mac_minimal")
 
 
 @dataclass
@@ -168,25 +166,10 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
     print(f"\n{table(*rows)}")
 
 
-def compare(stage: Stage, recipes: list[list[str]], own: dict[str, Any]) -> str:
-    """Format a table that compares a stage with the last stage of other recipes (overrides)."""
-    rows = [["instead, the last stage of", "audio", "GB"]]
-    for overrides in recipes:
-        try:
-            other = plan_stage(recipe_stages(overrides)[-1], own)
-        except (OSError, ValueError) as error:
-            print(f"{overrides[-1]}: {error}", file=sys.stderr)
-            continue
-        more = f"{stage.gflop / other.gflop - 1:+.0%}"
-        rows.append([overrides[-1], more, f"{other.gb:.1f}"])
-    return table(*rows)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; print an error as one line."""
     parser = parser_of("plan", __doc__)
     parser.add_argument("--measure", action="store_true", help="run 12 real steps on this device")
-    parser.add_argument("--recipes", action="store_true", help="compare with the shipped recipes")
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     own, overrides = dict(OWN), []
@@ -215,9 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
         print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
         report(own, rate, stages, listed)
-        others = [[*overrides, change] for change in CHANGES]
-        others += [[f"+experiments={name}"] for name in RECIPES if args.recipes]
-        print(f"\n{compare(stages[-1], others, own)}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import inspect
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 
 from ..asr.asr_config import ASRConfig
@@ -25,34 +22,6 @@ from ..loading import check_device, load_pipeline
 # Config classes that transformers' speech recognition pipeline accepts, and ours.
 RECOGNISERS: list[Any] = [modeling_auto.MODEL_FOR_CTC_MAPPING, modeling_auto.MODEL_FOR_TDT_MAPPING]
 RECOGNISERS += [modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, {ASRConfig}]
-
-
-class SpeechLLM:
-    """A speech LLM of transformers whose processor builds the transcription prompt."""
-
-    def __init__(self, name: str, device: str | None, language: str) -> None:
-        self.processor: Any = AutoProcessor.from_pretrained(name)
-        architecture: Any = AutoConfig.from_pretrained(name).architectures
-        load = getattr(transformers, architecture[0]).from_pretrained
-        self.model = load(name, device_map=device or "auto")
-        self.device, self.dtype = self.model.device, self.model.dtype
-        wanted = {"language": language, "source_language": language, "model_id": name}
-        self.request = supported(self.processor.apply_transcription_request, wanted)
-        plain = {"return_format": "transcription_only", "strip_prefix": True}
-        self.options = supported(self.processor.decode, plain)
-
-    def __call__(self, clips: Sequence[np.ndarray]) -> list[str]:
-        """Transcribe clips (n,) at 16 kHz as one batch."""
-        inputs = self.processor.apply_transcription_request(audio=list(clips), **self.request)
-        inputs = inputs.to(self.device, self.dtype)
-        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=444)
-        prompt = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        return self.processor.decode(ids[:, prompt:], skip_special_tokens=True, **self.options)
-
-
-def supported(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that `function` accepts; they differ between models of transformers."""
-    return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
 
 
 class FasterWhisper:
@@ -91,8 +60,6 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         if find_spec("faster_whisper") is None:
             sys.exit(f"error: {name}: CTranslate2 needs pip install 'tiny-audio[faster-whisper]'")
         pipe = FasterWhisper(name, device, language)
-    elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
-        pipe = SpeechLLM(name, device, language)
     elif config is not None and not any(type(config) in kind for kind in RECOGNISERS):
         sys.exit(f"error: {name} is no speech recogniser: it is of type {config.model_type}")
     else:
@@ -126,7 +93,7 @@ def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -
     try:
         if isinstance(pipe, ASRPipeline):
             return list(pipe.stream(clips, **options))
-        if isinstance(pipe, SpeechLLM | FasterWhisper):
+        if isinstance(pipe, FasterWhisper):
             return [{"text": text.strip()} for text in pipe(clips)]
         size, long = len(clips), False
         if pipe.type == "seq2seq_whisper":  # it pads every clip to 30 s
