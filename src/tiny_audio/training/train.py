@@ -209,6 +209,7 @@ def build_model(
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
+    model.generation_config.bos_token_id = processor.tokenizer.bos_token_id  # or Trainer warns
     processor.alphabet = list(ctc[1])
     if start:
         words = Path(start) / NGRAM
@@ -248,9 +249,8 @@ def read_data(
     place = PartialState()
     options = {key: value for key, value in cfg.data.items() if key not in OWN_DATA_KEYS}
     options["seed"] = cfg.run.seed
-    data: Any
     if cfg.data.streaming:
-        data = SpeechStream(
+        data: Any = SpeechStream(
             cfg.data.train, processor, dropped, settings["batch_seconds"], cfg.data.block,
             settings["per_device_train_batch_size"], place.process_index, place.num_processes,
             **options,
