@@ -17,7 +17,7 @@ from torch import Tensor
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LOG10 = math.log(10.0)
-PREFERRED = math.log(1e-3)  # minimum for preferred words: about the 100th most common word's
+PREFERRED = math.log(0.02)  # minimum for preferred words: about the 5th most common word's
 # Only the most frequent entries are kept.
 MAX_WORDS, MAX_NGRAMS = 200_000, 2_000_000
 
