@@ -310,6 +310,7 @@ def test_the_quickstart_is_told_to_stop_and_saves(workplace, real_bases, tmp_pat
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 75, said[-2000:]
     assert "SIGTERM: saved; the same command continues" in said and "Traceback" not in said
+    assert not re.search("Loading weights|new PAD/BOS/EOS", said)  # this is not a terminal
     assert list((tmp_path / "run/characters").glob("checkpoint-*"))
 
 

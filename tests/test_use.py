@@ -30,6 +30,7 @@ from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, r
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render
+from tiny_audio.progress import progress_bar
 
 # -- reading in blocks, damage -------------------------------------------------------------------
 
@@ -445,6 +446,23 @@ def test_command_line_reads_stdin(model_folder, files, capsys, monkeypatch, pipe
 def test_a_wrong_model_folder_is_named(tmp_path, files):
     with pytest.raises(SystemExit, match=r"config\.json"):
         transcribe.main([files[0], "--model", str(tmp_path)])
+
+
+def test_a_log_gets_lines_and_no_bars(model_folder, files):
+    """Where standard error is a file, a bar would add a line each time it moves."""
+    code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", code, "transcribe", files[0], "--model", str(model_folder)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+    assert not done.stderr, done.stderr
+
+
+def test_a_long_task_logs_a_line_now_and_then(capsys):
+    with progress_bar(total=10_000, desc="encoding", unit="clip") as bar:
+        for _ in range(10_000):
+            bar.update(1)
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) <= 4 and "encoding: 100 %, 10000 of 10000" in "".join(lines)
 
 
 # -- the Hub endpoint's handler ------------------------------------------------------------------
