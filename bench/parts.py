@@ -46,7 +46,7 @@ def machine() -> Row:
     """Date, device, driver and versions."""
     found: Row = {"date": str(date.today()), "git": git_hash(), "python": sys.version.split()[0]}
     names = "torch transformers peft accelerate flash-attn liger-kernel".split()
-    found |= {d.name: d.version for d in distributions() if d.name in names}
+    found |= {d.name: d.version for d in distributions() if d.name.replace("_", "-") in names}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -7,9 +7,9 @@ Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-
 decoder) once on the same clips, drawn from the quickstart's recordings, without cached encoder
 frames. The usual method has random batches of 8, clips padded to 30 s, and logits at every
 position. The next rows add our three changes one by one. The decoder of an aligned model reads no
-blank frames; that row takes as many frames as the transcript has tokens. Each row runs in its own
-process, to measure its peak memory separately. "of the machine" compares the FLOPs of the clips,
-without those of padding, with a multiplication of two large matrices on the same core.
+blank frames; for that row, one frame is kept for each token of the transcript. Each row runs in its
+own process, to measure its peak memory. "of the machine" compares the FLOPs of the clips, without
+those of padding, with a multiplication of two large matrices on the same core.
 """
 
 import argparse
@@ -138,24 +138,24 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(VARIANTS[args.only], args.encoder, args.clips)))
         return
-    options = f"--clips {args.clips}" + (f" --encoder {args.encoder}" if args.encoder else "")
+    options = ["--clips", str(args.clips), "--encoder", args.encoder]
+    encoder = Path(args.encoder).name or "quickstart"
     rows: dict[str, dict[str, float]] = {}
     for name in VARIANTS:
-        command = [sys.executable, __file__, "--only", name, *options.split()]
+        command = [sys.executable, __file__, "--only", name, *options]
         one = {**os.environ, "OMP_NUM_THREADS": "1"}
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one).stdout
         rows[name] = json.loads(out.splitlines()[-1])
-        print(name, rows[name], flush=True)
     base = next(iter(rows.values()))["speed"]
     lines = [
         f"Training speed, {date.today()}, CPU, fp32, one thread; "
-        f"encoder {Path(args.encoder).name or 'of the quickstart'}\n",
+        f"encoder: {encoder}; `python bench/training_speed.py --clips {args.clips}`\n",
         HEAD,
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         lines.append(ROW.format(name=name, ratio=row["speed"] / base, **row))
-    path = Path(__file__).parent / "results" / f"training_speed_{date.today()}.md"
+    path = Path(__file__).parent / "results" / f"training_speed_{encoder}_{date.today()}.md"
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from tiny_audio.training.manifests import read_source
 CUES = [Cue(0.5, 2.0, "please hold"), Cue(2.5, 4.0, "goodbye"), Cue(4.5, 5.5, "thank you all")]
 SRT = """1
 00:00:00,500 --> 00:00:02,000
-[phone rings] <i>please
-hold</i>
+[phone
+rings]
+JO: <i>please</i>
+hold
 
 2
 00:00:02,500 --> 00:00:04,000
@@ -103,15 +106,23 @@ def test_the_clips_are_a_manifest(talk, model_folder, tmp_path, monkeypatch, cap
 
 
 def test_what_is_not_heard_is_listed(talk, model_folder, tmp_path, capsys):
-    labels = ["0.5\t2.0\tplease hold", "2.0\t3.0\tδοκιμή", "3.0\t60.0\ttoo long"]
-    talk.with_suffix(".txt").write_text("\n".join(labels), encoding="utf-8")
+    rows = {
+        "0.5\t2.0\tplease hold": "not heard there",
+        "2.0\t3.0\t...": "not heard there",  # nothing to spell
+        "2.0\t3.0\tδοκιμή": "letters that the model does not know: ήδικμο",
+        "2.0\t3.0\tpress 7": "letters that the model does not know: 7",
+        "0.0\t29.0\ttoo long": "longer than 2 s",
+        "60.0\t62.0\tbehind the end": "outside the recording",
+        "4.0\t2.0\tbackwards": "outside the recording",
+        "nan\t2.0\tno time": "outside the recording",
+        "5.9\t5.9\tno length": "not heard there",
+    }
+    talk.with_suffix(".txt").write_text("\n\n".join(rows), encoding="utf-8-sig")
     out = tmp_path / "clips"
     assert cut.main([str(talk), "--model", str(model_folder), "--out", str(out)]) == 0
-    reasons = [row["refused"] for row in written(out, "refused.csv")]
-    assert reasons[0] == "not heard there" and reasons[2].startswith("longer than ")
-    assert reasons[1].startswith("letters that the model does not know: ") and "δ" in reasons[1]
-    assert not written(out, "clips.csv") and not list(out.glob("*.flac"))
-    assert "do recording, language and times belong together?" in capsys.readouterr().err
+    assert [row["refused"] for row in written(out, "refused.csv")] == [*rows.values()]
+    assert not list(out.glob("*.flac"))
+    assert "are these the subtitles of this recording?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,10 +144,34 @@ def test_unreadable_subtitles_are_one_line(
     assert said in error and "Traceback" not in error and talk.stem in error
 
 
-def test_clips_of_two_recordings_do_not_overwrite_each_other(talk, model_folder, capsys):
+def test_nothing_is_overwritten(talk, model_folder, tmp_path, monkeypatch, capsys):
+    """Two recordings may have one name; a folder that holds clips is refused."""
+    monkeypatch.setattr(cut, "LEAST", 0.0)
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(talk, tmp_path / "other" / talk.name)
+    for path in (talk, other):
+        path.with_suffix(".srt").write_text(SRT)
+    run = [str(talk), str(other), "--model", str(model_folder), "--out", str(tmp_path / "clips")]
+    assert cut.main(run) == 0
+    rows = written(tmp_path / "clips", "clips.csv")
+    assert len({row["audio"] for row in rows}) == len(rows) == 6
     with pytest.raises(SystemExit):
-        cut.main([str(talk), "other/talk.mp3", "--model", str(model_folder)])
-    assert "have the same name" in capsys.readouterr().err
+        cut.main(run)
+    assert "holds clips already: name another folder" in capsys.readouterr().err
+    assert written(tmp_path / "clips", "clips.csv") == rows
+
+
+def test_what_is_cut_before_an_interruption_is_kept(talk, model_folder, tmp_path, monkeypatch):
+    def interrupted(pipe, samples, cue):
+        if cue.text == "goodbye":
+            raise KeyboardInterrupt
+        return cue.start, cue.end, 1.0
+
+    talk.with_suffix(".srt").write_text(SRT)
+    monkeypatch.setattr(cut, "locate", interrupted)
+    run = ["cut", str(talk), "--model", str(model_folder), "--out", str(tmp_path / "clips")]
+    assert cli.main(run) == 130
+    assert [row["text"] for row in written(tmp_path / "clips", "clips.csv")] == ["please hold"]
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
@@ -177,6 +212,6 @@ def test_texts_are_found_where_they_are_spoken(real, real_bases, tmp_path):  # n
     half = len(cues) // 2
     others = [Cue(c.start, c.end, cues[i - half].text) for i, c in enumerate(cues)]
     wrong = [c for c, cue in zip(others, cues, strict=True) if c.text != cue.text]
-    assert np.mean([cut.locate(real, samples, cue)[2] >= cut.LEAST for cue in wrong]) <= 0.02
+    assert np.mean([cut.locate(real, samples, cue)[2] >= cut.LEAST for cue in wrong]) <= 0.03
     late = [Cue(c.start + 10, c.end + 10, c.text) for c in cues if c.end < at - 12]
     assert np.mean([cut.locate(real, samples, cue)[2] >= cut.LEAST for cue in late]) <= 0.02

@@ -1,8 +1,10 @@
 """The verbs of `tiny-audio`, one file each; `cli.py` lists them."""
 
+import csv
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from inspect import cleandoc
 from pathlib import Path
+from typing import Any
 
 
 def home_path(text: str) -> Path:
@@ -16,3 +18,12 @@ def parser_of(verb: str, doc: str | None) -> ArgumentParser:
     return ArgumentParser(
         f"tiny-audio {verb}", description=cleandoc(doc or ""), formatter_class=form
     )
+
+
+def append_row(table: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, which gets a header when it is new."""
+    with table.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*row])
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)

@@ -146,9 +146,8 @@ def run(args: Any) -> int:
     for i, name in enumerate(sets):
         before, after = (read_rows(args.out / f"{when}{i}") for when in ("before", "after"))
         _, (was, now), (low, high, p) = compared(paired(before, after))
-        print(
-            f"{name:<34}{was:8.1f}{now:8.1f}   {now - was:+.1f} [{low:+.1f}, {high:+.1f}], {p:.4f}"
-        )
+        span = f"[{low:+.1f}, {high:+.1f}]"
+        print(f"{name:<34}{was:8.1f}{now:8.1f}   {now - was:+.1f} {span}, {p:.4f}")
     print(f"\nthe adapted model is in {adapted}")
     return 0
 

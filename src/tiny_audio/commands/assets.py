@@ -175,10 +175,8 @@ def fetch(spec: str, cache: Path) -> Path:
         file = f"{name}_{version.replace(':', '%3a')}_all.deb"
         command = f"apt-get download {spec}"
     target = cache / "downloads" / file
-    by_hand = (
-        f"Or run `{command}` on {'any' if pip else 'a Debian 12'} machine that can, and put {file} "
-        f"(SHA-256 {SHA256[spec]}) into {target.parent}"
-    )
+    by_hand = f"Or run `{command}` on {'any' if pip else 'a Debian 12'} machine that can, and put "
+    by_hand += f"{file} (SHA-256 {SHA256[spec]}) into {target.parent}"
     if not target.is_file():
         if not pip and shutil.which("apt-get") is None:
             raise AssetError(f"{spec} is a Debian package and there is no apt-get here. {by_hand}")
@@ -469,10 +467,8 @@ def unpack_speech(cache: Path) -> None:
 # ------------------------------------------------------------------------------- synthetic speech
 
 # Files of `fortunes` with inoffensive plain prose, without code and verse.
-FORTUNE_FILES = (
-    "art cookie disclaimer education food humorists kids law medicine "
-    "miscellaneous people pets platitudes science sports startrek wisdom work"
-)
+FORTUNE_FILES = "art cookie disclaimer education food humorists kids law medicine miscellaneous "
+FORTUNE_FILES += "people pets platitudes science sports startrek wisdom work"
 
 
 # Ranges of each clip's pitch and speed. A pitch of 0.85 plays the samples 15 % slower, like a

@@ -59,13 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
-        print(f"error: {error}: pip install 'tiny-audio[{verb}]'", file=sys.stderr)
+        extra = verb if verb in ("cut", "serve", "demo", "dev") else "quickstart"
+        print(f"error: {error}: pip install 'tiny-audio[{extra}]'", file=sys.stderr)
         return 1
     except BrokenPipeError:  # e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped; what is done is kept", file=sys.stderr)
         return 130
 
 

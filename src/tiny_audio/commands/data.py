@@ -44,8 +44,7 @@ def check_source(clips: Clips, source: Any, streaming: bool) -> None:
         f"{len(seconds):>9,}{sum(seconds) / 3600:>9.2f}{reasons.total():>9,}"
         f"{clips.rewritten - rewritten:>11,}{named:>10}{rate:>9.0f}  {source['path']}"
     )
-    span = f"{min(seconds):.1f} to {max(seconds):.1f} s; " if seconds else ""
-    print(f"{'':<9}{span}characters: {''.join(sorted(characters))}")
+    print(f"{'':<9}characters: {''.join(sorted(characters))}")
     for reason, count in reasons.items():
         print(f"{'':<9}{count:,} {reason}, first {clips.dropped.first[reason]}")
 

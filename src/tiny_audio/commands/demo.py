@@ -1,11 +1,10 @@
 """`tiny-audio demo [MODEL ...]`: serve a web page that transcribes uploads and recordings.
 
 Uploads are limited in size and length, deleted later, and never sent to another machine. With
-`--corrections FOLDER`, the text can be corrected and kept with its recording as a training clip.
+`--corrections FOLDER`, visitors can correct a text and keep it with its recording in that folder.
 """
 
 import base64
-import csv
 import functools
 import html
 import shutil
@@ -20,7 +19,7 @@ from ..asr.asr_config import DECODE
 from ..asr.asr_pipeline import Recording
 from ..asr.asr_processing import AudioError
 from ..loading import load_pipeline
-from . import home_path, parser_of
+from . import append_row, home_path, parser_of
 from .formats import render
 from .transcribe import DECODE_HELP
 
@@ -96,10 +95,8 @@ def keep(source: str | None, text: str, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     audio, manifest = folder / f"{time.time_ns()}{Path(source).suffix}", folder / "clips.csv"
     shutil.copyfile(source, audio)
-    rows = [] if manifest.exists() else [("audio", "text")]
-    with manifest.open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([*rows, (audio.name, " ".join(text.split()))])
-    return page(f"Kept. Enough clips? Run: tiny-audio adapt MODEL --data {manifest}")
+    append_row(manifest, {"audio": audio.name, "text": " ".join(text.split())})
+    return page(f"Kept. Enough clips? Run: tiny-audio adapt MODEL --data .../{manifest.name}")
 
 
 @functools.lru_cache(1)
@@ -124,6 +121,7 @@ def build(
         if examples:
             gr.Examples(examples, audio, cache_examples=False)
         button.click(functools.partial(transcribe, decode=decode), [audio, choice], [out, text])
+        audio.change(lambda: ("", ""), None, [text, kept])  # the text of another recording
         if folder:
             save.click(functools.partial(keep, folder=folder), [audio, text], kept)
     return blocks

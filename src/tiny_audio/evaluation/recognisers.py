@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 
 from ..asr.asr_config import ASRConfig
@@ -60,6 +61,8 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         if find_spec("faster_whisper") is None:
             sys.exit(f"error: {name}: CTranslate2 needs pip install 'tiny-audio[faster-whisper]'")
         pipe = FasterWhisper(name, device, language)
+    elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
+        sys.exit(f"error: {name} is a speech LLM, which needs a prompt of its own: not supported")
     elif config is not None and not any(type(config) in kind for kind in RECOGNISERS):
         sys.exit(f"error: {name} is no speech recogniser: it is of type {config.model_type}")
     else:
