@@ -315,7 +315,7 @@ def test_corrections_become_a_manifest(tmp_path):
     write_audio(source, babble(1.0, 1), 16_000, "pcm_s16le")
     assert "first" in demo.keep(None, "text", folder) and "first" in demo.keep("x", " ", folder)
     for text in ("hello, world", "good\nbye"):
-        assert f"--data {folder / 'clips.csv'}" in demo.keep(str(source), text, folder)
+        assert "--data .../clips.csv" in demo.keep(str(source), text, folder)
     examples = list(read_source({"path": str(folder / "clips.csv")}))
     assert [example.text for example in examples] == ["hello, world", "good bye"]
     assert len({example.audio for example in examples}) == 2
