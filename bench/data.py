@@ -1,6 +1,8 @@
 """Measure how fast one core reads clips: decoding alone, and decoding plus features.
 
-OMP_NUM_THREADS=1 python bench/data.py
+    OMP_NUM_THREADS=1 python bench/data.py
+
+Writes the table to bench/results.
 """
 
 import tempfile
@@ -47,7 +49,7 @@ def loading(cached: assets.Assets, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Measure; print a Markdown table and write it to bench/results."""
+    """Measure; print the table and write it."""
     cached = assets.prepare()
     path = Path(__file__).parent / f"results/data_{date.today()}.md"
     with tempfile.TemporaryDirectory() as scratch, path.open("w") as file:

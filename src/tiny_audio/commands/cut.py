@@ -73,8 +73,8 @@ def read_cues(path: Path) -> list[Cue]:
             found = [(e.start / 1000, e.end / 1000, e.plaintext) for e in events if e.is_text]
     except Exception as error:  # each reader raises its own
         raise ValueError(f"{path}: not readable as subtitles ({error})") from error
-    texts = (unescape(NOT_SPOKEN.sub(" ", text)).split() for _, _, text in found)
-    cues = [Cue(*some[:2], " ".join(text)) for some, text in zip(found, texts, strict=True)]
+    spoken = [(start, end, unescape(NOT_SPOKEN.sub(" ", text))) for start, end, text in found]
+    cues = [Cue(start, end, " ".join(text.split())) for start, end, text in spoken]
     if not cues:
         raise ValueError(f"{path}: holds no subtitles")
     return [cue for cue in cues if cue.text]
