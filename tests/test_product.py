@@ -17,10 +17,8 @@ import av
 import numpy as np
 import pytest
 from conftest import split_at_pauses, write_audio
-from transformers.trainer_utils import align_special_tokens
 
-from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS
 from tiny_audio.evaluation.scoring import score
@@ -88,15 +86,6 @@ def test_short_run_learns(workplace):
         for row in logged(workplace, stage):
             assert 0 < row["grad_norm"] < float("inf")
             assert 0 <= row["padding"] < 0.5
-
-
-def test_the_trainer_has_no_special_tokens_to_correct(workplace):
-    """It would warn about PAD, BOS and EOS tokens in every stage."""
-    folder = workplace / "outputs/quickstart/align/final"
-    model, processor = ASRModel.from_pretrained(folder), ASRProcessor.from_pretrained(folder)
-    before = model.generation_config.to_dict()
-    align_special_tokens(model, processor)
-    assert before["bos_token_id"] is not None and model.generation_config.to_dict() == before
 
 
 def test_same_text_everywhere(workplace, real_rows, capsys):

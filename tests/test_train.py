@@ -498,10 +498,8 @@ def test_the_encoder_cache_is_not_reused_for_other_data(compose, corpus, tmp_pat
     assert max(map(len, caches)) == 12
 
 
-def test_an_override_that_a_stage_shadows_is_not_ignored_in_silence(tiny_bases, corpus, tmp_path):
-    """`+experiments=quickstart training.learning_rate=1e-3` is the example of train.py's own text,
-    and its stages set `learning_rate` themselves: the override must win, or be refused by name."""
-    rate = 7.77e-5
+def one_step(tiny_bases, corpus, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Run `python src/train.py` for one step in a process without a terminal."""
     command = [
         sys.executable,
         str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
@@ -509,19 +507,34 @@ def test_an_override_that_a_stage_shadows_is_not_ignored_in_silence(tiny_bases, 
         f"model.encoder_model_name={tiny_bases / 'whisper'}",
         f"model.decoder_model_name={tiny_bases / 'decoder'}",
         f"data.train=[{{path: {corpus}}}]",
-        f"run.output_dir={tmp_path / 'run'}",
+        f"run.output_dir={folder / 'run'}",
         "stages=[{name: only, training: {learning_rate: 2e-3, max_steps: 1, batch_seconds: 6}}]",
         "training.dataloader_num_workers=0",
         "training.logging_steps=1",
         "training.warmup_steps=0",
-        f"training.learning_rate={rate}",
+        *overrides,
     ]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def test_an_override_that_a_stage_shadows_is_not_ignored_in_silence(tiny_bases, corpus, tmp_path):
+    """`+experiments=quickstart training.learning_rate=1e-3` is the example of train.py's own text,
+    and its stages set `learning_rate` themselves: the override must win, or be refused by name."""
+    rate = 7.77e-5
+    out = one_step(tiny_bases, corpus, tmp_path, f"training.learning_rate={rate}")
     if out.returncode:
         assert "learning_rate" in out.stderr, out.stderr[-500:]
         assert "Traceback" not in out.stderr
     else:
         assert log_of(tmp_path / "run" / "only")[0]["learning_rate"] == pytest.approx(rate)
+
+
+def test_a_log_has_lines_and_no_bars(tiny_bases, corpus, tmp_path):
+    """Where no terminal shows a bar, each redraw of it would be a line of the log."""
+    out = one_step(tiny_bases, corpus, tmp_path, "data.eval=[]", "training.eval_strategy=no",
+                   "training.load_best_model_at_end=false", "model.tune=false")  # fmt: skip
+    assert out.returncode == 0 and log_of(tmp_path / "run" / "only")
+    assert not re.search(r"%\||Loading weights|new PAD/BOS/EOS", out.stderr), out.stderr[-1000:]
 
 
 def test_broken_clips_still_count_when_a_stopped_run_continues(

@@ -448,15 +448,6 @@ def test_a_wrong_model_folder_is_named(tmp_path, files):
         transcribe.main([files[0], "--model", str(tmp_path)])
 
 
-def test_a_log_gets_lines_and_no_bars(model_folder, files):
-    """Where standard error is a file, a bar would add a line each time it moves."""
-    code = "import sys; from tiny_audio.commands.cli import main; sys.exit(main(sys.argv[1:]))"
-    run = [sys.executable, "-c", code, "transcribe", files[0], "--model", str(model_folder)]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip()
-    assert not done.stderr, done.stderr
-
-
 def test_a_long_task_logs_a_line_now_and_then(capsys):
     with progress_bar(total=10_000, desc="encoding", unit="clip") as bar:
         for _ in range(10_000):

@@ -19,7 +19,12 @@ def progress_bar(**options: Any) -> tqdm:
 
 
 def quiet_libraries() -> None:
-    """Turn off other libraries' bars in a log, because each redraw would add a line."""
+    """Turn off what other libraries print that asks nothing of the reader.
+
+    That is Trainer's notice, in every stage, that the special tokens are the tokenizer's; and in a
+    log the bars, because each redraw would add a line.
+    """
+    logging.get_logger("transformers.trainer_utils").setLevel("ERROR")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         if "datasets" in sys.modules:  # only training imports it, and the import takes a second

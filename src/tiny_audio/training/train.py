@@ -209,7 +209,6 @@ def build_model(
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
-    model.generation_config.bos_token_id = processor.tokenizer.bos_token_id  # or Trainer warns
     processor.alphabet = list(ctc[1])
     if start:
         words = Path(start) / NGRAM
