@@ -48,9 +48,11 @@ def test_the_model_is_measured_before_and_after(trained, own, tmp_path, capsys):
     before, after = ASRModel.from_pretrained(trained), ASRModel.from_pretrained(out / "model")
     assert NEW_WORD not in before.ngram.words and NEW_WORD in after.ngram.words
     assert {*before.ngram.words} <= {*after.ngram.words}
-    changed = [name for name, new in after.state_dict().items()
-               if not before.state_dict()[name].equal(new)]  # fmt: skip
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name for name in {*old} & {*new} if not old[name].equal(new[name])}
     assert changed and all(name.startswith("characters.") for name in changed)
+    learned = {name for name in {*new} - {*old} if "lora_B" in name and new[name].any()}
+    assert learned and all(name.startswith("encoder.") for name in learned)
     assert adapt.main(arguments) == 0  # nothing is trained twice
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has other clips or options: name a new folder with"):

@@ -1,5 +1,6 @@
 """The page in a headless Chromium: `apt-get install chromium chromium-driver`."""
 
+import json
 import shutil
 import time
 from functools import partial
@@ -9,13 +10,20 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from conftest import babble, write_audio
+from conftest import babble, write_audio, write_manifest
+from ordinary import room, telephone
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from test_serve import Running
 
-from tiny_audio.asr.asr_processing import load_audio
-from tiny_audio.commands import demo
+from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.commands import adapt, demo
+from tiny_audio.commands.assets import Assets, read_manifest
 from tiny_audio.commands.serve import create_app
 from tiny_audio.training.manifests import read_source
+from tiny_audio.training.train import compose_recipe, train
 
 SCREENS = {"desktop": (1200, 900), "phone": (390, 844)}
 
@@ -32,13 +40,13 @@ def page(model_folder, tmp_path):
 
 @pytest.fixture
 def driver(tmp_path):
-    """A headless Chromium that saves into tmp_path."""
-    from selenium import webdriver
-
+    """A headless Chromium that saves into tmp_path; its microphone hears tmp_path/said.wav."""
     assert shutil.which("chromium") and shutil.which("chromedriver"), __doc__
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("headless=new", "no-sandbox", "autoplay-policy=no-user-gesture-required"):
+    for flag in ("headless=new", "no-sandbox", "autoplay-policy=no-user-gesture-required",
+                 "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream",
+                 f"use-file-for-fake-audio-capture={tmp_path / 'said.wav'}%noloop"):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -46,11 +54,30 @@ def driver(tmp_path):
     driver.quit()
 
 
+def upload(driver, wait, file: Path) -> None:
+    """Give a file to the page and have it transcribed."""
+    waiting = "#recording input[type=file]"
+    wait.until(lambda d: d.find_element(By.CSS_SELECTOR, waiting)).send_keys(str(file))
+    wait.until(lambda d: not d.find_elements(By.CSS_SELECTOR, waiting))
+    time.sleep(1)
+    driver.find_element(By.CSS_SELECTOR, "#go").click()
+
+
+def record(driver, wait, seconds: float) -> None:
+    """Record so much from the microphone and have it transcribed."""
+    microphone = "#recording button[aria-label='Record audio']"
+    wait.until(lambda d: d.find_element(By.CSS_SELECTOR, microphone)).click()
+    start = "#recording .record-button"
+    wait.until(lambda d: d.find_element(By.CSS_SELECTOR, start)).click()
+    time.sleep(seconds)
+    driver.find_element(By.CSS_SELECTOR, "#recording .stop-button").click()
+    wait.until(lambda d: not d.find_elements(By.CSS_SELECTOR, start))
+    time.sleep(1)
+    driver.find_element(By.CSS_SELECTOR, "#go").click()
+
+
 def correct(driver, wait, text: str) -> None:
     """Overwrite the text of the page and keep it as a training clip."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
     box = driver.find_element(By.CSS_SELECTOR, "#text textarea")
     box.send_keys(Keys.CONTROL, "a")
     box.send_keys(Keys.DELETE, text, Keys.TAB)
@@ -61,9 +88,6 @@ def correct(driver, wait, text: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("screen", SCREENS)
 def test_the_page(page, driver, pipe, tmp_path, screen):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
     driver.set_window_size(*SCREENS[screen])
     wait = WebDriverWait(driver, 60)
 
@@ -75,13 +99,7 @@ def test_the_page(page, driver, pipe, tmp_path, screen):
 
     def give(file: Path, status: str) -> None:
         driver.get(page)
-        upload = wait.until(
-            lambda d: d.find_element(By.CSS_SELECTOR, "#recording input[type=file]")
-        )
-        upload.send_keys(str(file))
-        wait.until(lambda d: not d.find_elements(By.CSS_SELECTOR, "#recording input[type=file]"))
-        time.sleep(1)
-        driver.find_element(By.CSS_SELECTOR, "#go").click()
+        upload(driver, wait, file)
         wait.until(lambda d: status in text(".status"))
 
     talk = write_audio(tmp_path / "talk.wav", babble(6.0, 5), 16_000, "pcm_s16le")
@@ -129,8 +147,6 @@ ask(new URLSearchParams(location.search).get("endpoint")).catch(e => say("refuse
 @pytest.mark.long
 def test_a_page_of_another_origin_calls_the_endpoint(driver, pipe, tmp_path):
     """Where `--cors` names its origin, and not without."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
     talk = write_audio(tmp_path / "talk.wav", babble(2.0, 5), 16_000, "pcm_s16le")
     (tmp_path / "index.html").write_text(CALLER)
     site = ThreadingHTTPServer(
@@ -146,3 +162,53 @@ def test_a_page_of_another_origin_calls_the_endpoint(driver, pipe, tmp_path):
         running.stop()
         assert driver.title.strip() == said[name].strip()
     site.shutdown()
+
+
+def briefly_trained(real_bases: Assets, folder: Path) -> Path:
+    """Train the quickstart's character head on the recorded prompts alone, for a minute."""
+    stage = "{name: characters, training: {character_loss_weight: 1.0, ctc_loss_weight: 0.0, "
+    stage += "decoder_loss_weight: 0.0, decoder_learning_rate: 0.0, learning_rate: 2.0e-3, "
+    stage += "max_grad_norm: 4.0, batch_seconds: 64, max_steps: 200, save_steps: 200}}"
+    overrides = [f"stages=[{stage}]", f"run.output_dir={folder / 'model'}", "model.tune=false",
+                 f"data.train=[{{path: {real_bases.train}}}]",
+                 f"data.eval=[{{path: {real_bases.dev}}}]",
+                 "training.eval_strategy=no", "training.load_best_model_at_end=false"]  # fmt: skip
+    return train(compose_recipe(["+experiments=quickstart", *overrides]))
+
+
+def through_a_line(manifest: Path, count: int, folder: Path) -> list[dict[str, str]]:
+    """Write so many clips of a manifest as they sound through a room and a telephone line."""
+    folder.mkdir()
+    rng, rows = np.random.default_rng(0), []
+    clips = [row for row in read_manifest(manifest) if 1.5 < row["duration"] < 5]
+    for row in clips[:count]:
+        samples = telephone(room(load_audio(manifest.parent / row["audio"]), rng))
+        audio = write_audio(folder / f"{row['id']}.wav", samples, SAMPLE_RATE, "pcm_s16le")
+        rows.append({"audio": str(audio), "text": row["text"]})
+    return rows
+
+
+@pytest.mark.long
+def test_corrected_recordings_make_a_better_model(driver, real_bases, tmp_path):
+    """Record, correct, adapt: real speech in a room, on the telephone."""
+    model = briefly_trained(real_bases, tmp_path)
+    heard = through_a_line(real_bases.train, 24, tmp_path / "heard")
+    shutil.copy(heard[0]["audio"], tmp_path / "said.wav")
+    blocks = demo.build([str(model)], [], folder=tmp_path / "mine")
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, css=demo.CSS)
+    wait = WebDriverWait(driver, 120)
+    for i, row in enumerate(heard):
+        driver.get(url)
+        upload(driver, wait, Path(row["audio"])) if i else record(driver, wait, 6.0)
+        wait.until(lambda d: "times real time" in d.find_element(By.CSS_SELECTOR, "#result").text)
+        correct(driver, wait, row["text"])
+    blocks.close()
+    mine = tmp_path / "mine/clips.csv"
+    assert [clip.text for clip in read_source({"path": str(mine)})] == [c["text"] for c in heard]
+    unheard = through_a_line(real_bases.dev, 40, tmp_path / "unheard")
+    dev = write_manifest(tmp_path / "unheard.jsonl", unheard)
+    options = ["--dev", str(dev), "--out", str(tmp_path / "adapted"), "--steps", "60"]
+    assert adapt.main([str(model), "--data", str(mine), *options]) == 0
+    before, after = (json.loads((tmp_path / f"adapted/{when}0/summary.json").read_text())["wer"]
+                     for when in ("before", "after"))  # fmt: skip
+    assert after < 0.9 * before, (before, after)

@@ -1,8 +1,9 @@
 """`tiny-audio adapt MODEL --data my.csv`: improve a trained model on recordings of your own.
 
-Holds out some of the clips, trains the character head and the words on the others, and measures the
-model before and after on the same held-out clips. Clips of the model's old training data are mixed
-in, and its old evaluation clips are measured too, because a model that adapts may forget.
+Holds out some of the clips, trains the character head, a LoRA in the encoder and the words on the
+others, and measures the model before and after on the same held-out clips. Clips of the model's old
+training data are mixed in, and its old evaluation clips are measured too, because a model that
+adapts may forget.
 """
 
 import json
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from ..asr.asr_config import ASRConfig
 from ..evaluation.recognisers import fingerprint, load_recogniser
 from ..training.manifests import DataError, Example, read_source
-from ..training.train import train
+from ..training.plan import without_weights
+from ..training.train import CONFIGS, train
 from ..training.trainer import clean_exit
 from . import home_path, parser_of
 from .compare import compared, paired, read_rows
@@ -24,20 +28,8 @@ from .eval import evaluate
 
 HELD_OUT = 0.2  # share of the clips
 MIN_CLIPS, MIN_SPEAKERS = 10, 5  # fewer held-out clips say nothing; fewer speakers are not split
-MOST_COPIES, COPIES_SECONDS = 8, 2400.0  # clips are repeated, disturbed anew, up to so much audio
-KEPT_CLIPS = 400  # of each source of the old training data
-# A stage of the character head alone: it decides what is proposed, and trains in minutes.
-STAGE: dict[str, Any] = {
-    "decoder_loss_weight": 0.0,
-    "ctc_loss_weight": 0.0,
-    "character_loss_weight": 1.0,
-    "decoder_learning_rate": 0.0,
-    "learning_rate": 1.0e-3,
-    "warmup_steps": 20,
-    "batch_seconds": 64,
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-}
+MOST_COPIES, COPIES_SECONDS = 8, 1200.0  # clips are repeated, disturbed anew, up to so much audio
+KEPT_CLIPS = 150  # of each source of the old training data
 
 
 def hold_out(clips: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
@@ -98,17 +90,19 @@ def existing(sources: Any) -> list[dict[str, Any]]:
 def adapted_recipe(
     model: Path, own: str, seconds: float, keep: list[dict[str, Any]], args: Any
 ) -> DictConfig:
-    """The model's recipe, changed to train its character head on `own` and `keep`."""
-    cfg = recipe_of(model)
-    copies = max(1, min(MOST_COPIES, round(COPIES_SECONDS / max(seconds, 1.0))))
-    data = cfg.stages[0].get("data") or {} if cfg.stages else {}
-    steps = {"max_steps": args.steps, "save_steps": args.steps}
-    cfg.stages = [{"name": "adapt", "training": {**STAGE, **steps}, "data": data}]
-    cfg.run.output_dir, cfg.run.seed, cfg.run.fresh = str(args.out / "model"), args.seed, False
+    """The model's recipe, changed by `experiments/adapt.yaml` to train on `own` and `keep`."""
+    old, change = recipe_of(model), OmegaConf.load(CONFIGS / "experiments/adapt.yaml")
+    modules = without_weights(ASRConfig.from_pretrained(model)).encoder.named_modules()
+    linear = {name.rsplit(".", 1)[-1] for name, part in modules if isinstance(part, nn.Linear)}
+    change.encoder_lora.target_modules = sorted(linear)
+    for key in ("defaults", *(["encoder_lora"] if old.encoder_lora.r else [])):
+        del change[key]
+    cfg: Any = OmegaConf.merge(old, change)
+    cfg.stages[0].training.update({"max_steps": args.steps, "save_steps": args.steps})
+    cfg.run.update({"output_dir": str(args.out / "model"), "seed": args.seed, "fresh": False})
     cfg.model.pretrained_model_path = str(model)
-    cfg.model.tune = False  # it would choose on the clips that are measured
+    copies = max(1, min(MOST_COPIES, round(COPIES_SECONDS / max(seconds, 1.0))))
     cfg.data.train = [{"path": own, "repeat": copies}, *keep]
-    cfg.training.push_to_hub = False
     return cfg
 
 
@@ -160,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dev", type=home_path, help="held-out clips; default: a fifth of --data")
     parser.add_argument("--keep", type=home_path, help="old clips to mix in; default: the model's")
     parser.add_argument("--out", type=home_path, default=Path("outputs/adapted"))
-    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=130, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", default="en", help="normaliser of the WER; default: en")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best one available")
