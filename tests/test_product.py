@@ -17,7 +17,9 @@ import av
 import numpy as np
 import pytest
 from conftest import split_at_pauses, write_audio
+from safetensors.torch import load_file
 
+from tiny_audio.asr.asr_modeling import WEIGHTS
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets, cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS
@@ -183,7 +185,7 @@ def commands() -> list[str]:
 
 
 # The only substitutions: a manifest of three clips where a whole test set is scored.
-LONG = ("make quickstart", "+experiments=quickstart", "tiny-audio adapt")
+LONG = ("make quickstart", "+experiments=quickstart", "+experiments=hour", "tiny-audio adapt")
 SERVERS = {"tiny-audio demo": 7860, "tiny-audio serve": 8000}  # they run until interrupted
 APART = (*LONG, *SERVERS)
 
@@ -279,6 +281,20 @@ def test_what_does_not_fit_is_said_before_the_encoding(override, message, real_b
     with pytest.raises(ValueError, match=message):
         train(cfg)
     assert not list(tmp_path.rglob("encoder_frames-*"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["adapt", "hour"])
+def test_a_preset_goes_on_from_the_quickstarts_model(name, workplace, real_bases):
+    few = f"'data.train=[{{path: {real_bases.train}}}]' 'data.eval=[]' data.max_train_samples=20"
+    short = "model.tune=false stages.0.training.max_steps=2 stages.0.training.save_steps=2"
+    start = "model.pretrained_model_path=outputs/quickstart"
+    options = f"{start} {few} {short} run.output_dir=outputs/{name}"
+    done = bash(f"python src/train.py +experiments={name} {options}", workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tensors = load_file(workplace / "outputs" / name / WEIGHTS)
+    learned = [key for key, tensor in tensors.items() if "lora_B" in key and tensor.any()]
+    assert any(key.startswith("encoder.") for key in learned)
 
 
 @pytest.mark.long

@@ -141,6 +141,15 @@ def test_the_other_presets():
     assert dutch.model == english.model
 
 
+def test_the_presets_that_go_on_train_encoder_and_character_head_alone():
+    for name in ("adapt", "hour"):
+        cfg = composed(f"+experiments={name}")
+        (stage,) = recipe.stage_configs(cfg)
+        assert cfg.encoder_lora.r and stage.training.encoder_learning_rate
+        assert not stage.training.cache_encoder and not stage.training.decoder_learning_rate
+        assert stage.training.character_loss_weight and not stage.training.ctc_loss_weight
+
+
 @pytest.mark.parametrize("name", ["dutch", "mac_minimal", "parakeet", "quickstart", "stage1"])
 def test_the_best_checkpoint_can_be_kept(name):
     """A checkpoint is written at an evaluation, or transformers refuses load_best_model_at_end."""
