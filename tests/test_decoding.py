@@ -264,6 +264,9 @@ def test_refusals(build, clips):
         pipe(clips[0], decode="beam")
     with pytest.raises(ValueError, match="did you mean 'proposals'"):
         pipe(clips[0], decoding={"proposal": 3})
+    for name in ("beams", "candidates", "proposals"):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            pipe(clips[0], decoding={name: 0})
     with pytest.raises(ValueError, match=r"saved by an older version.*make quickstart"):
         ASRConfig(ctc_decode_weight=0.5)
 

@@ -24,7 +24,7 @@ def quiet_libraries() -> None:
     That is Trainer's notice, in every stage, that the special tokens are the tokenizer's; and in a
     log the bars, because each redraw would add a line.
     """
-    logging.get_logger("transformers.trainer_utils").setLevel("ERROR")
+    logging.get_logger("transformers.trainer_utils").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         if "datasets" in sys.modules:  # only training imports it, and the import takes a second

@@ -89,9 +89,12 @@ def lora_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def decoding_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
-    """Fill in `DECODING_DEFAULTS` and refuse unknown keys."""
+    """Fill in `DECODING_DEFAULTS`, and refuse unknown keys and searches that keep nothing."""
     check_keys(settings or {}, DECODING_DEFAULTS, "decoding settings")
-    return {**DECODING_DEFAULTS, **(settings or {})}
+    full = {**DECODING_DEFAULTS, **(settings or {})}
+    if min(full["beams"], full["candidates"], full["proposals"]) < 1:
+        raise ValueError("decoding: beams, candidates and proposals must be at least 1")
+    return full
 
 
 @strict

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .asr_config import DECODE, DECODING_DEFAULTS, check_keys
+from .asr_config import DECODE, decoding_settings
 from .asr_search import Proposal
 
 logger: Any = logging.get_logger(__name__)
@@ -239,8 +239,7 @@ def transcribe(
         raise ValueError(f"decode must be one of {', '.join(DECODE)}, not {decode!r}")
     if generate_kwargs and decode != "generate":
         raise ValueError(f"generate_kwargs need decode='generate', not {decode!r}")
-    check_keys(decoding or {}, DECODING_DEFAULTS, "decoding")
-    settings = {**model.config.decoding, **(decoding or {})}
+    settings = decoding_settings({**model.config.decoding, **(decoding or {})})
     settings["words"] = spell_terms(processor, settings["words"])
     if model.characters is None:
         if decode == "ctc":

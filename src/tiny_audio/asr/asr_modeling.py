@@ -331,8 +331,7 @@ class ASRModel(PreTrainedModel, GenerationMixin):
         """Return the search over the character head's output, see `ASRConfig.decoding`."""
         if self.characters is None:
             raise ValueError("this model has no character head: use decode='generate'")
-        names = [field.name for field in fields(SearchSettings)]
-        own = SearchSettings(**{name: settings[name] for name in names})
+        own = SearchSettings(**{f.name: settings[f.name] for f in fields(SearchSettings)})
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
         # The many small steps suit a CPU, and CUDA queues them just as fast.
         device = self.device if self.device.type == "cuda" else torch.device("cpu")

@@ -92,11 +92,14 @@ def adapted_recipe(
 ) -> DictConfig:
     """The model's recipe, changed by `experiments/adapt.yaml` to train on `own` and `keep`."""
     old, change = recipe_of(model), OmegaConf.load(CONFIGS / "experiments/adapt.yaml")
-    modules = without_weights(ASRConfig.from_pretrained(model)).encoder.named_modules()
-    linear = {name.rsplit(".", 1)[-1] for name, part in modules if isinstance(part, nn.Linear)}
-    change.encoder_lora.target_modules = sorted(linear)
-    for key in ("defaults", *(["encoder_lora"] if old.encoder_lora.r else [])):
-        del change[key]
+    assert isinstance(change, DictConfig)
+    del change["defaults"]
+    if old.encoder_lora.r:  # the model's own LoRA goes on
+        del change["encoder_lora"]
+    else:
+        modules = without_weights(ASRConfig.from_pretrained(model)).encoder.named_modules()
+        linear = {name.rsplit(".", 1)[-1] for name, part in modules if isinstance(part, nn.Linear)}
+        change.encoder_lora.target_modules = sorted(linear)
     cfg: Any = OmegaConf.merge(old, change)
     cfg.stages[0].training.update({"max_steps": args.steps, "save_steps": args.steps})
     cfg.run.update({"output_dir": str(args.out / "model"), "seed": args.seed, "fresh": False})
