@@ -181,9 +181,9 @@ def through_a_line(manifest: Path, count: int, folder: Path) -> list[dict[str, s
     folder.mkdir()
     rng, rows = np.random.default_rng(0), []
     clips = [row for row in read_manifest(manifest) if 1.5 < row["duration"] < 5]
-    for row in clips[:count]:
+    for i, row in enumerate(clips[:count]):
         samples = telephone(room(load_audio(manifest.parent / row["audio"]), rng))
-        audio = write_audio(folder / f"{row['id']}.wav", samples, SAMPLE_RATE, "pcm_s16le")
+        audio = write_audio(folder / f"{i}.wav", samples, SAMPLE_RATE, "pcm_s16le")
         rows.append({"audio": str(audio), "text": row["text"]})
     return rows
 
