@@ -199,7 +199,10 @@ def test_corrected_recordings_make_a_better_model(driver, real_bases, tmp_path):
     wait = WebDriverWait(driver, 120)
     for i, row in enumerate(heard):
         driver.get(url)
-        upload(driver, wait, Path(row["audio"])) if i else record(driver, wait, 6.0)
+        if i == 0:
+            record(driver, wait, seconds=6.0)
+        else:
+            upload(driver, wait, Path(row["audio"]))
         wait.until(lambda d: "times real time" in d.find_element(By.CSS_SELECTOR, "#result").text)
         correct(driver, wait, row["text"])
     blocks.close()
