@@ -129,3 +129,25 @@ def test_the_level_of_the_speech_is_the_same_whatever_it_was():
         augment.rms(wanted), rel=0.3
     )
     assert not normalise_level(np.zeros(100, np.float32)).any()
+
+
+def test_the_length_of_a_disturbed_clip_is_known_before_it_is_read(build, tmp_path):
+    rows = []
+    for i in range(30):
+        path = write_audio(tmp_path / f"{i}.wav", babble(0.5 + i / 20, i), SAMPLE_RATE, "pcm_s16le")
+        rows.append(
+            {"id": f"clip{i}", "audio": str(path), "text": "hello", "duration": 0.5 + i / 20}
+        )
+    source = {"path": str(write_manifest(tmp_path / "clips.jsonl", rows))}
+    processor, _ = build("whisper")
+    data = SpeechDataset([source], processor, Dropped(), disturb=0.8, max_seconds=4.0)
+    for epoch in (0, 3):
+        data.set_epoch(epoch)
+        lengths = data.lengths(epoch)
+        read = [
+            len(data.disturbed(babble(e.duration, i), e)) / SAMPLE_RATE
+            for i, e in enumerate(data.examples)
+        ]
+        assert np.allclose(read, lengths, atol=2e-3)
+        assert len({round(s, 2) for s in lengths}) > 20
+    assert data.lengths(0) != data.lengths(3)

@@ -62,6 +62,15 @@ def test_padded_seconds_stay_within_the_budget(lengths, budget):
         assert len(sampler) < 1.15 * lengths.sum() / budget + 3
 
 
+def test_lengths_that_differ_by_epoch_give_every_clip_once_in_len_batches(lengths):
+    """Disturbed clips are longer in some epochs, here much longer in one that was not counted."""
+    sampler = LengthBatchSampler(lambda epoch: lengths * (2.0 if epoch == 9 else 1.0), 120)
+    for epoch in (0, 9, 10):
+        batches = batches_of(sampler, epoch)
+        assert sorted(i for batch in batches for i in batch) == list(range(2000))
+        assert len(batches) == len(sampler)
+
+
 @pytest.mark.parametrize("budget", [120, 240])
 def test_padding_is_at_most_five_percent(lengths, budget):
     sampler = LengthBatchSampler(lengths, budget)

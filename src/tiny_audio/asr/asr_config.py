@@ -23,10 +23,10 @@ LORA_DEFAULTS: dict[str, Any] = {
 DECODING_DEFAULTS: dict[str, Any] = {
     "beams": 48,  # hypotheses that the CTC search keeps
     "candidates": 12,  # most likely characters that it tries in each frame
-    "temperature": 1.5,  # flattens the posteriors: sharp ones hide the correct word
+    "temperature": 2.0,  # flattens the posteriors: sharp ones hide the correct word
     "lexicon": True,  # False: search characters, without words
     "ngram": 0.5,  # weight of the n-gram of the training transcripts
-    "word": 0.5,  # bonus for each word
+    "word": 0.0,  # bonus for each word
     "open_character": 4.0,  # cost of each character of a word that the lexicon lacks
     "words": [],  # names and terms to prefer; the lexicon may lack them
     "proposals": 8,  # maximum number of texts that the decoder scores

@@ -71,7 +71,7 @@ def check(cfgs: Sequence[Any]) -> None:
         settings: Any = OmegaConf.to_container(stage.training, resolve=True)
         data, _ = read_data(stage, settings, processor, Dropped(None, dropped.allowed))
         if not stage.data.streaming:
-            seconds = [example.duration for example in data.examples]
+            seconds = data.lengths(0)
             batches = LengthBatchSampler(seconds, settings["batch_seconds"])
             padded = sum(len(batch) * max(seconds[i] for i in batch) for batch in batches)
             print(

@@ -27,7 +27,7 @@ from ..training.data import Dropped, SpeechDataset
 from ..training.manifests import read_source
 from ..training.train import FINISHED, TUNING, compose_recipe, train
 from ..training.trainer import clean_exit
-from ..training.tuning import SECOND_PASS, encoded
+from ..training.tuning import TRIED, encoded
 from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
@@ -51,7 +51,7 @@ def row_options(model: Path) -> dict[str, dict[str, Any]]:
     }
     if (model / TUNING).exists():  # missing if nothing was evaluated
         found = json.loads((model / TUNING).read_text())
-        chosen = {name: {k: found[name][k] for k in SECOND_PASS} for name in chosen}
+        chosen = {name: {k: found[name][k] for k in TRIED} for name in chosen}
     return {
         "greedy": {"decode": "ctc", "decoding": {"lexicon": False, "beams": 1}},
         "lexicon": {"decode": "ctc", "decoding": {"ngram": 0.0}},
@@ -65,12 +65,18 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
     """Return summaries by row of `ROWS` and by set ("test" or "librivox")."""
     out: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in ROWS}
     pipe = load_recogniser(str(model))
+    chosen = pipe.model.config.decoding
     for name, manifest in {"test": assets.test, "librivox": assets.librivox}.items():
         about = {"model": "model", "dataset": f"quickstart {name}"}
         examples = list(read_source({"path": str(manifest)}))
         print(f"\n{ROWS['model']}, {name}", flush=True)
         out["model"][name] = evaluate(pipe, examples, model / "eval" / name, {}, about)
-        for row, summary in score_parts(pipe, manifest, row_options(model)).items():
+        others = row_options(model)
+        for row in ("language_model", "decoder"):  # tuning chose one of them
+            if all(chosen[key] == value for key, value in others[row]["decoding"].items()):
+                out[row][name] = out["model"][name]
+                del others[row]
+        for row, summary in score_parts(pipe, manifest, others).items():
             out[row][name] = summary
     return out
 

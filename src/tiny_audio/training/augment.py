@@ -32,15 +32,14 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Speed and pauses change its length. Its level is arbitrary: `ASRProcessor.features` normalises
     it.
     """
+    speed, before, behind = draw_timing(rng)
     does = {name: rng.random() < share for name, share in SHARES.items()}
-    if does["speed"]:
-        samples = resample(samples, rng.uniform(*SPEED))
+    if speed != 1.0:
+        samples = resample(samples, speed)
     level = rms(samples)
     if does["reverberation"]:
         samples = reverberate(samples, rng)
-    if does["pause"]:
-        before, behind = (silence(rng) if rng.random() < 0.7 else np.zeros(0) for _ in range(2))
-        samples = np.concatenate([before, samples, behind])
+    samples = np.pad(samples, (int(before * SAMPLE_RATE), int(behind * SAMPLE_RATE)))
     if does["telephone"]:
         samples = companded(samples) if rng.random() < 0.5 else samples
         samples = band_pass(samples, rng.uniform(100, 350), rng.uniform(3000, 3800))
@@ -55,15 +54,20 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return samples.astype(np.float32)
 
 
+def draw_timing(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Draw what changes a clip's length: its speed, and the seconds of silence on either side.
+
+    `disturb` draws this first, so that the length of a disturbed clip is known without reading it.
+    """
+    speed = rng.uniform(*SPEED) if rng.random() < SHARES["speed"] else 1.0
+    pauses = np.minimum(rng.exponential(PAUSE_SECONDS, 2), LONGEST_PAUSE) * (rng.random(2) < 0.7)
+    before, behind = pauses if rng.random() < SHARES["pause"] else (0.0, 0.0)
+    return speed, before, behind
+
+
 def rms(samples: np.ndarray) -> float:
     """Root mean square, always above zero."""
     return float(np.sqrt(np.square(samples).mean() + 1e-12)) if len(samples) else 1e-6
-
-
-def silence(rng: np.random.Generator) -> np.ndarray:
-    """Silence of a random length."""
-    seconds = min(rng.exponential(PAUSE_SECONDS), LONGEST_PAUSE)
-    return np.zeros(int(seconds * SAMPLE_RATE))
 
 
 def resample(samples: np.ndarray, speed: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 The order depends only on (seed, epoch), so a resumed run repeats it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -33,7 +33,8 @@ def cut_batches(
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length whose padded audio stays within `batch_seconds`.
 
-    The sampler sorts examples by duration with up to 3 % of jitter, cuts them into batches by the
+    `seconds` are the durations of the clips, or a function that gives those of an epoch. The
+    sampler sorts the clips by duration with up to 3 % of jitter, cuts them into batches by the
     budget, and shuffles the batches. (seed, epoch) determines the result. `most` also limits the
     clips in a batch. The number of batches is a multiple of `multiple`, the number of processes.
     With `largest_first`, the first epoch starts with its largest batch, so a batch that does not
@@ -45,7 +46,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        seconds: Sequence[float],
+        seconds: Sequence[float] | Callable[[int], Sequence[float]],
         batch_seconds: float,
         seed: int = 0,
         shuffle: bool = True,
@@ -53,9 +54,10 @@ class LengthBatchSampler(Sampler[list[int]]):
         multiple: int = 1,
         largest_first: bool = False,
     ) -> None:
-        self.seconds, self.most = np.asarray(seconds), most or len(seconds)
-        self.largest_first = largest_first
-        if (longest := self.seconds.max()) > batch_seconds:
+        self.lengths = seconds if callable(seconds) else lambda _epoch: seconds
+        first = np.asarray(self.lengths(0))
+        self.most, self.largest_first = most or len(first), largest_first
+        if (longest := first.max()) > batch_seconds:
             below = f"is below the longest clip ({longest:.1f} s)"
             raise DataError(f"training.batch_seconds={batch_seconds} {below}")
         self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
@@ -64,7 +66,7 @@ class LengthBatchSampler(Sampler[list[int]]):
             most_batches = max(len(self._make(epoch)) for epoch in range(8))
             wanted = most_batches + most_batches // 50 + 1
             wanted += -wanted % multiple
-            self.count = min(wanted, len(self.seconds) // multiple * multiple)
+            self.count = min(wanted, len(first) // multiple * multiple)
         self.count = len(self._make(0))
         self.batch_size = None  # accelerate reads it; batches have no fixed size
 
@@ -74,11 +76,15 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def _make(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, epoch])
-        jitter = rng.uniform(0.97, 1.03, len(self.seconds)) if self.shuffle else 1.0
-        order = np.argsort(-self.seconds * jitter, kind="stable")
-        batches = cut_batches(self.seconds, order, self.batch_seconds, self.most)
-        # Jitter changes the number of batches by one or two, and the trainer needs the same number
-        # in every epoch: halve the fullest batches until it is reached.
+        seconds = np.asarray(self.lengths(epoch))
+        jitter = rng.uniform(0.97, 1.03, len(seconds)) if self.shuffle else 1.0
+        order = np.argsort(-seconds * jitter, kind="stable")
+        batches = cut_batches(seconds, order, self.batch_seconds, self.most)
+        # The number of batches differs a little between epochs, and the trainer needs the same in
+        # all of them: join the smallest batches or halve the fullest until it is reached.
+        while self.count and len(batches) > self.count:
+            batches.sort(key=len)
+            batches[:2] = [batches[0] + batches[1]]
         while len(batches) < self.count:
             fullest = max(range(len(batches)), key=lambda j: len(batches[j]))
             batch = batches.pop(fullest)
@@ -86,7 +92,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         if self.shuffle:
             rng.shuffle(batches)
         if self.largest_first and epoch == 0:
-            padded = [len(batch) * self.seconds[batch].max() for batch in batches]
+            padded = [len(batch) * seconds[batch].max() for batch in batches]
             batches.insert(0, batches.pop(int(np.argmax(padded))))
         return batches
 

@@ -25,7 +25,7 @@ from transformers import BatchFeature
 
 from ..asr.asr_config import check_keys
 from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
-from .augment import disturb
+from .augment import disturb, draw_timing
 from .manifests import DataError, Example, Reader
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
@@ -235,9 +235,21 @@ class Clips:
         features = self.processor.features(self.disturbed(samples, example))
         return {**item, "features": self.mask(features, example.id)}
 
-    def rng(self, example_id: str) -> np.random.Generator:
+    def rng(self, example_id: str, epoch: int | None = None) -> np.random.Generator:
         """A generator seeded by (seed, epoch, id), so a resumed run repeats its numbers."""
-        return np.random.default_rng([self.seed, self.epoch, zlib.crc32(example_id.encode())])
+        epoch = self.epoch if epoch is None else epoch
+        return np.random.default_rng([self.seed, epoch, zlib.crc32(example_id.encode())])
+
+    def disturbed_seconds(self, example: Example, epoch: int) -> float:
+        """The length of an example in an epoch, after `disturbed`."""
+        if not self.disturb or self.encoded is not None:
+            return example.duration
+        rng = self.rng(example.id, epoch)
+        if rng.random() >= self.disturb:
+            return example.duration
+        speed, before, behind = draw_timing(rng)
+        changed = example.duration / speed + before + behind
+        return changed if changed <= self.max_seconds else example.duration
 
     def disturbed(self, samples: np.ndarray, example: Example) -> np.ndarray:
         """Augment samples (n,) at 16 kHz: `augment.disturb`, recorded noise, the transform."""
@@ -357,6 +369,10 @@ class SpeechDataset(Clips, Dataset):
         batch = super().collate(good)
         batch["dropped"] = [item for item in items if "features" not in item]
         return batch
+
+    def lengths(self, epoch: int) -> list[float]:
+        """Seconds of each example in an epoch."""
+        return [self.disturbed_seconds(example, epoch) for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)

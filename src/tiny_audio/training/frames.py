@@ -65,13 +65,15 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
         ValueError: if the encoder is trained, or if augmentation changes its input in every epoch.
     """
     if model.encoder_is_trained:
-        raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
+        raise ValueError("training.cache_encoder needs training.encoder_learning_rate=0")
     if data.noises or data.transform or data.mask_time or data.mask_bands:
         raise ValueError("data.noise, transform and mask_* need training.cache_encoder=false")
     made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]
     made_of += [str(next(model.encoder.parameters()).dtype)]
     made_of += [data.processor.tail_seconds, data.processor.min_seconds]
     made_of += [data.disturb, data.disturb and data.seed]
+    lora = [p for name, p in model.encoder.named_parameters() if ".lora_B" in name]
+    made_of += [crc32(p.detach().cpu().numpy().tobytes()) for p in lora if p.any()]
     for e in sorted(data.examples, key=lambda e: e.id):
         audio = e.audio if isinstance(e.audio, dict) else {"path": e.audio}
         with suppress(OSError, TypeError):  # unreadable clips have no frames

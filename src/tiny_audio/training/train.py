@@ -52,7 +52,7 @@ from .trainer import (
     last_checkpoint,
     run_lock,
 )
-from .tuning import TUNED, tune
+from .tuning import TRIED, tune
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "hydra"
@@ -449,7 +449,7 @@ def finish(cfg: DictConfig, start: str, output: Path) -> None:
         found = tune(model, processor, clips, cfg.training.language)
         for name, choice in found.items():
             print(f"{name}: expected WER {choice['expected_wer']:.2f} %")
-        print({name: model.config.decoding[name] for name in TUNED})
+        print({name: model.config.decoding[name] for name in TRIED})
         (output / TUNING).write_text(json.dumps(found, indent=2) + "\n")
     model.save_pretrained(output)
     processor.save_pretrained(output)

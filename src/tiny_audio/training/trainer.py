@@ -79,7 +79,7 @@ class ASRTrainer(Trainer):
         if isinstance(data, SpeechStream):  # one reader, which decodes in threads
             return DataLoader(data, batch_size=None, num_workers=min(1, workers), generator=own)
         sampler = LengthBatchSampler(
-            [example.duration for example in data.examples],
+            data.lengths,
             self.settings["batch_seconds"],
             self.args.seed,
             most=self.settings["per_device_train_batch_size"],

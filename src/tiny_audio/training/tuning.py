@@ -19,22 +19,14 @@ from ..evaluation.scoring import count, normalizer
 from .batches import LengthBatchSampler
 from .data import SpeechDataset
 
-# The values to try: first for the search alone, then for the decoder that rescores its proposals.
-FIRST_PASS = {
-    "temperature": (1.0, 1.5, 2.0),
-    "ngram": (0.3, 0.5, 0.7),
-    "word": (0.0, 0.5, 1.0),
-    "open_character": (2.5, 4.0, 8.0),
-}
-SECOND_PASS = {
+# The values to try for each weight. Those of the search itself stay as they are: what makes its
+# first text better makes its other proposals worse.
+TRIED = {
     "prior": (0.2, 0.4, 0.6, 0.8, 1.0),
-    "decoder": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
-    "language_model": (0.0, 0.15, 0.3, 0.5, 0.75, 1.0),
+    "decoder": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25),
+    "language_model": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25),
     "decoder_word": (0.0, 0.5, 1.0, 1.5, 2.0),
 }
-TUNED = (*FIRST_PASS, *SECOND_PASS)
-MIN_GAIN = 0.1  # points of expected WER; smaller gains are within chance
-MIN_GAIN_BOTH = 0.75  # points of expected WER that justify two passes of the decoder
 
 
 def tune(
@@ -50,53 +42,36 @@ def tune(
 
     Returns:
         `expected_wer` in percent and the best weights for each way to rescore the search's
-        proposals: not at all ("first_pass"), with the untrained decoder ("language_model"), with
-        the trained one ("decoder"), or with "both". "both" is chosen only if it gains
-        `MIN_GAIN_BOTH` points.
+        proposals: not at all ("first_pass"), with the untrained decoder ("language_model"), or with
+        the trained one ("decoder"). The better decoder is chosen.
     """
     settings, normal = model.config.decoding, normalizer(language)
     clips = list(encoded(model, data, batch_seconds))
     references = [normal(example.text) for example in data.examples]
     total = max(1, sum(len(text.split()) for text in references))
+    with torch.inference_mode():
+        scored = list(candidates(model, processor, clips, settings))
+    wrong = [
+        np.array([count(references[row], normal(c.proposal.text)).errors for c in some])
+        for row, some in scored
+    ]
+    parts = [np.array([c.parts() for c in some]) for _, some in scored]
 
-    def errors(row: int, text: str) -> int:
-        return count(references[row], normal(text)).errors
-
-    def search(trial: dict[str, Any]) -> float:
-        found = 0.0
-        for rows, hidden, steps in clips:
-            texts = model.search(trial)(model.characters(hidden), steps)
-            for row, proposals in zip(rows, texts, strict=True):
-                near = proposals[: trial["proposals"]]
-                wrong = np.array([errors(row, p.text) for p in near])
-                found += expected(np.array([p.score for p in near]), wrong)
+    def expected_wer(weights: dict[str, float]) -> float:
+        by_weight = np.array([1.0, *(weights[name] for name in TERMS)])
+        found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
         return 100 * found / total
 
-    with torch.inference_mode():
-        best = search(settings)
-        for name, values in FIRST_PASS.items():  # one setting at a time
-            for value in sorted({*values} - {settings[name]}):
-                cost = search({**settings, name: value})
-                if cost < best - MIN_GAIN:
-                    best, settings[name] = cost, value
-        scored = list(candidates(model, processor, clips, settings))
-    wrong = [np.array([errors(row, c.proposal.text) for c in some]) for row, some in scored]
-    parts = [np.array([c.parts() for c in some]) for _, some in scored]
-    costs = {}
-    for weights in product(*(SECOND_PASS[name] for name in TERMS)):
-        by_weight = np.array([1.0, *weights])
-        found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
-        costs[weights] = 100 * found / total
-    choices = {"first_pass": {"expected_wer": best}}
-    for name, ruled_out in (("language_model", 1), ("decoder", 2), ("both", None)):
-        allowed = [w for w in costs if ruled_out is None or not w[ruled_out]]
-        weights = min(allowed, key=costs.__getitem__)
-        choices[name] = dict(zip(TERMS, weights, strict=True))
-        choices[name]["expected_wer"] = costs[weights]
-    order = sorted(("language_model", "decoder"), key=lambda n: choices[n]["expected_wer"])
-    gain = choices[order[0]]["expected_wer"] - choices["both"]["expected_wer"]
-    chosen = choices["both" if gain > MIN_GAIN_BOTH else order[0]]
-    settings.update({name: chosen[name] for name in SECOND_PASS})
+    unscored = {"prior": 1.0, "decoder": 0.0, "language_model": 0.0, "decoder_word": 0.0}
+    choices = {"first_pass": {**unscored, "expected_wer": expected_wer(unscored)}}
+    for name, ruled_out in (("language_model", "decoder"), ("decoder", "language_model")):
+        values = {**TRIED, ruled_out: (0.0,)}
+        trials = [dict(zip(values, trial, strict=True)) for trial in product(*values.values())]
+        costs = [expected_wer(trial) for trial in trials]
+        best = int(np.argmin(costs))
+        choices[name] = {**trials[best], "expected_wer": costs[best]}
+    chosen = min(choices["language_model"], choices["decoder"], key=lambda c: c["expected_wer"])
+    settings.update({name: chosen[name] for name in TRIED})
     return choices
 
 
