@@ -381,14 +381,12 @@ def compose_in(tiny_bases, corpus):
                     "training.logging_steps=1",
                     "training.save_steps=1000",
                     "training.eval_strategy=no",
-                    "training.encoder_learning_rate=null",
-                    "encoder_lora.r=0",
                     "++training.use_cpu=true",
                     *overrides,
                 ],
             )
-        if len(cfg.stages) == 4:  # both heads in one stage: two stages are enough here
-            cfg.stages = cfg.stages[1:3]
+        if len(cfg.stages) == 3:  # both heads in one stage: two stages are enough here
+            cfg.stages = cfg.stages[1:]
             cfg.stages[0].training.character_loss_weight = 1.0
             del cfg.stages[0].training.eval_strategy
         cfg.data.train = [{"path": str(manifest)}]

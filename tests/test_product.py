@@ -39,13 +39,11 @@ DOCS = {
 # Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
 SHORT = (
     "model.tune=false training.logging_steps=5 "
-    "'data.train=[{{path: {train}}}]' "
+    "data.max_train_samples=60 'data.train=[{{path: {train}}}]' "
     "'data.eval=[{{path: {dev}, sample: 6}}]' stages.0.training.batch_seconds=32 "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
     "stages.1.training.batch_seconds=32 stages.1.training.max_steps=5 "
     "stages.2.training.batch_seconds=28 stages.2.training.max_steps=2 "
-    "stages.3.training.batch_seconds=28 stages.3.training.max_steps=2 "
-    + " ".join(f"stages.{i}.data.max_train_samples=60" for i in range(4))
 )
 
 
@@ -86,7 +84,7 @@ def logged(workplace: Path, stage: str) -> list[dict]:
 def test_short_run_learns(workplace):
     losses = [row["loss"] for row in logged(workplace, "characters")]
     assert losses[-1] < 0.7 * losses[0]
-    for stage in ("characters", "align", "decoder", "encoder"):
+    for stage in ("characters", "align", "decoder"):
         for row in logged(workplace, stage):
             assert 0 < row["grad_norm"] < float("inf")
             assert 0 <= row["padding"] < 0.5
@@ -288,7 +286,8 @@ def test_what_does_not_fit_is_said_before_the_encoding(override, message, real_b
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["adapt", "hour"])
 def test_a_preset_goes_on_from_the_quickstarts_model(name, workplace, real_bases):
-    few = f"'data.train=[{{path: {real_bases.train}}}]' 'data.eval=[]' data.max_train_samples=20"
+    few = f"'data.train=[{{path: {real_bases.train}}}]' data.max_train_samples=20"
+    few += f" 'data.eval=[{{path: {real_bases.dev}, sample: 2}}]'"
     short = "model.tune=false stages.0.training.max_steps=2 stages.0.training.save_steps=2"
     start = "model.pretrained_model_path=outputs/quickstart"
     options = f"{start} {few} {short} run.output_dir=outputs/{name}"
