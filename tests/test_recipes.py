@@ -141,13 +141,13 @@ def test_the_other_presets():
     assert dutch.model == english.model
 
 
-def test_the_presets_that_go_on_train_encoder_and_character_head_alone():
+def test_the_presets_that_go_on_train_the_encoder_and_not_the_decoder():
     for name in ("adapt", "hour"):
         cfg = composed(f"+experiments={name}")
         (stage,) = recipe.stage_configs(cfg)
         assert cfg.encoder_lora.r and stage.training.encoder_learning_rate
         assert not stage.training.cache_encoder and not stage.training.decoder_learning_rate
-        assert stage.training.character_loss_weight and not stage.training.ctc_loss_weight
+        assert stage.training.character_loss_weight and not stage.training.decoder_loss_weight
 
 
 @pytest.mark.parametrize("name", ["dutch", "mac_minimal", "parakeet", "quickstart", "stage1"])
