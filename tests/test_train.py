@@ -414,6 +414,29 @@ def test_encoder_lora_and_a_cache_of_its_frames_exclude_each_other(compose):
     recipe.train(compose("encoder_lora.r=2", "training.encoder_learning_rate=0", steps=(1, 1)))
 
 
+def test_a_stage_can_end_between_its_start_and_its_end(compose):
+    runs = {}
+    for share in (0.0, 0.25):
+        cfg = compose(output=f"run{share}", steps=(4, 4))
+        OmegaConf.update(cfg.stages[1].training, "start_share", share, force_add=True)
+        runs[share] = recipe.train(cfg) / "decoder/final" / WEIGHTS
+    end, between = (load_file(path) for path in runs.values())
+    start = load_file(runs[0.0].parents[2] / "align/final" / WEIGHTS)
+    for name, tensor in between.items():
+        wanted = end[name]
+        if name in start:
+            wanted = torch.lerp(end[name], start[name], 0.25)
+        elif ".lora_B" in name:  # a new LoRA started at zero
+            assert tensor.any()
+            wanted = 0.75 * end[name]
+        assert torch.allclose(tensor, wanted, atol=1e-7), name
+
+
+def test_a_share_of_the_start_needs_a_start(compose):
+    with pytest.raises(ValueError, match="start_share needs model"):
+        recipe.train(compose("training.start_share=0.5"))
+
+
 def test_a_trained_model_is_continued_where_it_stopped(compose, tmp_path):
     first = recipe.train(compose(steps=(8, 8)))
     cfg = compose(

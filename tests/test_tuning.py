@@ -43,7 +43,7 @@ def test_tuning_takes_the_weights_of_the_better_decoder(build, tmp_path):
     data = SpeechDataset([source], processor, Dropped(), lowercase=True)
     before = dict(model.config.decoding)
     found = tune(model, processor, data)
-    assert found.keys() == {"first_pass", "language_model", "decoder"}
+    assert found.keys() == {"language_model", "decoder"}
     best = min(found["language_model"], found["decoder"], key=lambda way: way["expected_wer"])
     settings = model.config.decoding
     assert settings == {**before, **{name: best[name] for name in TRIED}}

@@ -65,18 +65,12 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
     """Return summaries by row of `ROWS` and by set ("test" or "librivox")."""
     out: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in ROWS}
     pipe = load_recogniser(str(model))
-    chosen = pipe.model.config.decoding
     for name, manifest in {"test": assets.test, "librivox": assets.librivox}.items():
         about = {"model": "model", "dataset": f"quickstart {name}"}
         examples = list(read_source({"path": str(manifest)}))
         print(f"\n{ROWS['model']}, {name}", flush=True)
         out["model"][name] = evaluate(pipe, examples, model / "eval" / name, {}, about)
-        others = row_options(model)
-        for row in ("language_model", "decoder"):  # tuning chose one of them
-            if all(chosen[key] == value for key, value in others[row]["decoding"].items()):
-                out[row][name] = out["model"][name]
-                del others[row]
-        for row, summary in score_parts(pipe, manifest, others).items():
+        for row, summary in score_parts(pipe, manifest, row_options(model)).items():
             out[row][name] = summary
     return out
 

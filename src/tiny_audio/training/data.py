@@ -235,9 +235,8 @@ class Clips:
         features = self.processor.features(self.disturbed(samples, example))
         return {**item, "features": self.mask(features, example.id)}
 
-    def rng(self, example_id: str, epoch: int | None = None) -> np.random.Generator:
+    def rng(self, example_id: str, epoch: int) -> np.random.Generator:
         """A generator seeded by (seed, epoch, id), so a resumed run repeats its numbers."""
-        epoch = self.epoch if epoch is None else epoch
         return np.random.default_rng([self.seed, epoch, zlib.crc32(example_id.encode())])
 
     def disturbed_seconds(self, example: Example, epoch: int) -> float:
@@ -253,7 +252,7 @@ class Clips:
 
     def disturbed(self, samples: np.ndarray, example: Example) -> np.ndarray:
         """Augment samples (n,) at 16 kHz: `augment.disturb`, recorded noise, the transform."""
-        rng = self.rng(example.id)
+        rng = self.rng(example.id, self.epoch)
         if rng.random() < self.disturb:
             changed = disturb(samples, rng)
             fits = len(changed) <= self.max_seconds * SAMPLE_RATE
@@ -274,7 +273,7 @@ class Clips:
 
     def mask(self, features: torch.Tensor, example_id: str) -> torch.Tensor:
         """SpecAugment on features (n,) or (t, mels): set masked stretches to the clip's mean."""
-        rng, mean = self.rng(example_id + "/mask"), features.mean()
+        rng, mean = self.rng(example_id + "/mask", self.epoch), features.mean()
         widths = (int(self.mask_time * len(features)), self.mask_bands)
         for axis, most in enumerate(widths[: features.ndim]):
             for _ in range(2 if most else 0):

@@ -44,6 +44,7 @@ from .run_log import StepLine, start_trackers
 from .stream import SpeechStream
 from .trainer import (
     ASRTrainer,
+    average_with_start,
     changed_settings,
     clean_exit,
     explain_full_disk,
@@ -62,14 +63,13 @@ OWN_TRAINING_KEYS = set(
     "batch_seconds decoder_loss_weight ctc_loss_weight ctc_negatives character_loss_weight "
     "encoder_learning_rate decoder_learning_rate cache_encoder resume_from_checkpoint dtype "
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
-    "early_stopping_patience largest_first language".split()
+    "early_stopping_patience largest_first language start_share".split()
 )
 # TrainingArguments that a run may not set: fixed in this file, renamed, or without effect.
 FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
 FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
 # Keys of the data group that select the data; all others are options of `Clips`.
-OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows".split())
-OWN_DATA_KEYS.add("max_dropped_fraction")
+OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows max_dropped_fraction".split())
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -282,6 +282,10 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if (final / FINISHED).exists():
         print(f"{folder}: already finished, skipped")
         return final
+    if cfg.training.start_share and not start:
+        raise ValueError(
+            "training.start_share needs model.pretrained_model_path, or a stage before"
+        )
     set_seed(cfg.run.seed)
     fit_device(cfg.training)
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
@@ -317,6 +321,8 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     trainer.train(resume_from_checkpoint=resume)
     if isinstance(data, SpeechDataset):
         dropped.check(data.total)
+    if start and settings["start_share"]:
+        average_with_start(model, start, settings["start_share"])
     trainer.save_model(str(final))
     if place.is_main_process:
         summary = stage_summary(folder.name, trainer, data, time.monotonic() - started)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import flatten_dict
 
+from ..asr.asr_bases import shard_like
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
 from ..asr.asr_modeling import WEIGHTS
@@ -448,3 +449,20 @@ def freeze_idle(model: Any, settings: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         if not rates[part_of(name)] or idle.get(name.split(".")[0]):
             parameter.requires_grad_(False)
+
+
+def average_with_start(model: Any, start: str, share: float) -> None:
+    """Average the trained weights with those that the stage started with, in place.
+
+    It keeps what the start knew of other voices (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
+
+    Args:
+        model: the model at the end of the stage.
+        start: folder of the model at its beginning; a LoRA that it lacks counts as zero.
+        share: weight of the start, from 0 to 1.
+    """
+    before = load_file(Path(start) / WEIGHTS)
+    for name, weights in model.named_parameters():
+        if weights.requires_grad and (name in before or ".lora_A" not in name):
+            old = before.get(name, torch.zeros_like(weights)).to(weights)
+            weights.data.lerp_(shard_like(old, weights), share)

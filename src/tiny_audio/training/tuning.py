@@ -42,8 +42,8 @@ def tune(
 
     Returns:
         `expected_wer` in percent and the best weights for each way to rescore the search's
-        proposals: not at all ("first_pass"), with the untrained decoder ("language_model"), or with
-        the trained one ("decoder"). The better decoder is chosen.
+        proposals: with the untrained decoder ("language_model") or with the trained one
+        ("decoder"). The better one is chosen.
     """
     settings, normal = model.config.decoding, normalizer(language)
     clips = list(encoded(model, data, batch_seconds))
@@ -62,14 +62,12 @@ def tune(
         found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
         return 100 * found / total
 
-    unscored = {"prior": 1.0, "decoder": 0.0, "language_model": 0.0, "decoder_word": 0.0}
-    choices = {"first_pass": {**unscored, "expected_wer": expected_wer(unscored)}}
+    choices = {}
     for name, ruled_out in (("language_model", "decoder"), ("decoder", "language_model")):
         values = {**TRIED, ruled_out: (0.0,)}
         trials = [dict(zip(values, trial, strict=True)) for trial in product(*values.values())]
-        costs = [expected_wer(trial) for trial in trials]
-        best = int(np.argmin(costs))
-        choices[name] = {**trials[best], "expected_wer": costs[best]}
+        tried = [{**trial, "expected_wer": expected_wer(trial)} for trial in trials]
+        choices[name] = min(tried, key=lambda c: c["expected_wer"])
     chosen = min(choices["language_model"], choices["decoder"], key=lambda c: c["expected_wer"])
     settings.update({name: chosen[name] for name in TRIED})
     return choices
