@@ -409,7 +409,9 @@ def test_lora_overrides_reach_the_model(compose, override, part, rank):
 
 
 def test_encoder_lora_and_a_cache_of_its_frames_exclude_each_other(compose):
-    with pytest.raises(ValueError, match=r"cache_encoder needs training\.encoder_learning_rate=0"):
+    with pytest.raises(
+        ValueError, match=r"cache_encoder needs a frozen encoder.*encoder_lora\.r=0"
+    ):
         recipe.train(compose("encoder_lora.r=2"))
     recipe.train(compose("encoder_lora.r=2", "training.encoder_learning_rate=0", steps=(1, 1)))
 
@@ -476,7 +478,8 @@ def test_the_log_says_how_much_is_of_which_source(compose, corpus, capsys, strea
     assert re.search(r"from other \d+ %, train \d+ %", capsys.readouterr().out)
 
 
-def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path, capsys):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path, capsys, share):
     first = recipe.train(compose(steps=(4, 4)))
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     foreign = corpus.with_name("foreign.jsonl")
@@ -484,7 +487,7 @@ def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path,
         row["text"] += " žába"
     foreign.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = compose(
-        f"model.pretrained_model_path={first}", manifest=foreign,
+        f"model.pretrained_model_path={first}", f"training.start_share={share}", manifest=foreign,
         steps=(1, 1), output="next", learning_rate=1e-12,
     )  # fmt: skip
     second = recipe.train(cfg)

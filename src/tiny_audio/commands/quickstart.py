@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.utils import logging
 
-from ..asr.asr_decoding import transcribe
+from ..asr.asr_decoding import TERMS, transcribe
 from ..evaluation.recognisers import load_recogniser
 from ..evaluation.scoring import score
 from ..hub import git_hash, model_card
@@ -27,7 +27,7 @@ from ..training.data import Dropped, SpeechDataset
 from ..training.manifests import read_source
 from ..training.train import FINISHED, TUNING, compose_recipe, train
 from ..training.trainer import clean_exit
-from ..training.tuning import TRIED, encoded
+from ..training.tuning import encoded
 from . import parser_of
 from .assets import AssetError, Assets, prepare
 from .eval import evaluate, peak_memory
@@ -51,7 +51,7 @@ def row_options(model: Path) -> dict[str, dict[str, Any]]:
     }
     if (model / TUNING).exists():  # missing if nothing was evaluated
         found = json.loads((model / TUNING).read_text())
-        chosen = {name: {k: found[name][k] for k in TRIED} for name in chosen}
+        chosen = {name: {k: found[name][k] for k in TERMS} for name in chosen}
     return {
         "greedy": {"decode": "ctc", "decoding": {"lexicon": False, "beams": 1}},
         "lexicon": {"decode": "ctc", "decoding": {"ngram": 0.0}},

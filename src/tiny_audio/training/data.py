@@ -255,8 +255,8 @@ class Clips:
         rng = self.rng(example.id, self.epoch)
         if rng.random() < self.disturb:
             changed = disturb(samples, rng)
-            fits = len(changed) <= self.max_seconds * SAMPLE_RATE
-            samples = changed if fits else samples
+            if len(changed) <= self.max_seconds * SAMPLE_RATE:
+                samples = changed
         if self.noises and rng.random() < self.noise["share"]:
             sound = load_audio(str(self.noises[rng.integers(len(self.noises))]))
             sound = np.roll(sound, -int(rng.integers(len(sound))))

@@ -65,7 +65,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
         ValueError: if the encoder is trained, or if augmentation changes its input in every epoch.
     """
     if model.encoder_is_trained:
-        raise ValueError("training.cache_encoder needs training.encoder_learning_rate=0")
+        raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
     if data.noises or data.transform or data.mask_time or data.mask_bands:
         raise ValueError("data.noise, transform and mask_* need training.cache_encoder=false")
     made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]

@@ -31,6 +31,7 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from ..asr.asr_config import ASRConfig, check_keys
+from ..asr.asr_decoding import TERMS
 from ..asr.asr_modeling import NGRAM, WEIGHTS, ASRModel
 from ..asr.asr_ngram import load_arpa
 from ..asr.asr_processing import ASRProcessor
@@ -49,11 +50,12 @@ from .trainer import (
     clean_exit,
     explain_full_disk,
     freeze_idle,
+    keep_new_letters,
     keep_recipe,
     last_checkpoint,
     run_lock,
 )
-from .tuning import TRIED, tune
+from .tuning import tune
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "hydra"
@@ -219,14 +221,6 @@ def build_model(
     return model
 
 
-def keep_new_letters(tensors: dict[str, torch.Tensor], model: ASRModel) -> None:
-    """Append freshly initialised rows for new letters to a saved character head, in place."""
-    for name, fresh in model.state_dict().items():
-        if name.startswith(("characters.output.", "characters.direct.")) and name in tensors:
-            known = tensors[name]
-            tensors[name] = torch.cat([known, fresh[len(known) :].to(known.dtype)])
-
-
 def fit_device(training: DictConfig) -> None:
     """Turn off GPU-only settings (bf16, TF32, dtype) on a CPU, choose the attention; print both."""
     if not torch.cuda.is_available():
@@ -283,9 +277,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         print(f"{folder}: already finished, skipped")
         return final
     if cfg.training.start_share and not start:
-        raise ValueError(
-            "training.start_share needs model.pretrained_model_path, or a stage before"
-        )
+        raise ValueError("training.start_share needs model.pretrained_model_path or a prior stage")
     set_seed(cfg.run.seed)
     fit_device(cfg.training)
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
@@ -455,7 +447,7 @@ def finish(cfg: DictConfig, start: str, output: Path) -> None:
         found = tune(model, processor, clips, cfg.training.language)
         for name, choice in found.items():
             print(f"{name}: expected WER {choice['expected_wer']:.2f} %")
-        print({name: model.config.decoding[name] for name in TRIED})
+        print({name: model.config.decoding[name] for name in TERMS})
         (output / TUNING).write_text(json.dumps(found, indent=2) + "\n")
     model.save_pretrained(output)
     processor.save_pretrained(output)

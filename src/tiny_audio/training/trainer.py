@@ -451,18 +451,28 @@ def freeze_idle(model: Any, settings: dict[str, Any]) -> None:
             parameter.requires_grad_(False)
 
 
+def keep_new_letters(tensors: dict[str, torch.Tensor], model: Any) -> None:
+    """Append freshly initialised rows for new letters to a saved character head, in place."""
+    for name, fresh in model.state_dict().items():
+        if name.startswith(("characters.output.", "characters.direct.")) and name in tensors:
+            known = tensors[name]
+            tensors[name] = torch.cat([known, fresh[len(known) :].to(known.dtype)])
+
+
 def average_with_start(model: Any, start: str, share: float) -> None:
     """Average the trained weights with those that the stage started with, in place.
 
-    It keeps what the start knew of other voices (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
+    The model then forgets less of what it knew (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
 
     Args:
         model: the model at the end of the stage.
-        start: folder of the model at its beginning; a LoRA that it lacks counts as zero.
+        start: folder of the model at its beginning; a LoRA that it lacks started at zero.
         share: weight of the start, from 0 to 1.
     """
-    before = load_file(Path(start) / WEIGHTS)
+    before = load_file(Path(start) / WEIGHTS, device=str(model.device))
+    keep_new_letters(before, model)
     for name, weights in model.named_parameters():
-        if weights.requires_grad and (name in before or ".lora_A" not in name):
-            old = before.get(name, torch.zeros_like(weights)).to(weights)
-            weights.data.lerp_(shard_like(old, weights), share)
+        if weights.requires_grad and name in before:
+            weights.data.lerp_(shard_like(before[name].to(weights.dtype), weights), share)
+        elif weights.requires_grad and ".lora_B" in name:
+            weights.data.mul_(1 - share)

@@ -57,19 +57,18 @@ def tune(
     ]
     parts = [np.array([c.parts() for c in some]) for _, some in scored]
 
-    def expected_wer(weights: dict[str, float]) -> float:
-        by_weight = np.array([1.0, *(weights[name] for name in TERMS)])
+    def with_cost(trial: tuple[float, ...]) -> dict[str, float]:
+        by_weight = np.array([1.0, *trial])
         found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
-        return 100 * found / total
+        return {**dict(zip(TERMS, trial, strict=True)), "expected_wer": 100 * found / total}
 
     choices = {}
     for name, ruled_out in (("language_model", "decoder"), ("decoder", "language_model")):
         values = {**TRIED, ruled_out: (0.0,)}
-        trials = [dict(zip(values, trial, strict=True)) for trial in product(*values.values())]
-        tried = [{**trial, "expected_wer": expected_wer(trial)} for trial in trials]
-        choices[name] = min(tried, key=lambda c: c["expected_wer"])
-    chosen = min(choices["language_model"], choices["decoder"], key=lambda c: c["expected_wer"])
-    settings.update({name: chosen[name] for name in TRIED})
+        trials = map(with_cost, product(*(values[term] for term in TERMS)))
+        choices[name] = min(trials, key=lambda trial: trial["expected_wer"])
+    chosen = min(choices.values(), key=lambda choice: choice["expected_wer"])
+    settings.update({name: chosen[name] for name in TERMS})
     return choices
 
 
