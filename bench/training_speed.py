@@ -79,7 +79,8 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
     from tiny_audio.commands.eval import peak_memory
     from tiny_audio.training.batches import LengthBatchSampler
     from tiny_audio.training.data import Dropped, SpeechDataset
-    from tiny_audio.training.train import build_model, build_processor, compose_recipe
+    from tiny_audio.training.recipe import compose_recipe
+    from tiny_audio.training.train import build_model, build_processor
     from tiny_audio.training.vocabulary import ctc_vocabulary
 
     torch.manual_seed(0)

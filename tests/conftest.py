@@ -51,7 +51,7 @@ from tiny_audio.asr.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.loading import load_pipeline
 from tiny_audio.training.manifests import Example
-from tiny_audio.training.train import CONFIGS
+from tiny_audio.training.recipe import CONFIGS
 from tiny_audio.training.vocabulary import transcript_ngram
 
 TEXTS = (

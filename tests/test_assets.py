@@ -18,7 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from tiny_audio.commands import assets
 from tiny_audio.commands.assets import AssetError, clean, near_duplicate, read_manifest
-from tiny_audio.training.train import compose_recipe
+from tiny_audio.training.recipe import compose_recipe
 
 REPO = Path(__file__).parents[1]
 

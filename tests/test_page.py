@@ -23,7 +23,8 @@ from tiny_audio.commands import adapt, demo
 from tiny_audio.commands.assets import Assets, read_manifest
 from tiny_audio.commands.serve import create_app
 from tiny_audio.training.manifests import read_source
-from tiny_audio.training.train import compose_recipe, train
+from tiny_audio.training.recipe import compose_recipe
+from tiny_audio.training.train import train
 
 SCREENS = {"desktop": (1200, 900), "phone": (390, 844)}
 

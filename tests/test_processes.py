@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 
-from tiny_audio.asr.asr_modeling import WEIGHTS
+from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.training import train as recipe
 from tiny_audio.training.batches import LengthBatchSampler
 from tiny_audio.training.data import read_log

@@ -19,15 +19,16 @@ import pytest
 from conftest import split_at_pauses, write_audio
 from safetensors.torch import load_file
 
-from tiny_audio.asr.asr_modeling import WEIGHTS
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.commands import assets, cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.loading import load_pipeline
 from tiny_audio.training.data import read_log
+from tiny_audio.training.recipe import compose_recipe
 from tiny_audio.training.run_log import LOG
-from tiny_audio.training.train import compose_recipe, train
+from tiny_audio.training.train import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,13 +10,14 @@ from omegaconf import OmegaConf
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.training import train as recipe
+from tiny_audio.training.recipe import compose_recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GUIDE = (Path(__file__).parents[1] / "docs/train.md").read_text()
 
 
 def composed(*overrides: str):
-    return recipe.compose_recipe(overrides)
+    return compose_recipe(overrides)
 
 
 def base_config(name: str) -> dict:
@@ -154,7 +155,7 @@ def test_the_presets_that_go_on_train_the_encoder_and_not_the_decoder():
 @pytest.mark.parametrize("name", ["dutch", "mac_minimal", "parakeet", "quickstart", "stage1"])
 def test_the_best_checkpoint_can_be_kept(name):
     """A checkpoint is written at an evaluation, or transformers refuses load_best_model_at_end."""
-    cfg = recipe.compose_recipe([f"+experiments={name}", "training.load_best_model_at_end=true"])
+    cfg = compose_recipe([f"+experiments={name}", "training.load_best_model_at_end=true"])
     for stage in recipe.stage_configs(cfg):
         assert stage.training.save_steps % stage.training.eval_steps == 0, stage.training
 

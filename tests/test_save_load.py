@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from tiny_audio.asr import asr_modeling
 from tiny_audio.asr.asr_config import ASRConfig
-from tiny_audio.asr.asr_modeling import CODE, WEIGHTS, ASRModel
+from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.asr.asr_saving import CODE, WEIGHTS
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import read_log
 from tiny_audio.training.run_log import LOG

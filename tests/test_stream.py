@@ -19,7 +19,7 @@ from conftest import TEXTS, babble, write_audio, write_manifest
 from datasets import load_dataset
 from safetensors.torch import load_file
 
-from tiny_audio.asr.asr_modeling import WEIGHTS
+from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import Dropped, read_log
 from tiny_audio.training.manifests import DataError, Shards

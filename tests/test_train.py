@@ -15,9 +15,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from tiny_audio.asr.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor
+from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.training import train as recipe
 from tiny_audio.training.manifests import DataError
 from tiny_audio.training.trainer import ASRTrainer, Preempted

@@ -13,12 +13,14 @@ from conftest import write_manifest
 from safetensors.torch import load_file
 
 from tiny_audio.asr.asr_config import IGNORE
-from tiny_audio.asr.asr_modeling import WEIGHTS, ASRModel
+from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import read_log
+from tiny_audio.training.recipe import compose_recipe
 from tiny_audio.training.run_log import LOG
 from tiny_audio.training.trainer import clean_exit
 
@@ -263,7 +265,7 @@ def test_without_a_network_the_run_goes_on_and_says_so(command, tmp_path):
 def test_what_is_wrong_is_said_in_one_line(overrides, override, message, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(SystemExit) as stopped, clean_exit():
-        recipe.train(recipe.compose_recipe([*overrides, *override.split()]))
+        recipe.train(compose_recipe([*overrides, *override.split()]))
     (line,) = str(stopped.value).splitlines()
     assert line.startswith("error: ") and message in line
 

@@ -20,7 +20,8 @@ from ..asr.asr_config import ASRConfig
 from ..evaluation.recognisers import fingerprint, load_recogniser
 from ..training.manifests import DataError, Example, read_source
 from ..training.plan import without_weights
-from ..training.train import CONFIGS, train
+from ..training.recipe import CONFIGS
+from ..training.train import train
 from ..training.trainer import clean_exit
 from . import home_path, parser_of
 from .compare import compared, paired, read_rows

@@ -30,8 +30,9 @@ from ..asr.asr_modeling import ASRModel
 from ..hub import one_line
 from ..training.data import read_log
 from ..training.plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
+from ..training.recipe import compose_recipe, stage_configs
 from ..training.run_log import LOG
-from ..training.train import compose_recipe, lora_from, run_stage, stage_configs
+from ..training.train import lora_from, run_stage
 from ..training.trainer import freeze_idle
 from . import parser_of
 

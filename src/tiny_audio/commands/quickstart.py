@@ -25,7 +25,8 @@ from ..loading import load_pipeline
 from ..progress import clock, progress_bar, quiet_libraries
 from ..training.data import Dropped, SpeechDataset
 from ..training.manifests import read_source
-from ..training.train import FINISHED, TUNING, compose_recipe, train
+from ..training.recipe import compose_recipe
+from ..training.train import FINISHED, TUNING, train
 from ..training.trainer import clean_exit
 from ..training.tuning import encoded
 from . import parser_of

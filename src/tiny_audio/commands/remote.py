@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..progress import clock
-from ..training.train import compose_recipe
+from ..training.recipe import compose_recipe
 from . import parser_of
 from .assets import cache_dir
 

@@ -43,18 +43,6 @@ FLOPS: dict[Any, Any] = {
 }
 
 
-# The signature of an operation's result by that of its arguments. Torch infers shapes on the meta
-# device in slow Python code, and layers repeat the same operations.
-shape_cache: dict[Any, Any] = {}
-
-
-def signature(x: Any) -> Any:
-    """A hashable key: shape, stride, dtype and device of tensors; type and value of the rest."""
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    return tuple(map(signature, x)) if isinstance(x, list | tuple) else (type(x), x)
-
-
 @dataclass
 class Cost:
     """The cost of a training step.
@@ -81,14 +69,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        key = (func, signature(args), signature(tuple(kwargs.items())))
-        if known := shape_cache.get(key):
-            out = torch.empty_strided(*known[:2], dtype=known[2], device="meta")
-        else:
-            out = func(*args, **kwargs)
-            made = isinstance(out, Tensor) and out.untyped_storage()._cdata not in self.owner
-            if made and out.is_meta and not func.is_view:  # neither a view nor in place
-                shape_cache[key] = signature(out)
+        out = func(*args, **kwargs)
         if formula := FLOPS.get(func._overloadpacket):
             self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         self.track(out)

@@ -28,7 +28,7 @@ from transformers.utils import flatten_dict
 from ..asr.asr_bases import shard_like
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
-from ..asr.asr_modeling import WEIGHTS
+from ..asr.asr_saving import WEIGHTS
 from ..evaluation.scoring import score
 from ..hub import PushError, one_line
 from .batches import LengthBatchSampler
