@@ -31,7 +31,6 @@ size: install
 
 bench: install
 	$(BIN)/python bench/training_speed.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/data.py
 
 clean:
 	rm -rf .venv outputs

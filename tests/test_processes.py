@@ -13,9 +13,9 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 
 from tiny_audio.asr.asr_saving import WEIGHTS
-from tiny_audio.training import train as recipe
 from tiny_audio.training.batches import LengthBatchSampler
 from tiny_audio.training.data import read_log
+from tiny_audio.training.recipe import CONFIGS
 from tiny_audio.training.run_log import LOG
 
 
@@ -45,7 +45,7 @@ def losses(tiny_bases, corpus, tmp_path):
             launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
             launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
         command = [
-            *launch, str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
+            *launch, str(CONFIGS.parents[3] / "src" / "train.py"),
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32",
             "encoder_lora.r=0", "peft.r=2", f"data.train=[{{path: {corpus}}}]",
@@ -95,8 +95,8 @@ def test_the_shipped_config_launches_two_processes(tiny_bases, corpus, tmp_path)
     out = tmp_path / "run"
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0",
-        "--config_file", str(recipe.CONFIGS.parent / "accelerate/ddp.yaml"),
-        str(recipe.CONFIGS.parents[3] / "src" / "train.py"),
+        "--config_file", str(CONFIGS.parent / "accelerate/ddp.yaml"),
+        str(CONFIGS.parents[3] / "src" / "train.py"),
         f"model.encoder_model_name={tiny_bases / 'hubert'}", "model.tune=false",
         f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32",
         f"data.train=[{{path: {corpus}}}]", "data.max_seconds=4", f"run.output_dir={out}",

@@ -40,11 +40,12 @@ DOCS = {
 # Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
 SHORT = (
     "model.tune=false training.logging_steps=5 "
-    "data.max_train_samples=60 'data.train=[{{path: {train}}}]' "
+    "'data.train=[{{path: {train}, sample: 60}}]' "
     "'data.eval=[{{path: {dev}, sample: 6}}]' stages.0.training.batch_seconds=32 "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
     "stages.1.training.batch_seconds=32 stages.1.training.max_steps=5 "
     "stages.2.training.batch_seconds=28 stages.2.training.max_steps=2 "
+    "stages.3.training.max_steps=2 stages.3.data.max_train_samples=10 "
 )
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.training import train as recipe
-from tiny_audio.training.recipe import compose_recipe
+from tiny_audio.training.recipe import compose_recipe, stage_configs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GUIDE = (Path(__file__).parents[1] / "docs/train.md").read_text()
@@ -145,7 +145,7 @@ def test_the_other_presets():
 def test_the_presets_that_go_on_train_the_encoder_and_not_the_decoder():
     for name in ("adapt", "hour"):
         cfg = composed(f"+experiments={name}")
-        (stage,) = recipe.stage_configs(cfg)
+        (stage,) = stage_configs(cfg)
         assert cfg.encoder_lora.r and stage.training.encoder_learning_rate
         assert not stage.training.cache_encoder and not stage.training.decoder_learning_rate
         assert stage.training.character_loss_weight and not stage.training.decoder_loss_weight
@@ -156,7 +156,7 @@ def test_the_presets_that_go_on_train_the_encoder_and_not_the_decoder():
 def test_the_best_checkpoint_can_be_kept(name):
     """A checkpoint is written at an evaluation, or transformers refuses load_best_model_at_end."""
     cfg = compose_recipe([f"+experiments={name}", "training.load_best_model_at_end=true"])
-    for stage in recipe.stage_configs(cfg):
+    for stage in stage_configs(cfg):
         assert stage.training.save_steps % stage.training.eval_steps == 0, stage.training
 
 

@@ -20,7 +20,7 @@ from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as recipe
 from tiny_audio.training.data import read_log
-from tiny_audio.training.recipe import compose_recipe
+from tiny_audio.training.recipe import CONFIGS, compose_recipe
 from tiny_audio.training.run_log import LOG
 from tiny_audio.training.trainer import clean_exit
 
@@ -182,7 +182,7 @@ def command(overrides, tmp_path):
     """`command("training.x=1", WANDB_MODE="offline")`: src/train.py in a process of its own."""
 
     def run(*more: str, **environment: str) -> subprocess.CompletedProcess:
-        script = str(recipe.CONFIGS.parents[3] / "src" / "train.py")
+        script = str(CONFIGS.parents[3] / "src" / "train.py")
         parts = [sys.executable, script, *overrides, *more]
         environment = {
             "WANDB_API_KEY": "",

@@ -71,8 +71,12 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
         examples = list(read_source({"path": str(manifest)}))
         print(f"\n{ROWS['model']}, {name}", flush=True)
         out["model"][name] = evaluate(pipe, examples, model / "eval" / name, {}, about)
-        for row, summary in score_parts(pipe, manifest, row_options(model)).items():
-            out[row][name] = summary
+        options = row_options(model)
+        same = {k: pipe.model.config.decoding[k] for k in TERMS}
+        others = {row: way for row, way in options.items() if way.get("decoding") != same}
+        scores = score_parts(pipe, manifest, others)
+        for row in options:  # the row that tuning chose is the model itself
+            out[row][name] = scores.get(row, out["model"][name])
     return out
 
 

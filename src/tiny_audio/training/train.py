@@ -34,19 +34,11 @@ from ..asr.asr_processing import ASRProcessor
 from ..asr.asr_saving import NGRAM, WEIGHTS
 from ..hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from ..progress import quiet_libraries
+from . import recipe
 from .data import Dropped, SpeechDataset, read_log
 from .frames import cache_encoder_frames, return_freed_memory
 from .manifests import Reader
 from .plan import describe, expected_cost
-from .recipe import (
-    CONFIGS,
-    OWN_DATA_KEYS,
-    OWN_TRAINING_KEYS,
-    allow_unknown_keys,
-    check_config,
-    refuse_shadowed,
-    stage_configs,
-)
 from .run_log import StepLine, start_trackers
 from .stream import SpeechStream
 from .trainer import (
@@ -171,7 +163,7 @@ def read_data(
 ) -> tuple[Any, SpeechDataset | None]:
     """Read a stage's training data (SpeechDataset or SpeechStream) and its evaluation data."""
     place = PartialState()
-    options = {key: value for key, value in cfg.data.items() if key not in OWN_DATA_KEYS}
+    options = {key: value for key, value in cfg.data.items() if key not in recipe.OWN_DATA_KEYS}
     options["seed"] = cfg.run.seed
     if cfg.data.streaming:
         data: Any = SpeechStream(
@@ -293,7 +285,7 @@ def training_arguments(
     Raises:
         ValueError: for conflicting settings.
     """
-    arguments = {k: v for k, v in settings.items() if k not in OWN_TRAINING_KEYS}
+    arguments = {k: v for k, v in settings.items() if k not in recipe.OWN_TRAINING_KEYS}
     # newer transformers renamed this field; our configs keep the common name
     if hasattr(TrainingArguments, "activation_checkpointing"):
         arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
@@ -391,7 +383,7 @@ def train(cfg: DictConfig) -> Path:
         ValueError: for invalid settings, or if another run holds the folder.
         DataError: if the data cannot be used.
     """
-    check_config(cfg)
+    recipe.check_config(cfg)
     quiet_libraries()
     cfg.run.output_dir = str(Path(cfg.run.output_dir).expanduser())
     output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
@@ -402,7 +394,7 @@ def train(cfg: DictConfig) -> Path:
             needed = start and Path(start).resolve().is_relative_to(output.resolve())
             if needed or not any((output / stage.name).exists() for stage in cfg.stages):
                 raise ValueError(f"{output} is no run of this recipe, or holds its starting model")
-            for stage in stage_configs(cfg):  # check paths before deleting the old run
+            for stage in recipe.stage_configs(cfg):  # check paths before deleting the old run
                 for source in [*stage.data.train, *stage.data.eval]:
                     Reader(source, stage.data.streaming)
             with run_lock(output):
@@ -417,7 +409,7 @@ def train(cfg: DictConfig) -> Path:
     hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
     started = time.monotonic()
     with explain_full_disk(output), run_lock(output):
-        for stage, merged in zip(cfg.stages, stage_configs(cfg), strict=True):
+        for stage, merged in zip(cfg.stages, recipe.stage_configs(cfg), strict=True):
             print(f"\n== stage {stage.name}")
             start = str(run_stage(merged, output / stage.name, start, hub_id))
             gc.collect()  # trainer and callbacks form reference cycles that keep the model alive
@@ -440,13 +432,13 @@ def train(cfg: DictConfig) -> Path:
 
 def main() -> None:
     """Run Hydra's command line, as `python src/train.py` does."""
-    sys.argv[1:] = allow_unknown_keys(sys.argv[1:])
+    sys.argv[1:] = recipe.allow_unknown_keys(sys.argv[1:])
     compose_and_train()
 
 
-@hydra.main(config_path=str(CONFIGS), config_name="config", version_base=None)
+@hydra.main(config_path=str(recipe.CONFIGS), config_name="config", version_base=None)
 def compose_and_train(cfg: DictConfig) -> None:
     """Train with the composed config; Hydra parses the command line."""
     with clean_exit():
-        refuse_shadowed(cfg, HydraConfig.get().overrides.task)
+        recipe.refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)
