@@ -252,6 +252,17 @@ def test_a_trained_encoder_is_in_training_mode(build, clips, encoder):
         assert torch.equal(model(**batch).loss, model(**batch).loss)
 
 
+def test_reading_as_a_plain_language_model_keeps_what_is_trained(build):
+    """peft makes a LoRA trainable when it is enabled again."""
+    model = build("whisper", lora="both")[1]
+    first = next(name for name, p in model.decoder.named_parameters() if ".lora_A" in name)
+    model.decoder.get_parameter(first).requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.decoder_without_lora():
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 def test_projector_starts_as_loud_as_the_token_embeddings(build, clips, real_bases, real_clips):
     real = build_asr(real_bases.whisper, real_bases.decoder, hidden=64, ctc=False)
     for (processor, model), some in ((build("whisper"), clips), (real, real_clips)):

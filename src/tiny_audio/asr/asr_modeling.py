@@ -341,13 +341,15 @@ class ASRModel(SavedModel, GenerationMixin):
     def decoder_without_lora(self) -> Iterator[None]:
         """Disable the decoder's LoRA: this leaves a plain language model."""
         layers = [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
+        frozen = [p for p in self.decoder.parameters() if not p.requires_grad]
         for layer in layers:
             layer.enable_adapters(False)
         try:
             yield
         finally:
             for layer in layers:
-                layer.enable_adapters(True)
+                layer.enable_adapters(True)  # which also makes the LoRA trainable
+            nn.ParameterList(frozen).requires_grad_(False)
 
     # -- modes, parts --------------------------------------------------------------------------
 
