@@ -378,7 +378,6 @@ def compose_in(tiny_bases, corpus):
                     "training.dataloader_num_workers=0",
                     "data.disturb=0",  # lengths stay what they are
                     "data.words=null",
-                    "encoder_lora.r=0",
                     "training.logging_steps=1",
                     "training.save_steps=1000",
                     "training.eval_strategy=no",
@@ -386,12 +385,10 @@ def compose_in(tiny_bases, corpus):
                     *overrides,
                 ],
             )
-        if len(cfg.stages) == 4:  # both heads in one stage: two stages are enough here
-            cfg.stages = cfg.stages[1:3]
+        if len(cfg.stages) == 3:  # both heads in one stage: two stages are enough here
+            cfg.stages = cfg.stages[1:]
             cfg.stages[0].training.character_loss_weight = 1.0
-            for stage in cfg.stages:
-                del stage.training.eval_strategy
-                del stage.training.encoder_learning_rate
+            del cfg.stages[0].training.eval_strategy
         cfg.data.train = [{"path": str(manifest)}]
         cfg.data.eval = [{"path": str(manifest), "sample": 3}]
         for stage, count in zip(cfg.stages, steps, strict=True):

@@ -171,7 +171,6 @@ def briefly_trained(real_bases: Assets, folder: Path) -> Path:
     stage += "decoder_loss_weight: 0.0, decoder_learning_rate: 0.0, learning_rate: 2.0e-3, "
     stage += "max_grad_norm: 4.0, batch_seconds: 64, max_steps: 200, save_steps: 200}}"
     overrides = [f"stages=[{stage}]", f"run.output_dir={folder / 'model'}", "model.tune=false",
-                 "encoder_lora.r=0",
                  f"data.train=[{{path: {real_bases.train}}}]",
                  f"data.eval=[{{path: {real_bases.dev}}}]",
                  "training.eval_strategy=no", "training.load_best_model_at_end=false"]  # fmt: skip

@@ -45,7 +45,6 @@ SHORT = (
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
     "stages.1.training.batch_seconds=32 stages.1.training.max_steps=5 "
     "stages.2.training.batch_seconds=28 stages.2.training.max_steps=2 "
-    "stages.3.training.max_steps=2 stages.3.data.max_train_samples=10 "
 )
 
 

@@ -433,8 +433,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
     "lora", ["both", *(pytest.param(x, marks=pytest.mark.long) for x in LORAS if x != "both")]
 )
 def test_lora_combinations_of_tiny_models(compose, corpus, lora, monkeypatch, tmp_path):
-    targets = "encoder_lora.target_modules=[q_proj, v_proj]"  # HuBERT has no fc1
-    cfg = compose(targets, encoder="hubert", learning_rate=1e-3)
+    cfg = compose(encoder="hubert", learning_rate=1e-3)
     processor = recipe.build_processor(cfg)
     batch = processor([load_audio(str(corpus.parent / f"wav/{i}.wav")) for i in (3, 0)])
     check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)

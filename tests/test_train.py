@@ -531,7 +531,6 @@ def one_step(tiny_bases, corpus, folder: Path, *overrides: str) -> subprocess.Co
         sys.executable,
         str(CONFIGS.parents[3] / "src" / "train.py"),
         "+experiments=quickstart",
-        "encoder_lora.r=0",
         f"model.encoder_model_name={tiny_bases / 'whisper'}",
         f"model.decoder_model_name={tiny_bases / 'decoder'}",
         f"data.train=[{{path: {corpus}}}]",
