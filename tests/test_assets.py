@@ -157,7 +157,7 @@ def test_by_itself(ready, offline, tmp_path):
     run = [sys.executable, "-m", "tiny_audio.commands.assets"]
     env = {**os.environ, "TINY_AUDIO_CACHE": str(tmp_path / "whole")}
     (tmp_path / "whole/speech").mkdir(parents=True)
-    for path in [path for path in astuple(ready) if path.exists()]:
+    for path in filter(Path.exists, astuple(ready)):
         (tmp_path / "whole" / path.relative_to(assets.cache_dir())).symlink_to(path)
     (tmp_path / "whole/speech/synthetic.jsonl").touch()  # takes minutes to make
     done = subprocess.run(run, capture_output=True, text=True, env=env)

@@ -40,7 +40,7 @@ DOCS = {
 # Real weights and recorded clips, no synthetic speech, few steps: minutes become one.
 SHORT = (
     "model.tune=false training.logging_steps=5 "
-    "'data.train=[{{path: {train}, sample: 60}}]' "
+    "data.max_train_samples=60 'data.train=[{{path: {train}}}]' "
     "'data.eval=[{{path: {dev}, sample: 6}}]' stages.0.training.batch_seconds=32 "
     "stages.0.training.max_steps=30 stages.0.training.warmup_steps=5 "
     "stages.1.training.batch_seconds=32 stages.1.training.max_steps=5 "

@@ -334,7 +334,7 @@ def test_the_quickstart_from_a_clean_clone(sshd, home, real_bases, real_rows, mo
     assert time.monotonic() - started < 20
     steps = ["stages.0.training.max_steps=14", "stages.1.training.max_steps=3"]
     steps += ["stages.2.training.max_steps=6"]
-    short = [f"data.train=[{{path: {real_bases.train}, sample: 90}}]", *steps]
+    short = ["data.max_train_samples=90", f"data.train=[{{path: {real_bases.train}}}]", *steps]
     short += ["training.logging_steps=1"]
     train = call("train", sshd, far, "--config", "quickstart", *short)
     here, log = start(*train), far / "runs/quickstart/log"

@@ -392,7 +392,6 @@ def run_and_keep_logits(cfg, batch, monkeypatch):
 
 def check_combination(cfg, lora, batch, folder, monkeypatch):
     """Train, save, load in a new process: the same logits; continue: the same loss."""
-    OmegaConf.set_struct(cfg, False)
     cfg.encoder_lora.r, cfg.peft.r = LORAS[lora]
     cfg.training.cache_encoder = False
     cfg.training.eval_strategy = "steps"
@@ -418,6 +417,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
     assert torch.equal(torch.load(folder / "logits.pt"), logits)
     cfg.model.pretrained_model_path, cfg.run.output_dir = str(output), str(folder / "next")
     cfg.training.learning_rate = 0.0
+    OmegaConf.set_struct(cfg, False)
     cfg.stages[0].training.update(
         {"learning_rate": 1e-12, "decoder_learning_rate": 1e-12, "encoder_learning_rate": 1e-12,
          "max_steps": 1, "eval_steps": 1}

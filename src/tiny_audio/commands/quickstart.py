@@ -66,14 +66,14 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
     """Return summaries by row of `ROWS` and by set ("test" or "librivox")."""
     out: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in ROWS}
     pipe = load_recogniser(str(model))
+    options = row_options(model)
+    own = {term: pipe.model.config.decoding[term] for term in TERMS}
+    others = {row: way for row, way in options.items() if way.get("decoding") != own}
     for name, manifest in {"test": assets.test, "librivox": assets.librivox}.items():
         about = {"model": "model", "dataset": f"quickstart {name}"}
         examples = list(read_source({"path": str(manifest)}))
         print(f"\n{ROWS['model']}, {name}", flush=True)
         out["model"][name] = evaluate(pipe, examples, model / "eval" / name, {}, about)
-        options = row_options(model)
-        same = {k: pipe.model.config.decoding[k] for k in TERMS}
-        others = {row: way for row, way in options.items() if way.get("decoding") != same}
         scores = score_parts(pipe, manifest, others)
         for row in options:  # the row that tuning chose is the model itself
             out[row][name] = scores.get(row, out["model"][name])

@@ -21,7 +21,7 @@ OWN_TRAINING_KEYS = set(
     "attn_implementation per_device_train_batch_size push_to_hub hub_model_id report_to "
     "early_stopping_patience largest_first language start_share".split()
 )
-# TrainingArguments that a run may not set: fixed in this file, renamed, or without effect.
+# TrainingArguments that a run may not set: fixed in train.py, renamed, or without effect.
 FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
 FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
 # Keys of the data group that select the data; all others are options of `Clips`.
