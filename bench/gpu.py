@@ -49,7 +49,7 @@ from tiny_audio.commands.plan import OWN, plan_stage
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.hub import one_line
 from tiny_audio.training import plan
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.data import read_log
 from tiny_audio.training.manifests import Example
 from tiny_audio.training.run_log import LOG
@@ -83,7 +83,7 @@ def train_stage(
     """
     lengths = [f"stages.{i}.training.max_steps={steps}" for i in range(len(STAGES))]
     cfg = bench.stage(name, *lengths, *changes)
-    cost, folder = recipe.expected_cost, bench.work / "run" / name
+    cost, folder = runner.expected_cost, bench.work / "run" / name
     shutil.rmtree(folder.parent, ignore_errors=True)
 
     def prepared(model: ASRModel, settings: Row) -> None:
@@ -97,9 +97,9 @@ def train_stage(
             bench.counted[name] = cost(model, plain, examples)
         return bench.counted[name]
 
-    own = patch.multiple(recipe, freeze_idle=prepared, expected_cost=counted)
+    own = patch.multiple(runner, freeze_idle=prepared, expected_cost=counted)
     with made_up.weights(bench.device), own:
-        recipe.run_stage(cfg, folder, None)
+        runner.run_stage(cfg, folder, None)
     return read_log(folder / LOG)
 
 
@@ -173,9 +173,9 @@ def training(bench: Bench) -> Iterator[Row]:
 def planned_model(bench: Bench, name: str) -> tuple[Any, ASRModel, Row]:
     """Return the plan of a stage, the same model on the device, and a batch of the planned size."""
     cfg, seconds = bench.stage(name), bench.mean
-    recipe.fit_device(cfg.training)
+    runner.fit_device(cfg.training)
     own = {**OWN, "seconds": seconds, "text_rate": made_up.TOKENS_A_SECOND}
-    planned, processor = plan_stage(cfg, own), recipe.build_processor(cfg)
+    planned, processor = plan_stage(cfg, own), runner.build_processor(cfg)
     config = copy.copy(planned.model.config)
     config.encoder_name, config.decoder_name = (str(bench.work / part) for part in made_up.SIZES)
     config.audio_token_id, config.end_token_id = processor.audio_token_id, processor.end_token_id
@@ -238,11 +238,11 @@ def planning(bench: Bench) -> Iterator[Row]:
 def decoder_model(bench: Bench) -> tuple[Any, ASRModel]:
     """Create a processor and a model on the device, with both heads and a large n-gram."""
     cfg, rng, words = bench.stage("lora"), np.random.default_rng(2), made_up.lexicon(bench)
-    recipe.fit_device(cfg.training)
+    runner.fit_device(cfg.training)
     processor, model = made_up.model(bench, cfg)
     texts = [made_up.sentence(words, 20, rng) for _ in range(bench.size(20_000, 200))]
     examples = [Example("", None, text, 1.0) for text in texts]
-    model.ngram = recipe.transcript_ngram(processor, examples, bench.work / "words.tsv")
+    model.ngram = runner.transcript_ngram(processor, examples, bench.work / "words.tsv")
     model.characters = made_up.FixedPosteriors(model.characters)
     return processor, model.to(bench.device).eval()  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ from conftest import TEXTS, babble, write_audio, write_manifest
 
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.commands import adapt
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.manifests import DataError, Example
 
 NEW_WORD = "adlerhorst"
@@ -17,7 +17,7 @@ NEW_WORD = "adlerhorst"
 def trained(compose_in, tmp_path_factory):
     """The folder of a tiny trained model."""
     folder = tmp_path_factory.mktemp("trained")
-    return recipe.train(compose_in(folder, steps=(2, 2)))
+    return runner.train(compose_in(folder, steps=(2, 2)))
 
 
 @pytest.fixture(scope="module")

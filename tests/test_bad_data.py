@@ -12,7 +12,7 @@ import soundfile
 from conftest import babble, tone, write_audio, write_manifest
 
 from tiny_audio.commands.data import main as check_data
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.data import Dropped, SpeechDataset
 from tiny_audio.training.manifests import read_source
 
@@ -129,7 +129,7 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
     assert len(reasons) >= 30
     cfg = compose("data.max_dropped_fraction=0.9", "data.max_seconds=6", steps=(4, 1))
     cfg.data.train = [{"path": str(corpus)}, {"path": str(manifest)}]
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     lines = (output / "align" / "dropped.jsonl").read_text().splitlines()
     named = {row["id"]: row["reason"] for row in map(json.loads, lines)}
     assert named == reasons
@@ -144,7 +144,7 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
         assert {row["id"]: row["reason"] for row in map(json.loads, rows)} == reasons
     said = capsys.readouterr()
     assert f"{len(good):>9,}" in said.out and "more than data.max_dropped_fraction" in said.err
-    processor = recipe.build_processor(cfg)
+    processor = runner.build_processor(cfg)
     data = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=6.0)
     readable = {item["id"] for item in map(data.read, data.examples) if "features" in item}
     assert readable == good

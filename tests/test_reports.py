@@ -26,7 +26,7 @@ from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, r
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.transcribe import main as transcribe
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.data import Clips, Dropped
 from tiny_audio.training.manifests import DataError, Reader
 from tiny_audio.training.train import NGRAM, run_lock
@@ -229,8 +229,8 @@ def test_fewer_samples_than_one_are_refused(build):
 def test_two_runs_in_one_folder(compose, tmp_path):
     cfg = compose(steps=(1, 1))
     with run_lock(Path(cfg.run.output_dir)), pytest.raises(ValueError, match="another run"):
-        recipe.train(cfg)
-    recipe.train(cfg)  # it was let go
+        runner.train(cfg)
+    runner.train(cfg)  # it was let go
 
 
 def test_a_home_in_the_output_folder(compose, tmp_path, monkeypatch):
@@ -238,13 +238,13 @@ def test_a_home_in_the_output_folder(compose, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = compose(steps=(1, 1))
     cfg.run.output_dir = "~/there"
-    assert recipe.train(cfg) == tmp_path / "there"
+    assert runner.train(cfg) == tmp_path / "there"
     assert not (tmp_path / "~").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(compose):
     with pytest.raises(ValueError, match=r"report_to.*comet_ml.*not installed"):
-        recipe.train(compose("training.report_to=comet_ml", steps=(1, 1)))
+        runner.train(compose("training.report_to=comet_ml", steps=(1, 1)))
 
 
 def test_transcripts_that_changed_under_a_run_are_refused(compose, corpus, tmp_path):
@@ -253,7 +253,7 @@ def test_transcripts_that_changed_under_a_run_are_refused(compose, corpus, tmp_p
     for row in rows:
         row["audio"] = str(corpus.parent / row["audio"])
     manifest = write_manifest(tmp_path / "mine.jsonl", rows)
-    output = recipe.train(compose("training.save_steps=2", steps=(4, 1), manifest=manifest))
+    output = runner.train(compose("training.save_steps=2", steps=(4, 1), manifest=manifest))
     stage = output / "align"
     for path in (output / "finished.json", stage / "final" / "finished.json"):
         path.unlink()
@@ -262,10 +262,10 @@ def test_transcripts_that_changed_under_a_run_are_refused(compose, corpus, tmp_p
     changed = [{**row, "text": row["text"].replace("o", "ž")} for row in rows]
     write_manifest(manifest, changed)
     with pytest.raises(ValueError, match=r"checkpoint-4 does not know: ž .*fresh=true"):
-        recipe.train(compose("training.save_steps=2", steps=(4, 1), manifest=manifest))
+        runner.train(compose("training.save_steps=2", steps=(4, 1), manifest=manifest))
     fewer = [{**row, "text": row["text"].replace("o", "a")} for row in rows]
     write_manifest(manifest, fewer)
-    recipe.train(compose("training.save_steps=2", steps=(5, 1), manifest=manifest))
+    runner.train(compose("training.save_steps=2", steps=(5, 1), manifest=manifest))
     after = ASRConfig.from_pretrained(stage / "final")
     assert before.ctc_alphabet == after.ctc_alphabet
     assert gzip.decompress((stage / "final" / NGRAM).read_bytes()) == ngram
@@ -277,12 +277,12 @@ def test_a_run_that_stopped_early_is_not_continued(compose):
                  "training.eval_steps=1", "training.save_steps=1"]  # fmt: skip
     cfg = compose(*overrides, steps=(12, 1), learning_rate=0.5)
     cfg.stages = cfg.stages[:1]
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     stopped = json.loads((output / "align/final/finished.json").read_text())["steps"]
     assert stopped < 12
     weights = load_file(output / "align/final" / WEIGHTS)
     for path in (output / "finished.json", output / "align/final/finished.json"):
         path.unlink()
-    recipe.train(cfg)
+    runner.train(cfg)
     again = load_file(output / "align/final" / WEIGHTS)
     assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -24,7 +24,7 @@ from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.asr.asr_saving import CODE, WEIGHTS
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.data import read_log
 from tiny_audio.training.run_log import LOG
 
@@ -387,7 +387,7 @@ def run_and_keep_logits(cfg, batch, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ASRModel, "save_pretrained", save_pretrained)
-        return recipe.train(cfg), kept["logits"]
+        return runner.train(cfg), kept["logits"]
 
 
 def check_combination(cfg, lora, batch, folder, monkeypatch):
@@ -424,7 +424,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
     )  # fmt: skip
     (before,), (after,) = (
         [row["eval_loss"] for row in read_log(run / "decoder" / LOG) if "eval_loss" in row]
-        for run in (output, recipe.train(cfg))
+        for run in (output, runner.train(cfg))
     )
     assert after == pytest.approx(before, rel=1e-6)  # a step of 1e-12 may turn a last digit
 
@@ -434,7 +434,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
 )
 def test_lora_combinations_of_tiny_models(compose, corpus, lora, monkeypatch, tmp_path):
     cfg = compose(encoder="hubert", learning_rate=1e-3)
-    processor = recipe.build_processor(cfg)
+    processor = runner.build_processor(cfg)
     batch = processor([load_audio(str(corpus.parent / f"wav/{i}.wav")) for i in (3, 0)])
     check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)
 
@@ -450,5 +450,5 @@ def test_lora_combinations_of_real_models(
     cfg.data.train = [{"path": str(real_bases.dev), "sample": 8}]
     cfg.data.eval = cfg.data.train
     cfg.stages[1].training.batch_seconds = 30
-    batch = recipe.build_processor(cfg)(real_clips[:2])
+    batch = runner.build_processor(cfg)(real_clips[:2])
     check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)

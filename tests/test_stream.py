@@ -20,7 +20,7 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 
 from tiny_audio.asr.asr_saving import WEIGHTS
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.data import Dropped, read_log
 from tiny_audio.training.manifests import DataError, Shards
 from tiny_audio.training.run_log import LOG
@@ -217,13 +217,13 @@ def test_a_stream_is_continued_by_as_many_processes(compose, tmp_path):
     """Each has read its own share: what another number of them read would be lost or come twice."""
     cfg = compose("data.streaming=true", "data.max_seconds=6", "training.cache_encoder=false",
                   steps=(4, 1), save_steps=2)  # fmt: skip
-    recipe.train(cfg)
+    runner.train(cfg)
     (tmp_path / "run/align/final/finished.json").unlink()
     (tmp_path / "run/finished.json").unlink()
     shares = tmp_path / "run/align/checkpoint-4"
     shutil.copy(shares / "stream-0.json", shares / "stream-1.json")
     with pytest.raises(ValueError, match="can only be continued by 2 processes"):
-        recipe.train(cfg)
+        runner.train(cfg)
 
 
 def test_too_many_drops_end_a_streaming_run(compose, corpus, tmp_path):
@@ -238,7 +238,7 @@ def test_too_many_drops_end_a_streaming_run(compose, corpus, tmp_path):
         cfg = compose("data.streaming=true", "data.max_seconds=6", "data.block=4",
                       "training.cache_encoder=false", f"data.max_dropped_fraction={allowed}",
                       "run.fresh=true", steps=(8, 1), manifest=path)  # fmt: skip
-        return recipe.train(cfg)
+        return runner.train(cfg)
 
     with pytest.raises(DataError, match=r"2 of 14 examples .*=0\.1: 2 unreadable audio .*bad0"):
         run(0.1)

@@ -19,7 +19,7 @@ from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.asr.asr_saving import WEIGHTS
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.manifests import DataError
 from tiny_audio.training.recipe import CONFIGS, check_config
 from tiny_audio.training.trainer import ASRTrainer, Preempted
@@ -35,14 +35,14 @@ def log_of(folder: Path) -> list[dict]:
 
 def die_at(monkeypatch, step):
     """Stop the run in the middle of an update, once that many steps are done."""
-    original = recipe.ASRTrainer.compute_loss
+    original = runner.ASRTrainer.compute_loss
 
     def compute_loss(self, *args, **kwargs):
         if self.state.global_step == step:
             raise Killed
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(recipe.ASRTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(runner.ASRTrainer, "compute_loss", compute_loss)
 
 
 def assert_same_tensors(first: Path, second: Path):
@@ -57,7 +57,7 @@ def assert_same_tensors(first: Path, second: Path):
 
 def test_a_run_ends_with_a_model_that_transcribes(compose, corpus, capsys):
     cfg = compose()
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     assert output == Path(cfg.run.output_dir)
     printed = capsys.readouterr().out
     for word in ("stage align", "stage decoder", "encoder", "projector", "frozen", "ETA"):
@@ -79,7 +79,7 @@ def test_a_run_ends_with_a_model_that_transcribes(compose, corpus, capsys):
     assert_same_trained(output, output / "decoder" / "final")
     # The same command again does nothing and says so.
     before = (output / WEIGHTS).stat().st_mtime_ns
-    assert recipe.train(cfg) == output
+    assert runner.train(cfg) == output
     assert "finished" in capsys.readouterr().out
     assert (output / WEIGHTS).stat().st_mtime_ns == before
 
@@ -97,7 +97,7 @@ def test_the_loss_falls(compose, encoder):
         "data.time_mask=0", steps=(30, 50), encoder=encoder, learning_rate=3e-3,
     )  # fmt: skip
     cfg.stages[1].training.decoder_learning_rate = 1e-2
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     for stage in ("align", "decoder"):
         losses = [row["loss"] for row in log_of(output / stage)]
         first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
@@ -108,14 +108,14 @@ def test_the_second_stage_starts_where_the_first_ended(compose, monkeypatch):
     cfg = compose(steps=(4, 1))
     cfg.stages[1].training.learning_rate = 1e-12
     cfg.stages[1].training.decoder_learning_rate = 1e-12
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     first, second = (load_file(output / s / "final" / WEIGHTS) for s in ("align", "decoder"))
     for name in ("projector.gate_proj.weight", "ctc.blank.weight", "residual.weight"):
         assert torch.allclose(first[name], second[name], atol=1e-9), name
 
 
 def test_a_stage_trains_only_what_it_is_told(compose):
-    output = recipe.train(compose(steps=(2, 2)))
+    output = runner.train(compose(steps=(2, 2)))
     first, second = (load_file(output / s / "final" / WEIGHTS) for s in ("align", "decoder"))
     lora = [name for name in first if ".lora_B" in name]
     assert lora
@@ -138,7 +138,7 @@ RESUMED = {"steps": (12, 5), "save_steps": 4, "ctc_negatives": 8, "batch_seconds
 @pytest.fixture(scope="module")
 def uninterrupted(compose_in, tmp_path_factory):
     """The run that the interrupted ones must equal."""
-    return recipe.train(compose_in(tmp_path_factory.mktemp("whole"), *LIVELY, **RESUMED))
+    return runner.train(compose_in(tmp_path_factory.mktemp("whole"), *LIVELY, **RESUMED))
 
 
 def test_a_stopped_run_continues_bit_for_bit(compose, monkeypatch, uninterrupted):
@@ -149,13 +149,13 @@ def test_a_stopped_run_continues_bit_for_bit(compose, monkeypatch, uninterrupted
         with monkeypatch.context() as patch:
             die_at(patch, step)
             with pytest.raises(Killed):
-                recipe.train(cfg)
-        assert not (output / recipe.FINISHED).exists()
+                runner.train(cfg)
+        assert not (output / runner.FINISHED).exists()
         for state in (output / "align").glob("checkpoint-*/trainer_state.json"):
             epochs.append(json.loads(state.read_text())["epoch"])
     assert max(epochs) > 1, "no checkpoint after the first epoch: this test shows too little"
     assert all(epoch % 1 for epoch in epochs), "a checkpoint lies at the end of an epoch"
-    recipe.train(cfg)
+    runner.train(cfg)
     for stage in ("align", "decoder"):
         assert_same_tensors(output / stage / "final", uninterrupted / stage / "final")
     wanted = {row["step"]: row["loss"] for row in log_of(uninterrupted / "align")}
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(compose, monkeypatch, un
     with monkeypatch.context() as patch:
         die_at(patch, 6)
         with pytest.raises(Killed):
-            recipe.train(cfg)
+            runner.train(cfg)
     files = sorted((folder / "checkpoint-4").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     (folder / "checkpoint-8").mkdir()
     files = files[: len(files) * left // 4]
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(compose, monkeypatch, un
         shutil.copy(path, folder / "checkpoint-8" / path.name)
     last = folder / "checkpoint-8" / files[-1].name
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    recipe.train(cfg)
+    runner.train(cfg)
     assert_same_tensors(folder / "final", uninterrupted / "align" / "final")
 
 
@@ -187,8 +187,8 @@ def test_fresh_starts_anew(compose, monkeypatch):
     with monkeypatch.context() as patch:
         die_at(patch, 2)
         with pytest.raises(Killed):
-            recipe.train(cfg)
-    output = recipe.train(cfg)
+            runner.train(cfg)
+    output = runner.train(cfg)
     assert [row["step"] for row in log_of(output / "align")] == [1, 2, 3]
 
 
@@ -199,12 +199,12 @@ def test_a_run_that_goes_on_with_other_settings_names_them(compose, monkeypatch,
         die_at(patch, 2)
         for _ in range(2):
             with pytest.raises(Killed):
-                recipe.train(compose("+training.adam_epsilon=1e-6", **settings))
+                runner.train(compose("+training.adam_epsilon=1e-6", **settings))
         assert "warning" not in capsys.readouterr().out
         other = compose("run.seed=7", "run.price_per_hour=2", **settings, learning_rate=0.5)
         for _ in range(2):
             with pytest.raises(Killed):
-                recipe.train(other)
+                runner.train(other)
             said = capsys.readouterr().out
             assert "align was begun with other settings" in said
             assert sorted(re.findall(r"[\w.]+: [\w.-]+ -> [\w.-]+", said)) == [
@@ -212,36 +212,36 @@ def test_a_run_that_goes_on_with_other_settings_names_them(compose, monkeypatch,
                 "training.adam_epsilon: 1e-06 -> None",
                 "training.learning_rate: 0.002 -> 0.5",
             ]
-    recipe.train(compose("+training.adam_epsilon=1e-6", **settings))
+    runner.train(compose("+training.adam_epsilon=1e-6", **settings))
     assert "warning" not in capsys.readouterr().out
 
 
 def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
     (tmp_path / "run/years of work").mkdir(parents=True)
     with pytest.raises(ValueError, match="run is no run of this recipe"):
-        recipe.train(compose("run.fresh=true"))
+        runner.train(compose("run.fresh=true"))
     assert (tmp_path / "run/years of work").exists()
     start = tmp_path / "run/align/final"  # of what it is to start from
     start.mkdir(parents=True)
     with pytest.raises(ValueError, match="or holds its starting model"):
-        recipe.train(compose("run.fresh=true", f"model.pretrained_model_path={start}"))
+        runner.train(compose("run.fresh=true", f"model.pretrained_model_path={start}"))
     assert start.exists()
 
 
 def test_fresh_keeps_the_old_run_where_the_data_cannot_be_found(compose, tmp_path):
-    output = recipe.train(compose(steps=(1, 1)))
+    output = runner.train(compose(steps=(1, 1)))
     cfg = compose("run.fresh=true", steps=(1, 1))
     cfg.data.train[0].path = str(tmp_path / "mistyped.jsonl")
     with pytest.raises(DataError, match=r"mistyped\.jsonl: no such file"):
-        recipe.train(cfg)
-    assert (output / recipe.FINISHED).exists()
+        runner.train(cfg)
+    assert (output / runner.FINISHED).exists()
 
 
 def test_a_finished_run_names_the_settings_that_differ(compose, capsys):
-    recipe.train(compose(steps=(1, 1)))
-    recipe.train(compose(steps=(1, 1)))
+    runner.train(compose(steps=(1, 1)))
+    runner.train(compose(steps=(1, 1)))
     assert "other settings" not in capsys.readouterr().out
-    recipe.train(compose("peft.r=4", steps=(1, 1)))
+    runner.train(compose("peft.r=4", steps=(1, 1)))
     assert "other settings (peft.r: 16 -> 4)" in capsys.readouterr().out
 
 
@@ -254,9 +254,9 @@ def test_mended_data_is_trained_on(compose, corpus, tmp_path):
     manifest.write_text(whole.replace('"text": "', '"text": "", "was": "', 3))
     cfg = compose("data.max_dropped_fraction=0.1", manifest=manifest)
     with pytest.raises(DataError, match="3 of 12 examples were dropped"):
-        recipe.train(cfg)
+        runner.train(cfg)
     manifest.write_text(whole)
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     assert log_of(output / "align")[-1]["dropped"] == 0
 
 
@@ -277,13 +277,13 @@ def test_what_was_dropped_after_the_checkpoint_is_dropped_again(compose, corpus,
                        "training.cache_encoder=false", "data.max_dropped_fraction=0.2",
                        steps=(36, 1), save_steps=18, manifest=manifest, output=output)  # fmt: skip
 
-    whole = recipe.train(run("whole")) / "align"
+    whole = runner.train(run("whole")) / "align"
     for step in (28, 32):
         with monkeypatch.context() as patch:
             die_at(patch, step)
             with pytest.raises(Killed):
-                recipe.train(run("broken"))
-    broken = recipe.train(run("broken")) / "align"
+                runner.train(run("broken"))
+    broken = runner.train(run("broken")) / "align"
     assert (whole / "dropped.jsonl").read_text() == (broken / "dropped.jsonl").read_text()
     assert [r["dropped"] for r in log_of(whole)] == [r["dropped"] for r in log_of(broken)]
     assert log_of(whole)[-1]["dropped"] > 5
@@ -301,9 +301,9 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(compose, monkeypatch
 
         patch.setattr(ASRTrainer, "evaluate", taken_away)
         with pytest.raises(Preempted, match="SIGTERM: saved"):
-            recipe.train(cfg)
+            runner.train(cfg)
     assert not (tmp_path / "run/decoder").exists()
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     assert [row["step"] for row in log_of(output / "align") if "loss" in row] == [1, 2, 3]
     one, other = (load_file(output / f"align/{x}/{WEIGHTS}") for x in ("checkpoint-3", "final"))
     assert all(torch.equal(one[name], other[name]) for name in one)  # no step too many
@@ -328,7 +328,7 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(compose, monkeypatch
 )
 def test_unknown_keys_are_refused(compose, override, message):
     with pytest.raises(ValueError, match=message):
-        recipe.train(compose(override))
+        runner.train(compose(override))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_unknown_keys_are_refused(compose, override, message):
 )
 def test_what_cannot_be_meant_is_refused(compose, override, message):
     with pytest.raises(ValueError, match=message):
-        recipe.train(compose(override))
+        runner.train(compose(override))
 
 
 def test_unknown_keys_of_a_stage_are_refused(compose):
@@ -351,7 +351,7 @@ def test_unknown_keys_of_a_stage_are_refused(compose):
         cfg = OmegaConf.to_container(compose())
         cfg["stages"][0].setdefault(where, {})[message[:-3] + "e"] = 1
         with pytest.raises(ValueError, match=f"did you mean '{message}'"):
-            recipe.train(OmegaConf.create(cfg))
+            runner.train(OmegaConf.create(cfg))
 
 
 @pytest.mark.parametrize("name", ["config", "+experiments=quickstart"])
@@ -362,7 +362,7 @@ def test_the_shipped_configs_are_accepted(name):
 
 
 def test_a_loss_that_is_not_finite_names_its_clips(compose, monkeypatch):
-    build_model = recipe.build_model
+    build_model = runner.build_model
 
     def broken(*args, **kwargs):
         model = build_model(*args, **kwargs)
@@ -370,11 +370,11 @@ def test_a_loss_that_is_not_finite_names_its_clips(compose, monkeypatch):
             model.projector.down_proj.weight[0, 0] = float("nan")
         return model
 
-    monkeypatch.setattr(recipe, "build_model", broken)
+    monkeypatch.setattr(runner, "build_model", broken)
     cfg = compose()
     with pytest.raises(DataError, match=r"the loss is nan at step 0; clips of the batch: .*clip\d"):
-        recipe.train(cfg)
-    assert not (Path(cfg.run.output_dir) / recipe.FINISHED).exists()
+        runner.train(cfg)
+    assert not (Path(cfg.run.output_dir) / runner.FINISHED).exists()
 
 
 def test_broken_clips_are_counted_and_end_the_run_when_too_many(compose, corpus, tmp_path):
@@ -382,14 +382,14 @@ def test_broken_clips_are_counted_and_end_the_run_when_too_many(compose, corpus,
     shutil.copytree(corpus.parent, folder)
     (folder / "wav/3.wav").write_text("no audio")
     cfg = compose("data.max_dropped_fraction=0.1", manifest=folder / "train.jsonl")
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     rows = [json.loads(line) for line in (output / "align/dropped.jsonl").read_text().splitlines()]
     assert [(row["id"], row["reason"]) for row in rows] == [("clip3", "unreadable audio")]
     assert log_of(output / "align")[-1]["dropped"] == 1
     (folder / "wav/4.wav").unlink()
     cfg = compose("data.max_dropped_fraction=0.1", manifest=folder / "train.jsonl", output="second")
     with pytest.raises(DataError, match="2 of 12 examples were dropped"):
-        recipe.train(cfg)
+        runner.train(cfg)
 
 
 # -- overrides have an effect --------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_broken_clips_are_counted_and_end_the_run_when_too_many(compose, corpus,
      ("peft.peft_method=null", "decoder", 0)],
 )  # fmt: skip
 def test_lora_overrides_reach_the_model(compose, override, part, rank):
-    output = recipe.train(compose(override, "training.cache_encoder=false", steps=(1, 1)))
+    output = runner.train(compose(override, "training.cache_encoder=false", steps=(1, 1)))
     shapes = [
         tensor.shape[0]
         for name, tensor in load_file(output / "decoder/final" / WEIGHTS).items()
@@ -414,8 +414,8 @@ def test_encoder_lora_and_a_cache_of_its_frames_exclude_each_other(compose):
     with pytest.raises(
         ValueError, match=r"cache_encoder needs a frozen encoder.*encoder_lora\.r=0"
     ):
-        recipe.train(compose("encoder_lora.r=2"))
-    recipe.train(compose("encoder_lora.r=2", "training.encoder_learning_rate=0", steps=(1, 1)))
+        runner.train(compose("encoder_lora.r=2"))
+    runner.train(compose("encoder_lora.r=2", "training.encoder_learning_rate=0", steps=(1, 1)))
 
 
 def test_a_stage_can_end_between_its_start_and_its_end(compose):
@@ -423,7 +423,7 @@ def test_a_stage_can_end_between_its_start_and_its_end(compose):
     for share in (0.0, 0.25):
         cfg = compose(output=f"run{share}", steps=(4, 4))
         OmegaConf.update(cfg.stages[1].training, "start_share", share, force_add=True)
-        runs[share] = recipe.train(cfg) / "decoder/final" / WEIGHTS
+        runs[share] = runner.train(cfg) / "decoder/final" / WEIGHTS
     end, between = (load_file(path) for path in runs.values())
     start = load_file(runs[0.0].parents[2] / "align/final" / WEIGHTS)
     for name, tensor in between.items():
@@ -438,27 +438,27 @@ def test_a_stage_can_end_between_its_start_and_its_end(compose):
 
 def test_a_share_of_the_start_needs_a_start(compose):
     with pytest.raises(ValueError, match="start_share needs model"):
-        recipe.train(compose("training.start_share=0.5"))
+        runner.train(compose("training.start_share=0.5"))
 
 
 def test_a_trained_model_is_continued_where_it_stopped(compose, tmp_path):
-    first = recipe.train(compose(steps=(8, 8)))
+    first = runner.train(compose(steps=(8, 8)))
     cfg = compose(
         f"model.pretrained_model_path={first / 'decoder' / 'final'}", steps=(1, 1), output="next",
         learning_rate=1e-12,
     )  # fmt: skip
     cfg.stages[1].training.decoder_learning_rate = 1e-12
-    second = recipe.train(cfg)
+    second = runner.train(cfg)
     assert_close(first / "decoder" / "final", second / "decoder" / "final")
 
 
 def test_a_finished_model_is_continued_where_it_stopped(compose, tmp_path):
     """From the folder that `train` names at its end, which carries the base models too."""
-    first = recipe.train(compose(steps=(4, 4)))
+    first = runner.train(compose(steps=(4, 4)))
     cfg = compose(f"model.pretrained_model_path={first}", steps=(1, 1), output="next",
                   learning_rate=1e-12)  # fmt: skip
     cfg.stages[1].training.decoder_learning_rate = 1e-12
-    second = recipe.train(cfg)
+    second = runner.train(cfg)
     assert_close(first / "decoder" / "final", second / "decoder" / "final")
 
 
@@ -470,7 +470,7 @@ def test_the_log_says_how_much_is_of_which_source(compose, corpus, capsys, strea
     cfg = compose(f"data.streaming={streaming}", f"training.cache_encoder={not streaming}",
                   f"data.max_seconds={6}", steps=(4, 1), logging_steps=4)  # fmt: skip
     cfg.data.train = [{"path": str(corpus)}, {"path": str(other)}]
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     seconds = {"train": sum(json.loads(row)["duration"] for row in rows)}
     seconds["other"] = sum(json.loads(row)["duration"] for row in rows[:3])
     (logged,) = [row for row in log_of(output / "align") if "loss" in row]
@@ -482,7 +482,7 @@ def test_the_log_says_how_much_is_of_which_source(compose, corpus, capsys, strea
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path, capsys, share):
-    first = recipe.train(compose(steps=(4, 4)))
+    first = runner.train(compose(steps=(4, 4)))
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     foreign = corpus.with_name("foreign.jsonl")
     for row in rows[:5]:
@@ -492,7 +492,7 @@ def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path,
         f"model.pretrained_model_path={first}", f"training.start_share={share}", manifest=foreign,
         steps=(1, 1), output="next", learning_rate=1e-12,
     )  # fmt: skip
-    second = recipe.train(cfg)
+    second = runner.train(cfg)
     assert "new letters, which the model will learn: ž (5x), á (5x)" in capsys.readouterr().out
     old, new = ASRModel.from_pretrained(first), ASRModel.from_pretrained(second)
     known = len(old.config.ctc_alphabet)
@@ -516,11 +516,11 @@ def test_the_encoder_cache_is_not_reused_for_other_data(compose, corpus, tmp_pat
     lines = corpus.read_text().splitlines()
     few = corpus.parent / "few.jsonl"
     few.write_text("\n".join(lines[:5]) + "\n")
-    recipe.train(compose(steps=(1, 1), manifest=few))
+    runner.train(compose(steps=(1, 1), manifest=few))
     shutil.rmtree(tmp_path / "run" / "decoder")
     shutil.rmtree(tmp_path / "run" / "align")
-    (tmp_path / "run" / recipe.FINISHED).unlink()
-    output = recipe.train(compose(steps=(1, 1)))
+    (tmp_path / "run" / runner.FINISHED).unlink()
+    output = runner.train(compose(steps=(1, 1)))
     caches = [list(path.iterdir()) for path in output.glob("encoder_frames*")]
     assert max(map(len, caches)) == 12
 
@@ -576,6 +576,6 @@ def test_broken_clips_still_count_when_a_stopped_run_continues(
     with monkeypatch.context() as patch:
         die_at(patch, 2)
         with pytest.raises((Killed, DataError)):
-            recipe.train(cfg)
+            runner.train(cfg)
     with pytest.raises(DataError, match="4 of 12 examples were dropped"):
-        recipe.train(cfg)
+        runner.train(cfg)

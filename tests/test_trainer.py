@@ -18,7 +18,7 @@ from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.evaluation.scoring import score
-from tiny_audio.training import train as recipe
+from tiny_audio.training import train as runner
 from tiny_audio.training.data import read_log
 from tiny_audio.training.recipe import CONFIGS, compose_recipe
 from tiny_audio.training.run_log import LOG
@@ -46,12 +46,12 @@ def evaluated(compose_in, corpus, tmp_path_factory):
         ctc_negatives=8, language="nl",
     )  # fmt: skip
     cfg.data.eval = [{"path": str(write_manifest(folder / "eval.jsonl", clips))}]
-    return cfg, recipe.train(cfg)
+    return cfg, runner.train(cfg)
 
 
 def test_evaluation_leaves_the_training_as_it_is(compose, evaluated):
     _, output = evaluated
-    plain = recipe.train(compose(steps=(6, 4), save_steps=2, ctc_negatives=8))
+    plain = runner.train(compose(steps=(6, 4), save_steps=2, ctc_negatives=8))
     for stage in ("align", "decoder"):
         assert [r["loss"] for r in rows_of(output / stage, "loss")] == [
             r["loss"] for r in rows_of(plain / stage, "loss")
@@ -98,7 +98,7 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_gets_worse_stops(compose):
         "training.early_stopping_patience=2", "stages=[{name: only, training: {}}]", steps=(40,),
         eval_steps=2, save_steps=2, learning_rate=0.3, decoder_loss_weight=0, save_total_limit=50,
     )  # fmt: skip
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     losses = [row["eval_loss"] for row in rows_of(output / "only", "eval_loss")]
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 20
@@ -115,7 +115,7 @@ def test_no_evaluation_clips_is_an_error(compose):
     cfg = compose(*EVALUATED)
     cfg.data.eval = None
     with pytest.raises(ValueError, match=r"data\.eval names no clips.*eval_strategy=no"):
-        recipe.train(cfg)
+        runner.train(cfg)
 
 
 def test_the_curves_are_a_picture(evaluated):
@@ -129,19 +129,19 @@ def test_the_curves_are_a_picture(evaluated):
 def test_the_log_has_each_step_once_after_a_stop(compose, monkeypatch):
     cfg = compose("run.price_per_hour=2", steps=(6, 1), save_steps=2)
     with monkeypatch.context() as patch:
-        original = recipe.ASRTrainer.compute_loss
+        original = runner.ASRTrainer.compute_loss
 
         def compute_loss(self, *args, **kwargs):
             if self.state.global_step == 5:
                 raise KeyboardInterrupt
             return original(self, *args, **kwargs)
 
-        patch.setattr(recipe.ASRTrainer, "compute_loss", compute_loss)
+        patch.setattr(runner.ASRTrainer, "compute_loss", compute_loss)
         with pytest.raises(KeyboardInterrupt):
-            recipe.train(cfg)
+            runner.train(cfg)
     before = rows_of(Path(cfg.run.output_dir) / "align", "loss")
     assert [row["step"] for row in before] == [1, 2, 3, 4, 5]
-    output = recipe.train(cfg)
+    output = runner.train(cfg)
     rows = rows_of(output / "align", "loss")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[3] == before[3]
@@ -150,7 +150,7 @@ def test_the_log_has_each_step_once_after_a_stop(compose, monkeypatch):
 
 
 def test_the_price_is_said(compose, capsys):
-    recipe.train(compose("run.price_per_hour=3600", steps=(3, 1)))
+    runner.train(compose("run.price_per_hour=3600", steps=(3, 1)))
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("step     3/3"))
     said = line.split("cost ")[1].split(" of ")
     assert 0 < float(said[0]) <= float(said[1]) < 600
@@ -265,7 +265,7 @@ def test_without_a_network_the_run_goes_on_and_says_so(command, tmp_path):
 def test_what_is_wrong_is_said_in_one_line(overrides, override, message, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(SystemExit) as stopped, clean_exit():
-        recipe.train(compose_recipe([*overrides, *override.split()]))
+        runner.train(compose_recipe([*overrides, *override.split()]))
     (line,) = str(stopped.value).splitlines()
     assert line.startswith("error: ") and message in line
 
