@@ -159,7 +159,7 @@ def test_by_itself(ready, offline, tmp_path):
     (tmp_path / "whole/speech").mkdir(parents=True)
     for path in filter(Path.exists, astuple(ready)):
         (tmp_path / "whole" / path.relative_to(assets.cache_dir())).symlink_to(path)
-    (tmp_path / "whole/speech/synthetic.jsonl").touch()  # takes minutes to make
+    (tmp_path / "whole/speech/synthetic_speech.jsonl").touch()  # takes minutes to make
     done = subprocess.run(run, capture_output=True, text=True, env=env)
     assert done.returncode == 0
     assert str(tmp_path / "whole/speech/train.jsonl") in done.stdout.splitlines()
@@ -422,7 +422,7 @@ def test_synthetic_speech_is_seeded_and_keeps_out_held_out_texts(half_ready, rea
         (half_ready / "speech" / path.name).symlink_to(path)
     kept = ["The green parrot sings.", "We walked by a river in spring.", "Nine old men laughed."]
     texts = [*kept, read_manifest(ready.test)[0]["raw_text"]]
-    manifest = half_ready / "speech" / "synthetic.jsonl"
+    manifest = half_ready / "speech" / "synthetic_speech.jsonl"
     code = "import sys, json, pathlib; from tiny_audio.commands.assets import synthesize; "
     code += "synthesize(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3]))"
 
@@ -437,7 +437,7 @@ def test_synthetic_speech_is_seeded_and_keeps_out_held_out_texts(half_ready, rea
     assert sum(row["duration"] for row in rows) >= 0.003 * 3600
     assert {row["accent"] for row in rows} == {"american", "british"}
     audio = [(manifest.parent / row["audio"]).read_bytes() for row in rows]
-    assert len(list((half_ready / "speech" / "synthetic").iterdir())) == len(rows)
+    assert len(list((half_ready / "speech" / "synthetic_speech").iterdir())) == len(rows)
 
     more = synthesize(0.006)
     assert len(more) > len(rows)

@@ -18,7 +18,7 @@ from tiny_audio.asr.asr_search import PrefixSearch, SearchSettings
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.training.manifests import DataError
-from tiny_audio.training.vocabulary import blend, read_words
+from tiny_audio.training.vocabulary import blend, read_counts
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})
@@ -115,7 +115,8 @@ def test_empty_audio_is_empty_text():
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_ngram_sums_to_one_and_is_kept_by_its_file(tmp_path, order):
     sentences = [text.lower().split() for text in TEXTS]
-    ngram = build_ngram(sentences, {"unseen": 5, "rarer": 1}, order)
+    elsewhere = {"unseen": 5, "rarer": 3, "unseen rarer": 2, "rarer unseen": 3, "nor known": 1}
+    ngram = build_ngram(sentences, elsewhere, order)
     ids = torch.tensor([i for i, word in enumerate(ngram.words) if word != "<s>"])
     for context in range(len(ngram.backoff)):
         log_probs, _ = ngram.score(torch.full_like(ids, context), ids)
@@ -132,15 +133,30 @@ def test_words_from_elsewhere_share_by_their_counts():
     assert np.exp(once["muted"] - once["unmuted"]) == pytest.approx(3, abs=1e-3)
 
 
+def test_pairs_from_elsewhere_are_expected_as_far_as_transcripts_do_not_know_better():
+    words = {"are": 40, "muted": 20, "unmuted": 20, "sold": 20}
+    sentences = [["you", "are"], ["are", "sold"]] * 2
+    pairs = {"are muted": 30, "are unmuted": 10, "are gone": 9}
+    plain, ngram = build_ngram(sentences, words), build_ngram(sentences, {**words, **pairs})
+
+    def after_are(ngram, word):
+        return math.exp(ngram.table.log_prob((ngram.id_of["are"],), ngram.id_of[word]))
+
+    gain = {word: after_are(ngram, word) - after_are(plain, word) for word in ("muted", "unmuted")}
+    assert gain["muted"] > 2 * gain["unmuted"] > 0
+    assert after_are(ngram, "sold") > after_are(ngram, "muted") > after_are(plain, "muted")
+    assert "gone" not in ngram.id_of  # a pair brings no word of its own
+
+
 def test_a_list_of_words_is_checked(tmp_path):
     path = tmp_path / "words.tsv"
-    path.write_text("muted\t30\nbluetooth\t7\n")
-    assert read_words(path) == {"muted": 30.0, "bluetooth": 7.0}
+    path.write_text("muted\t30\nbluetooth\t7\nis muted\t3\n")
+    assert read_counts(path) == {"muted": 30.0, "bluetooth": 7.0, "is muted": 3.0}
     path.write_text("muted\t30\nbluetooth\n")
     with pytest.raises(DataError, match=r"words\.tsv, line 2 is not word<TAB>count"):
-        read_words(path)
+        read_counts(path)
     with pytest.raises(DataError, match="no such file"):
-        read_words(tmp_path / "none.tsv")
+        read_counts(tmp_path / "none.tsv")
 
 
 def test_a_file_that_is_no_ngram_is_named(tmp_path):

@@ -7,7 +7,7 @@ plain ARPA file beside the weights, and an n-gram from any toolkit can replace i
 import gzip
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LOG10 = math.log(10.0)
 PREFERRED = math.log(0.02)  # minimum for preferred words: about the 5th most common word's
+PAIRED = 0.7  # share of the words that follow a word in other text; the rest is for any word
 # Only the most frequent entries are kept.
 MAX_WORDS, MAX_NGRAMS = 200_000, 2_000_000
 
@@ -134,48 +135,83 @@ def build_ngram(
     sentences: Iterable[Sequence[str]],
     counts_elsewhere: Mapping[str, float] | None = None,
     order: int = 2,
-    discount: float = 0.75,
+    discount: float = 0.9,
 ) -> NGram:
     """Estimate an n-gram with interpolated absolute discounting (Ney, Essen and Kneser 1994).
 
     Args:
         sentences: transcripts, split into words.
-        counts_elsewhere: word counts in other text. The discounted probability is shared in
-            proportion to them. A word without a count gets the smallest one.
+        counts_elsewhere: counts of words ("rare") and of pairs of words ("very rare") in other
+            text. What the discount takes from the transcripts is shared in proportion to them. A
+            word without a count gets the smallest one; a pair without a count gets its share by the
+            count of its second word.
         order: length of the longest n-gram, in words.
         discount: subtracted from every count and shared among all words.
     """
     counts = count_ngrams(sentences, order)
-    seen = {word for (word,), _ in counts[0].most_common(MAX_WORDS)} - {START}
     elsewhere = counts_elsewhere or {}
-    words = [*sorted(seen | elsewhere.keys() | {END, UNKNOWN}), START]
+    unigrams = {word: count for word, count in elsewhere.items() if " " not in word}
+    words, table = _build_unigram(counts[0], unigrams, discount)
     id_of = {word: i for i, word in enumerate(words)}
-    total = sum(counts[0][word,] for word in seen)
+    pairs = _share_pairs(elsewhere, id_of)
+    for n in range(2, order + 1):
+        following: dict[tuple[str, ...], dict[str, int]] = {}
+        for ngram, count in counts[n - 1].most_common(MAX_NGRAMS):
+            if id_of.keys() >= {*ngram}:
+                following.setdefault(ngram[:-1], {})[ngram[-1]] = count
+        histories = following.keys() | (pairs.keys() if n == 2 else set())
+        for history in sorted(histories):
+            after, known = following.get(history, {}), pairs.get(history, {}) if n == 2 else {}
+            # Lossy counting may have forgotten the history itself.
+            total = max(counts[n - 2][history], sum(after.values()))
+            kept = {word: (count - discount) / total for word, count in after.items()}
+            left = 1 - sum(kept.values())
+            context = tuple(id_of[word] for word in history)
+            unpaired = left * (1 - sum(known.values()))
+            found = {}
+            for word in sorted(kept.keys() | known.keys()):
+                lower = math.exp(table.log_prob(context[1:], id_of[word]))
+                p = kept.get(word, 0.0) + left * known.get(word, 0.0) + unpaired * lower
+                found[id_of[word]] = math.log(p)
+            table.add(context, math.log(unpaired), found)
+    return NGram(words, table)
+
+
+def _build_unigram(
+    counts: Counter, elsewhere: Mapping[str, float], discount: float
+) -> tuple[list[str], Table]:
+    """Return the vocabulary and a table of its words' log-probabilities."""
+    seen = {word for (word,), _ in counts.most_common(MAX_WORDS)} - {START}
+    words = [*sorted(seen | elsewhere.keys() | {END, UNKNOWN}), START]
+    total = sum(counts[word,] for word in seen)
     left = discount * len(seen) / total if total else 1.0
     least = min(elsewhere.values(), default=1.0)
     share = {word: elsewhere.get(word, least) for word in words[:-1]}
     share[END] = share[UNKNOWN] = sum(share.values()) / len(share)
     shares = sum(share.values())
     table = Table()
-    for word in words[:-1]:  # all but <s>, which follows no word
-        kept = max(counts[0][word,] - discount, 0.0) / max(total, 1)
-        table.arcs[0, id_of[word]] = math.log(kept + left * share[word] / shares)
-    for n in range(2, order + 1):
-        following: dict[tuple[str, ...], list[tuple[str, int]]] = {}
-        for ngram, count in counts[n - 1].most_common(MAX_NGRAMS):
-            if id_of.keys() >= {*ngram}:
-                following.setdefault(ngram[:-1], []).append((ngram[-1], count))
-        for history, after in following.items():
-            own = sum(count for _, count in after)
-            total = max(counts[n - 2][history], own)  # lossy counting may have forgotten it
-            left = 1 - sum(count - discount for _, count in after) / total
-            context = tuple(id_of[word] for word in history)
-            found = {}
-            for word, count in after:
-                lower = table.log_prob(context[1:], id_of[word])
-                found[id_of[word]] = math.log((count - discount) / total + left * math.exp(lower))
-            table.add(context, math.log(left), found)
-    return NGram(words, table)
+    for i, word in enumerate(words[:-1]):  # all but <s>, which follows no word
+        kept = max(counts[word,] - discount, 0.0) / max(total, 1)
+        table.arcs[0, i] = math.log(kept + left * share[word] / shares)
+    return words, table
+
+
+def _share_pairs(
+    elsewhere: Mapping[str, float], known: Container[str]
+) -> dict[tuple[str, ...], dict[str, float]]:
+    """Return the probabilities of the words that follow a word in other text.
+
+    Those of one word sum to `PAIRED` at most, so any other word can follow too.
+    """
+    pairs: dict[tuple[str, ...], dict[str, float]] = {}
+    for pair, count in elsewhere.items():
+        first, _, second = pair.partition(" ")
+        if second and first in known and second in known:
+            pairs.setdefault((first,), {})[second] = count
+    for (first,), after in pairs.items():
+        total = max(elsewhere.get(first, 0.0), sum(after.values()))
+        after.update({word: PAIRED * count / total for word, count in after.items()})
+    return pairs
 
 
 def save_arpa(ngram: NGram, path: Path) -> None:

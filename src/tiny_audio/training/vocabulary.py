@@ -71,7 +71,7 @@ def transcript_ngram(
 ) -> NGram | None:
     """Build the n-gram of the training transcripts, in the spelling of the character head.
 
-    Its vocabulary also contains the words of the file `words` (see `read_words`). Without a file,
+    Its vocabulary also contains the words of the file `words` (see `read_counts`). Without a file,
     it contains the decoder's whole words: tokens of letters that begin with a space. Returns None
     for a script without spaces between words.
     """
@@ -83,18 +83,18 @@ def transcript_ngram(
         tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
         counts = {token[1:]: 1.0 for token in tokens if token[1:].isalpha()}
     else:
-        counts = read_words(words)
+        counts = read_counts(words)
     known = {*processor.alphabet}
     extra = {
-        word: count
-        for word, count in counts.items()
-        if len(word) >= MIN_EXTRA_WORD and {*word.encode()} <= known
+        text: count
+        for text, count in counts.items()
+        if len(text) >= MIN_EXTRA_WORD and {*text.encode()} <= known
     }
     return build_ngram(sentences, extra)
 
 
-def read_words(path: Path) -> dict[str, float]:
-    """Read words and their counts from a file with one "word<TAB>count" per line.
+def read_counts(path: Path) -> dict[str, float]:
+    """Read counts from a file of lines "word<TAB>count" and "word word<TAB>count".
 
     Raises:
         DataError: if the file does not exist or a line is malformed; names the line.
