@@ -7,7 +7,7 @@ plain ARPA file beside the weights, and an n-gram from any toolkit can replace i
 import gzip
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,69 +149,62 @@ def build_ngram(
         discount: subtracted from every count and shared among all words.
     """
     counts = count_ngrams(sentences, order)
-    elsewhere = counts_elsewhere or {}
-    unigrams = {word: count for word, count in elsewhere.items() if " " not in word}
-    words, table = _build_unigram(counts[0], unigrams, discount)
+    seen = {word for (word,), _ in counts[0].most_common(MAX_WORDS)} - {START}
+    words, elsewhere = _shares_elsewhere(seen, counts_elsewhere or {})
     id_of = {word: i for i, word in enumerate(words)}
-    pairs = _share_pairs(elsewhere, id_of)
-    for n in range(2, order + 1):
+    table = Table()
+    for n in range(1, order + 1):
         following: dict[tuple[str, ...], dict[str, int]] = {}
         for ngram, count in counts[n - 1].most_common(MAX_NGRAMS):
-            if id_of.keys() >= {*ngram}:
+            if id_of.keys() >= {*ngram} and ngram[-1] != START:
                 following.setdefault(ngram[:-1], {})[ngram[-1]] = count
-        histories = following.keys() | (pairs.keys() if n == 2 else set())
+        histories = following.keys() | {history for history in elsewhere if len(history) == n - 1}
         for history in sorted(histories):
-            after, known = following.get(history, {}), pairs.get(history, {}) if n == 2 else {}
+            after, share = following.get(history, {}), elsewhere.get(history, {})
             # Lossy counting may have forgotten the history itself.
-            total = max(counts[n - 2][history], sum(after.values()))
+            total = max(counts[n - 2][history] if history else 0, sum(after.values()))
             kept = {word: (count - discount) / total for word, count in after.items()}
             left = 1 - sum(kept.values())
-            context = tuple(id_of[word] for word in history)
-            unpaired = left * (1 - sum(known.values()))
-            found = {}
-            for word in sorted(kept.keys() | known.keys()):
-                lower = math.exp(table.log_prob(context[1:], id_of[word]))
-                p = kept.get(word, 0.0) + left * known.get(word, 0.0) + unpaired * lower
+            backoff = left * (1 - sum(share.values()))
+            context, found = tuple(id_of[word] for word in history), {}
+            for word in sorted(kept.keys() | share.keys()):
+                p = kept.get(word, 0.0) + left * share.get(word, 0.0)
+                if history:
+                    p += backoff * math.exp(table.log_prob(context[1:], id_of[word]))
                 found[id_of[word]] = math.log(p)
-            table.add(context, math.log(unpaired), found)
+            if history:
+                table.add(context, math.log(backoff), found)
+            else:
+                table.arcs.update({(0, word): value for word, value in found.items()})
     return NGram(words, table)
 
 
-def _build_unigram(
-    counts: Counter, elsewhere: Mapping[str, float], discount: float
-) -> tuple[list[str], Table]:
-    """Return the vocabulary and a table of its words' log-probabilities."""
-    seen = {word for (word,), _ in counts.most_common(MAX_WORDS)} - {START}
-    words = [*sorted(seen | elsewhere.keys() | {END, UNKNOWN}), START]
-    total = sum(counts[word,] for word in seen)
-    left = discount * len(seen) / total if total else 1.0
-    least = min(elsewhere.values(), default=1.0)
-    share = {word: elsewhere.get(word, least) for word in words[:-1]}
-    share[END] = share[UNKNOWN] = sum(share.values()) / len(share)
-    shares = sum(share.values())
-    table = Table()
-    for i, word in enumerate(words[:-1]):  # all but <s>, which follows no word
-        kept = max(counts[word,] - discount, 0.0) / max(total, 1)
-        table.arcs[0, i] = math.log(kept + left * share[word] / shares)
-    return words, table
+def _shares_elsewhere(
+    seen: set[str], counts: Mapping[str, float]
+) -> tuple[list[str], dict[tuple[str, ...], dict[str, float]]]:
+    """Return the vocabulary, and for each history the shares of the words after it in other text.
 
-
-def _share_pairs(
-    elsewhere: Mapping[str, float], known: Container[str]
-) -> dict[tuple[str, ...], dict[str, float]]:
-    """Return the probabilities of the words that follow a word in other text.
-
-    Those of one word sum to `PAIRED` at most, so any other word can follow too.
+    The shares of all words, after the empty history, sum to 1, those after a word to `PAIRED` at
+    most, so that any other word can follow.
     """
-    pairs: dict[tuple[str, ...], dict[str, float]] = {}
-    for pair, count in elsewhere.items():
+    unigrams = {word: count for word, count in counts.items() if " " not in word}
+    words = sorted(seen | unigrams.keys() | {END, UNKNOWN})
+    least = min(unigrams.values(), default=1.0)
+    share = {word: unigrams.get(word, least) for word in words}
+    share[END] = share[UNKNOWN] = sum(share.values()) / len(share)
+    total = sum(share.values())
+    shares: dict[tuple[str, ...], dict[str, float]] = {
+        (): {word: count / total for word, count in share.items()}
+    }
+    for pair, count in counts.items():
         first, _, second = pair.partition(" ")
-        if second and first in known and second in known:
-            pairs.setdefault((first,), {})[second] = count
-    for (first,), after in pairs.items():
-        total = max(elsewhere.get(first, 0.0), sum(after.values()))
-        after.update({word: PAIRED * count / total for word, count in after.items()})
-    return pairs
+        if first in share and second in share:
+            shares.setdefault((first,), {})[second] = count
+    for history, after in shares.items():
+        if history:
+            total = max(share[history[0]], sum(after.values()))
+            after.update({word: PAIRED * count / total for word, count in after.items()})
+    return [*words, START], shares
 
 
 def save_arpa(ngram: NGram, path: Path) -> None:
