@@ -415,6 +415,16 @@ def test_sentences_are_ordinary_english(tmp_path):
     ]
 
 
+def test_no_written_sentence_comes_twice_or_close_to_a_held_out_one(ready):
+    written = assets.SENTENCES_FILE.read_text().splitlines()
+    spoken = [clean(text) for text in written]
+    assert len({*spoken}) == len(written) > 2000
+    assert all(text[-1] in ".!?" and 2 <= len(text.split()) <= 25 for text in written)
+    held_out = [row["text"] for path in (ready.dev, ready.test, ready.librivox)
+                for row in read_manifest(path)]  # fmt: skip
+    assert not [(a, b) for a in spoken for b in held_out if near_duplicate(a, b)]
+
+
 @pytest.mark.long
 def test_synthetic_speech_is_seeded_and_keeps_out_held_out_texts(half_ready, ready):
     (half_ready / "speech").mkdir()
