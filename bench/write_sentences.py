@@ -14,14 +14,7 @@ import re
 import torch
 from transformers import pipeline
 
-from tiny_audio.commands.assets import (
-    HELD_OUT,
-    SENTENCES_FILE,
-    clean,
-    near_duplicate,
-    prepare,
-    read_manifest,
-)
+from tiny_audio.commands import assets
 from tiny_audio.progress import progress_bar
 
 TITLE = "Announcements of a telephone system:\n"
@@ -36,15 +29,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--number", type=int, default=2500, help="sentences in all")
-    number, assets = parser.parse_args().number, prepare(synthetic=False, baseline=False)
-    held_out = [row["text"] for name in HELD_OUT for row in read_manifest(getattr(assets, name))]
-    prompts = [row["raw_text"].strip() for row in read_manifest(assets.train)]
-    prompts = [text for text in prompts if 3 <= len(text.split()) <= 14]
-    written = SENTENCES_FILE.read_text().splitlines() if SENTENCES_FILE.exists() else []
-    known = {clean(text) for text in [*prompts, *written]}
+    number = parser.parse_args().number
+    made = assets.prepare(synthetic=False, baseline=False)
+    held_out, rows = assets.held_out_texts(assets.cache_dir()), assets.read_manifest(made.train)
+    prompts = [row["raw_text"].strip() for row in rows if 3 <= len(row["text"].split()) <= 14]
+    file = assets.SENTENCES_FILE
+    written = file.read_text().splitlines() if file.exists() else []
+    known = {row["text"] for row in rows} | {assets.clean(text) for text in written}
     rng = random.Random(len(written))
     torch.manual_seed(len(written))
-    write = pipeline("text-generation", str(assets.decoder), dtype=torch.float32)
+    write = pipeline("text-generation", str(made.decoder), dtype=torch.float32)
     bar = progress_bar(total=number, initial=len(written), desc="sentences")
     while bar.n < number:
         lists = [TITLE + "".join(f"- {text}\n" for text in rng.sample(prompts, SHOWN)) + "-"
@@ -52,14 +46,13 @@ def main() -> None:
         found = write(lists, batch_size=LISTS, return_full_text=False, **SAMPLING)
         lines = [line for (one,) in found for line in one["generated_text"].split("\n")[:-1]]
         for text in (line.strip().lstrip("- ") for line in lines):
-            spoken = clean(text)
+            spoken = assets.clean(text)
             new = SENTENCE.fullmatch(text) and " " in spoken and spoken not in known
-            if new and not any(near_duplicate(spoken, other) for other in held_out):
+            if new and not any(assets.near_duplicate(spoken, other) for other in held_out):
                 known.add(spoken)
                 bar.update()
-                with SENTENCES_FILE.open("a") as file:
-                    file.write(text if text[-1] in ".!?" else f"{text}.")
-                    file.write("\n")
+                with file.open("a") as end:
+                    end.write(f"{text}\n" if text[-1] in ".!?" else f"{text}.\n")
 
 
 if __name__ == "__main__":

