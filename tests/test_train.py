@@ -337,8 +337,6 @@ def test_unknown_keys_are_refused(compose, override, message):
         ("training.resume_from_checkpoint=x", "name the stage"),
         ("+training.seed=1", "unknown key 'seed' in training"),
         ("+training.hub_private_repo=true", "unknown key 'hub_private_repo'"),
-        ("data.mask_time=0.1", r"need training\.cache_encoder=false"),
-        ("data.mask_bands=4", r"need training\.cache_encoder=false"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(compose, override, message):
