@@ -460,24 +460,6 @@ def test_a_finished_model_is_continued_where_it_stopped(compose, tmp_path):
     assert_close(first / "decoder" / "final", second / "decoder" / "final")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_log_says_how_much_is_of_which_source(compose, corpus, capsys, streaming):
-    rows = corpus.read_text().splitlines()
-    other = corpus.with_name("other.jsonl")
-    other.write_text("\n".join(rows[:3]).replace('"clip', '"other') + "\n")
-    cfg = compose(f"data.streaming={streaming}", f"training.cache_encoder={not streaming}",
-                  f"data.max_seconds={6}", steps=(4, 1), logging_steps=4)  # fmt: skip
-    cfg.data.train = [{"path": str(corpus)}, {"path": str(other)}]
-    output = runner.train(cfg)
-    seconds = {"train": sum(json.loads(row)["duration"] for row in rows)}
-    seconds["other"] = sum(json.loads(row)["duration"] for row in rows[:3])
-    (logged,) = [row for row in log_of(output / "align") if "loss" in row]
-    assert logged["share_train"] + logged["share_other"] == pytest.approx(1)
-    expected = seconds["train"] / sum(seconds.values())
-    assert logged["share_train"] == pytest.approx(expected, abs=0.12)  # four steps are no epoch
-    assert re.search(r"from other \d+ %, train \d+ %", capsys.readouterr().out)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_letters_that_a_trained_model_lacks_are_added(compose, corpus, tmp_path, capsys, share):
     first = runner.train(compose(steps=(4, 4)))

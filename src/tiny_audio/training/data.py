@@ -193,11 +193,10 @@ class Clips:
     def read(self, example: Example) -> dict[str, Any]:
         """Read an example's audio and make its features.
 
-        Returns `id`, `source`, `seconds`, `features` (time first), `target` (token ids) and
+        Returns `id`, `seconds`, `features` (time first), `target` (token ids) and
         `characters` (classes), or `id`, `reason` and `detail` if the audio cannot be used.
         """
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
-        item["source"] = example.source
         item["characters"] = self.processor.spell(example.text)
         if self.encoded is not None:
             return {**item, "features": self.augment(self.encoded[example.id], example.id)}
@@ -260,10 +259,7 @@ class Clips:
         return x
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
-        """Collate items with features into a batch for `ASRModel`.
-
-        Adds their `ids`, the `seconds` of audio, and `sources`, the seconds of each source.
-        """
+        """Collate items with features into a batch, with their `ids` and `seconds` of audio."""
         batch = self.processor.collate(
             [item["features"] for item in items],
             [item["target"] for item in items],
@@ -272,9 +268,6 @@ class Clips:
         )
         batch["ids"] = [item["id"] for item in items]
         batch["seconds"] = sum(item["seconds"] for item in items)
-        batch["sources"] = Counter[str]()
-        for item in items:
-            batch["sources"][item["source"]] += item["seconds"]
         return batch
 
 

@@ -64,7 +64,6 @@ class Example:
     silence: bool = False
     speaker: str | None = None
     repeat: int = 1
-    source: str = ""
 
 
 def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Path]:
@@ -277,7 +276,6 @@ class Reader:
             silence=source["silence"],
             speaker=None if speaker is None else str(speaker),
             repeat=int(source["repeat"]),
-            source="-".join(filter(None, (Path(source["path"]).stem, source["name"]))),
         )
 
     def seconds(self, row: dict[str, Any], audio: Any) -> float:

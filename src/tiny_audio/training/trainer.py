@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +59,6 @@ class ASRTrainer(Trainer):
         self.dropped: Dropped = kwargs["train_dataset"].dropped
         # Since the last log line:
         self.seconds = self.padded = 0.0  # seconds of audio, without and with padding
-        self.sources = Counter[str]()  # seconds of audio by source
         self.waited = 0.0  # seconds spent waiting for batches
         self.clips = 0  # checksum of the ids
         self.position: Any = None  # in a stream, after the last batch
@@ -132,7 +130,7 @@ class ASRTrainer(Trainer):
                 dropped too many examples.
         """
         inputs = dict(inputs)
-        ids, seconds, sources = (inputs.pop(key) for key in ("ids", "seconds", "sources"))
+        ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
         position, unread = inputs.pop("position", None), inputs.pop("dropped")
         for item in unread:
             self.dropped.add(item["id"], item["reason"], item["detail"])
@@ -148,7 +146,6 @@ class ASRTrainer(Trainer):
         if model.training:
             mask = inputs["input_features_mask"]
             self.seconds += seconds
-            self.sources.update(sources)
             self.padded += seconds * mask.numel() / int(mask.sum())
             self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
@@ -206,7 +203,7 @@ class ASRTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, padding, waiting, dropped examples and shares of sources to the logs.
+        """Add speed, padding, waiting and dropped examples to the logs.
 
         `waiting` is the share of the time spent waiting for batches.
         """
@@ -217,15 +214,11 @@ class ASRTrainer(Trainer):
             logs["waiting"] = self.waited / max(now - self.logged_at, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
             logs["clips"] = self.clips
-            if len(self.sources) > 1:
-                shares = {name: s / self.sources.total() for name, s in self.sources.items()}
-                logs |= {f"share_{name}": share for name, share in sorted(shares.items())}
             if self.peak:
                 rate = logs["audio_seconds_per_second"] * self.gflop / 1000
                 logs["mfu"] = rate / self.peak  # of this process, like the audio
             self.seconds, self.padded, self.waited = 0.0, 0.0, 0.0
             self.clips, self.logged_at = 0, now
-            self.sources.clear()
             return_freed_memory()  # batches of varying sizes fragment the heap
         super().log(logs, start_time)
 
