@@ -151,7 +151,6 @@ VARIANTS: list[tuple[str, str, tuple[str, ...], Any]] = [
     ("lora", "four times the batch", ("training.batch_seconds=240",), None),
     ("lora", "AdamW, not fused", ("training.optim=adamw_torch",), None),
     ("lora", "data not streamed", ("data.streaming=false",), None),
-    ("lora", "FlashAttention 2", ("training.attn_implementation=flash_attention_2",), None),
     ("lora", "Liger's fused loss", (), fuse_loss),
     ("lora", "torch.compile, by layer", (), compile_layers),
 ]

@@ -41,7 +41,7 @@ class ASRModel(SavedModel, GenerationMixin):
     main_input_name = "input_features"
     input_modalities = ["audio"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = True
+    _supports_sdpa = True
 
     def __init__(
         self, config: ASRConfig, encoder: nn.Module | None = None, decoder: Any = None
