@@ -279,7 +279,7 @@ def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
             decoded = partial(transcribe, model, processor, hidden, steps, decode, **options)
             found[f"{decode} s"] = seconds_of(bench, decoded)
         hypotheses = [t.text for t in transcribe(model, processor, hidden, steps, "ctc")]
-        flattened = (given[0] / search.settings.temperature).log_softmax(-1)
+        flattened = (given[0] / search.settings["temperature"]).log_softmax(-1)
         frames, _ = squeeze_blanks(flattened, steps)
     audio = float(lengths.sum())
     for decode in ("ctc", "rescore", "generate"):

@@ -9,12 +9,12 @@ import torch
 from conftest import TEXTS, babble
 
 from tiny_audio.asr import asr_ngram
-from tiny_audio.asr.asr_config import DECODE, ASRConfig
+from tiny_audio.asr.asr_config import DECODE, DECODING_DEFAULTS, ASRConfig
 from tiny_audio.asr.asr_decoding import TextTree, read_prompts, score_trees, transcribe
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
-from tiny_audio.asr.asr_search import PrefixSearch, SearchSettings
+from tiny_audio.asr.asr_search import PrefixSearch
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.training.manifests import DataError
@@ -22,9 +22,10 @@ from tiny_audio.training.vocabulary import blend, read_counts
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})
-WHOLE = SearchSettings(  # nothing is pruned
-    beams=400, temperature=1.0, candidates=3, ngram=0.7, word=0.3, open_character=0.9
-)
+WHOLE = {  # nothing is pruned
+    **DECODING_DEFAULTS, "beams": 400, "temperature": 1.0, "candidates": 3, "ngram": 0.7,
+    "word": 0.3, "open_character": 0.9,
+}  # fmt: skip
 
 
 def random_log_probs(*shape):
@@ -56,11 +57,11 @@ def by_brute_force(log_probs, ngram):
     scores = {}
     for text, score in ctc.items():
         words = text.split() if ngram else []
-        scores[text] = score + WHOLE.word * len(words)
+        scores[text] = score + WHOLE["word"] * len(words)
         if ngram:
-            scores[text] += WHOLE.ngram * score_text(ngram, words)
+            scores[text] += WHOLE["ngram"] * score_text(ngram, words)
         unknown = [word for word in words if word not in ngram.id_of]
-        scores[text] -= WHOLE.open_character * sum(map(len, unknown))
+        scores[text] -= WHOLE["open_character"] * sum(map(len, unknown))
     return sorted(((score, text) for text, score in scores.items()), reverse=True)
 
 
@@ -98,8 +99,8 @@ def test_an_unknown_word_is_dear_by_its_length():
     log_probs[0, torch.arange(len(path)), torch.tensor(path)] = 0.0
     best = PrefixSearch(ALPHABET, NGRAM, WHOLE)(log_probs, torch.tensor([len(path)]))[0][0]
     assert best.text == text
-    known = WHOLE.ngram * score_text(NGRAM, text.split()) + 2 * WHOLE.word
-    assert best.prior == pytest.approx(known - 3 * WHOLE.open_character, abs=1e-5)
+    known = WHOLE["ngram"] * score_text(NGRAM, text.split()) + 2 * WHOLE["word"]
+    assert best.prior == pytest.approx(known - 3 * WHOLE["open_character"], abs=1e-5)
 
 
 def test_empty_audio_is_empty_text():
@@ -318,13 +319,14 @@ def test_words_that_are_named_are_preferred(build, caplog):
         for letter in letters or [""]:
             frames[0, t, classes.get(letter, 0)] = 0.0
     log_probs, lengths = frames.log_softmax(-1), torch.tensor([5])
+    sharper = {**DECODING_DEFAULTS, "temperature": 1.5, "word": 0.5}
     common = build_ngram([["abby"]] * 9)
     for terms, wanted in (([], "abby"), (["adby"], "abby"), (["adby"] * 2, "abby")):
-        search = PrefixSearch(alphabet, common.preferring(terms), SearchSettings())
+        search = PrefixSearch(alphabet, common.preferring(terms), sharper)
         assert search(log_probs, lengths)[0][0].text == wanted  # a name is no order
     rare = build_ngram([["by"]] * 9, {"abby": 1, "by": 10_000})
     for terms, wanted in (([], "abby"), (["adby"], "adby")):
-        search = PrefixSearch(alphabet, rare.preferring(terms), SearchSettings())
+        search = PrefixSearch(alphabet, rare.preferring(terms), sharper)
         assert search(log_probs, lengths)[0][0].text == wanted
 
     processor, model = build("whisper")

@@ -26,27 +26,6 @@ OPEN = -1  # node of a word that the lexicon lacks
 
 
 @dataclass
-class SearchSettings:
-    """Weights and sizes of the first pass; costs are natural logarithms.
-
-    Attributes:
-        beams: hypotheses kept in each frame.
-        temperature: flattens the posteriors; sharp ones hide the correct word.
-        ngram: weight of the n-gram.
-        word: bonus for each word.
-        open_character: cost of each character of a word that the lexicon lacks.
-        candidates: most likely characters tried in each frame.
-    """
-
-    beams: int = 48
-    temperature: float = 1.5
-    ngram: float = 0.5
-    word: float = 0.5
-    open_character: float = 4.0
-    candidates: int = 12
-
-
-@dataclass
 class Proposal:
     """A text that the search proposes for a clip.
 
@@ -141,7 +120,7 @@ class PrefixSearch:
     Args:
         alphabet: byte of each class from 1 on.
         ngram: n-gram of the training transcripts, or None.
-        settings: weights and sizes.
+        settings: see `DECODING_DEFAULTS`; costs are natural logarithms.
         device: device that runs the search.
     """
 
@@ -149,7 +128,7 @@ class PrefixSearch:
         self,
         alphabet: Sequence[int],
         ngram: NGram | None,
-        settings: SearchSettings,
+        settings: dict[str, Any],
         device: Any = "cpu",
     ) -> None:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
@@ -160,7 +139,7 @@ class PrefixSearch:
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
         log_probs, lengths = log_probs.to(self.device), lengths.to(self.device)
-        scaled = (log_probs.float() / self.settings.temperature).log_softmax(-1)
+        scaled = (log_probs.float() / self.settings["temperature"]).log_softmax(-1)
         frames, dropped = squeeze_blanks(scaled, lengths)
         beams = self.start(len(frames), frames.device)
         history: list[tuple[Tensor, Tensor]] = []
@@ -172,7 +151,7 @@ class PrefixSearch:
 
     def start(self, clips: int, device: torch.device) -> Beams:
         """Start each clip with the empty text; the other beams are impossible."""
-        shape = (clips, self.settings.beams)
+        shape = (clips, self.settings["beams"])
         zero = torch.zeros(shape, dtype=torch.long, device=device)
         blank = torch.full(shape, IMPOSSIBLE, dtype=torch.float, device=device)
         blank[:, 0] = 0.0
@@ -197,7 +176,7 @@ class PrefixSearch:
         """
         k = beams.last.shape[1]
         stay, merged = self.keep(beams, frame)
-        log_probs, new = frame[:, 1:].topk(min(self.settings.candidates, frame.shape[1] - 1))
+        log_probs, new = frame[:, 1:].topk(min(self.settings["candidates"], frame.shape[1] - 1))
         new = new + 1  # (b, n)
         ended, word = self.end_word(beams) if self.lexicon else (beams.prior, beams.before)
         label, prior = self.extend(beams, new, log_probs, merged, ended)
@@ -259,7 +238,7 @@ class PrefixSearch:
         if self.lexicon:
             unknown = self.lexicon.child[beams.node].gather(2, new) == OPEN
             price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
-            as_unknown = beams.prior - self.settings.open_character * price
+            as_unknown = beams.prior - self.settings["open_character"] * price
             prior = torch.where(unknown, as_unknown[..., None], prior)
             is_space = new == self.space
             prior = torch.where(is_space, ended[..., None], prior)
@@ -295,8 +274,8 @@ class PrefixSearch:
         word = self.lexicon.word[beams.node]
         log_prob = self.ngram.score(beams.before, word)
         unfinished = (word == self.ngram.unknown) & (beams.node != OPEN)
-        price = self.settings.open_character * unfinished * beams.depth
-        return beams.prior + self.settings.ngram * log_prob + self.settings.word - price, word
+        price = self.settings["open_character"] * unfinished * beams.depth
+        return beams.prior + self.settings["ngram"] * log_prob + self.settings["word"] - price, word
 
     def finish(self, beams: Beams) -> Beams:
         """Add the n-gram scores of the last word and of the end of the text."""
@@ -307,7 +286,7 @@ class PrefixSearch:
         prior = torch.where(inside, ended, beams.prior)
         before = torch.where(inside, word, beams.before)
         log_prob = self.ngram.score(before, torch.full_like(before, self.ngram.end))
-        return replace(beams, prior=prior + self.settings.ngram * log_prob)
+        return replace(beams, prior=prior + self.settings["ngram"] * log_prob)
 
     def read(
         self, beams: Beams, history: list[tuple[Tensor, Tensor]], constant: Tensor
