@@ -261,7 +261,7 @@ def run_in(tiny_bases, corpus):
         settings = [
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}",
-            "model.projector_hidden=32", "model.projector_dropout=0.1",
+            "model.projector_hidden=32",
             "encoder_lora.r=2", "encoder_lora.lora_dropout=0.1", "peft.r=2",
             "peft.lora_dropout=0.1",
             f"data.train=[{{path: {corpus}}}]", f"data.streaming={streaming}", "data.block=7",

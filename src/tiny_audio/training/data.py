@@ -171,7 +171,7 @@ class Clips:
         seconds, letters = example.duration, len(example.text)
         slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
         wrong = {
-            "empty text": not letters and not example.silence,
+            "empty text": not letters,
             "unreadable audio": seconds < 0,
             "shorter than min_seconds": seconds < self.min_seconds,
             "over max_seconds": seconds > self.max_seconds,
@@ -204,7 +204,7 @@ class Clips:
             samples = load_audio(example.audio)
         except AudioError as error:
             return {"id": example.id, "reason": "unreadable audio", "detail": str(error)}
-        if not samples.any() and not example.silence:
+        if not samples.any():
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
         if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
             detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"

@@ -117,8 +117,8 @@ def build_model(
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
     """
-    own = "stack projector_hidden projector_dropout bridge encoder_revision decoder_revision "
-    own += "decoding ctc_hidden prompt_prefix prompt_suffix"
+    own = "stack projector_hidden bridge encoder_revision decoder_revision decoding ctc_hidden "
+    own += "prompt_prefix prompt_suffix"
     config = ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
@@ -281,9 +281,8 @@ def training_arguments(
         ValueError: for conflicting settings.
     """
     arguments = {k: v for k, v in settings.items() if k not in recipe.OWN_TRAINING_KEYS}
-    # newer transformers renamed this field; our configs keep the common name
-    if hasattr(TrainingArguments, "activation_checkpointing"):
-        arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    # transformers renamed this field; our configs keep the common name
+    arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
     main = PartialState().is_main_process
     args = TrainingArguments(
