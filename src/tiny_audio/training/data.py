@@ -22,6 +22,7 @@ from transformers import BatchFeature
 
 from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
 from .augment import disturb, draw_timing
+from .batches import LengthBatchSampler
 from .manifests import DataError, Example, Reader
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
@@ -315,6 +316,20 @@ class SpeechDataset(Clips, Dataset):
         batch = super().collate(good)
         batch["dropped"] = [item for item in items if "features" not in item]
         return batch
+
+    def batches(self, batch_seconds: float) -> Iterator[dict[int, dict[str, Any]]]:
+        """Yield each clip once, in batches of similar length: row number -> item of `read`.
+
+        Clips that cannot be read are recorded as dropped.
+        """
+        lengths = [example.duration for example in self.examples]
+        for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
+            items = {row: self[row] for row in rows}
+            good = {row: item for row, item in items.items() if "features" in item}
+            for row in items.keys() - good.keys():
+                self.dropped.add(**items[row])
+            if good:
+                yield good
 
     def lengths(self, epoch: int) -> list[float]:
         """Seconds of each example in an epoch."""

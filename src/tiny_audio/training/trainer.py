@@ -171,26 +171,17 @@ class ASRTrainer(Trainer):
         references: list[str] = []
         hypotheses: list[str] = []
         decode = None if self.settings["decoder_loss_weight"] else "ctc"
-        lengths = [example.duration for example in data.examples]
-        budget = max(self.settings["batch_seconds"], *lengths)
-        for rows in LengthBatchSampler(lengths, budget, shuffle=False):
-            items = [data[row] for row in rows]
-            batch: Any = self._prepare_inputs(data.collate(items))
-            for item in batch["dropped"]:
-                data.dropped.add(item["id"], item["reason"], item["detail"])
-            if len(batch["dropped"]) == len(items):
-                continue
-            batch["dropped"] = []
+        for items in data.batches(self.settings["batch_seconds"]):
+            batch: Any = self._prepare_inputs(data.collate([*items.values()]))
             n = int((batch["labels"] != IGNORE).sum())
-            features = [item["features"] for item in items if "features" in item]
+            features = [item["features"] for item in items.values()]
             prompt = self.processing_class.collate(features).to(model.device)
             with self.compute_loss_context_manager():
                 loss, labels = loss + n * float(self.compute_loss(model, batch)), labels + n
                 hidden, steps = model.encode(prompt.input_features, prompt.input_features_mask)
                 found = transcribe(model, self.processing_class, hidden, steps, decode)
             hypotheses += [transcript.text for transcript in found]
-            references += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
-                           "features" in i]  # fmt: skip
+            references += [data.examples[row].text for row in items]
         model.train()
         wer = score(references, hypotheses, self.settings["language"])["wer"]
         metrics = {"loss": loss / labels, "wer": wer, "clips": len(references)}
