@@ -151,7 +151,6 @@ VARIANTS: list[tuple[str, str, tuple[str, ...], Any]] = [
     ("lora", "four times the batch", ("training.batch_seconds=240",), None),
     ("lora", "AdamW, not fused", ("training.optim=adamw_torch",), None),
     ("lora", "data not streamed", ("data.streaming=false",), None),
-    ("lora", "FlashAttention 2", ("training.attn_implementation=flash_attention_2",), None),
     ("lora", "Liger's fused loss", (), fuse_loss),
     ("lora", "torch.compile, by layer", (), compile_layers),
 ]
@@ -280,7 +279,7 @@ def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
             decoded = partial(transcribe, model, processor, hidden, steps, decode, **options)
             found[f"{decode} s"] = seconds_of(bench, decoded)
         hypotheses = [t.text for t in transcribe(model, processor, hidden, steps, "ctc")]
-        flattened = (given[0] / search.settings.temperature).log_softmax(-1)
+        flattened = (given[0] / search.settings["temperature"]).log_softmax(-1)
         frames, _ = squeeze_blanks(flattened, steps)
     audio = float(lengths.sum())
     for decode in ("ctc", "rescore", "generate"):

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from conftest import TEXTS, WAVEFORM_SHAPE
-from torch.nn import functional as F
-from transformers import ParakeetEncoder, WavLMModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from conftest import TEXTS
 
-from tiny_audio.asr.asr_bases import choose_attention
 from tiny_audio.asr.asr_config import DECODE
 from tiny_audio.asr.asr_decoding import transcribe
 from tiny_audio.asr.asr_modeling import ASRModel
-
-SMALL = {
-    WavLMModel: WAVEFORM_SHAPE,
-    ParakeetEncoder: {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                      "intermediate_size": 64, "subsampling_conv_channels": 8},
-}  # fmt: skip
+from tiny_audio.asr.asr_processing import ASRProcessor
 
 
 @pytest.fixture(scope="module")
@@ -52,53 +43,28 @@ def test_bfloat16_keeps_the_positions_exact(saved):
     )
 
 
-def flash_on_cpu(module, query, key, value, attention_mask, **kwargs):
-    """What FlashAttention computes: it takes a mask of padding (b, s) or none, and no other."""
-    assert attention_mask is None or attention_mask.ndim == 2, attention_mask.shape
-    new, s = query.shape[2], key.shape[2]  # behind a cache the queries are the last of s
-    visible = torch.ones(len(query), 1, new, s, dtype=torch.bool)
-    if kwargs.get("is_causal", module.is_causal):
-        visible = visible.tril(s - new)
-    if attention_mask is not None:
-        visible = visible & attention_mask[:, None, None].bool()
-        visible[..., -1] |= ~visible.any(-1)  # a row of padding sees something: no NaN
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scale = kwargs.get("scaling")
-    out = F.scaled_dot_product_attention(query, key, value, visible, scale=scale)
-    return out.transpose(1, 2), None
-
-
-@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
-def test_flash_attention_gets_only_masks_that_it_knows(build, clips, monkeypatch, encoder):
-    """The whole of decoding and training by it is what it is by transformers' default."""
-    processor, model = build(encoder, lora="both")
+@pytest.mark.parametrize("whole", [False, True])
+def test_sdpa_and_eager_attention_read_the_same_and_no_other_is_taken(saved, clips, whole):
+    folder = saved("whisper", whole)
+    processor = ASRProcessor.from_pretrained(folder)
     batch = processor(clips[:3], list(TEXTS[:3]))
 
-    def results():
+    def results(attention):
+        model = ASRModel.from_pretrained(folder, attn_implementation=attention)
+        for part in (model.encoder, model.decoder):
+            assert part.config._attn_implementation == (attention or "sdpa")
         with torch.no_grad():
             hidden, steps = model.encode(batch["input_features"], batch["input_features_mask"])
             found = [transcribe(model, processor, hidden, steps, d) for d in DECODE]
             loss = model(**batch, ctc_loss_weight=0.2, character_loss_weight=0.2).loss
         return [[t.text for t in some] for some in found], loss.item()
 
-    plain = results()
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_on_cpu)
-    used = []
-    for part in (model.encoder, model.decoder):
-        part.config._attn_implementation = "flash_attention_2"
-        used.append(part.config)
-    flash = results()
-    assert all(config._attn_implementation == "flash_attention_2" for config in used)
-    assert flash[0] == plain[0]
-    assert flash[1] == pytest.approx(plain[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", [ParakeetEncoder, WavLMModel])
-def test_flash_attention_is_left_out_where_a_family_lacks_it(kind):
-    model = kind(kind.config_class(**SMALL[kind]))
-    choose_attention(model, "flash_attention_2")
-    assert model.config._attn_implementation != "flash_attention_2"
+    default = results(None)
+    assert results("sdpa") == default
+    texts, loss = results("eager")
+    assert texts == default[0] and loss == pytest.approx(default[1], rel=1e-5)
+    with pytest.raises(ValueError, match="must be null, sdpa or eager, not 'flash_attention_2'"):
+        ASRModel.from_pretrained(folder, attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize("encoder", ["hubert", "parakeet"])

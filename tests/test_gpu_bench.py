@@ -56,7 +56,7 @@ def test_every_part_has_a_result(tmp_path):
         assert f"## {name}: ok" in printed
     assert printed.strip().endswith((tmp_path / "gpu.md").read_text().strip())
     failed = {row["variant"] for row in parts["training"]["rows"] if "error" in row}
-    assert failed <= {"FlashAttention 2", "Liger's fused loss"}  # they need a GPU
+    assert failed <= {"Liger's fused loss"}  # it needs a GPU
     for row in parts["plan"]["rows"]:
         assert row["memory, measured / plan"] == pytest.approx(1, abs=0.2)
         assert row["work, measured / plan"] == pytest.approx(1, abs=0.2)

@@ -38,8 +38,9 @@ def load_base(
 
     Raises:
         OSError: if the model is not found.
-        ValueError: if weights are missing.
+        ValueError: if weights are missing, or for another attention than `check_attention` allows.
     """
+    check_attention(kwargs.get("attn_implementation"))
     hub = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
     name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
     kind: Any = AutoModelForCausalLM
@@ -51,9 +52,7 @@ def load_base(
         base = AutoConfig.from_pretrained(name, revision=revision, **hub)
         kind, extra = encoder_class(base)
     options = {"dtype": dtype or torch.float32, "output_loading_info": True, **extra, **kwargs}
-    attention = options.pop("attn_implementation", None)
     model, info = kind.from_pretrained(name, revision=revision, **options)
-    choose_attention(model, attention)
     if "layerdrop" in vars(model.config):
         model.config.layerdrop = 0.0  # DDP fails if a dropped layer's LoRA has no gradient
     if missing := set(info["missing_keys"]) - OPTIONAL_WEIGHTS:
@@ -66,13 +65,14 @@ def load_base(
     return model.base_model, head
 
 
-def choose_attention(model: Any, attention: str | None) -> None:
-    """Set the attention implementation of a base model; None keeps transformers' choice.
+def check_attention(attention: str | None) -> None:
+    """Refuse attention implementations that do not take every mask of ours, as FlashAttention.
 
-    FlashAttention is skipped for families that do not support it (Parakeet, WavLM).
+    Raises:
+        ValueError: naming those that do; None means transformers' default, SDPA.
     """
-    if attention and ("flash" not in attention or model._supports_flash_attn):
-        model.set_attn_implementation(attention)
+    if attention not in (None, "sdpa", "eager"):
+        raise ValueError(f"attn_implementation must be null, sdpa or eager, not {attention!r}")
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype | None) -> None:

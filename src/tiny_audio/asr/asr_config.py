@@ -110,7 +110,6 @@ class ASRConfig(PreTrainedConfig):
         text_config: the decoder's own config.
         stack: number of encoder frames concatenated into one projected frame.
         projector_hidden: width of the SwiGLU projector.
-        projector_dropout: dropout after the gate, in training.
         projector_scale: initial RMS of the projector's output, that of the token embeddings.
         bridge: input of the decoder: "frames" (the projected frames) or "posteriors" (the
             CTC-weighted sum of its own token embeddings plus a learned residual).
@@ -146,7 +145,6 @@ class ASRConfig(PreTrainedConfig):
     text_config: Any = None
     stack: int = 5
     projector_hidden: int = 8192
-    projector_dropout: float = 0.0
     projector_scale: float = 1.0
     bridge: str = "frames"
     encoder_lora: Any = None
@@ -173,6 +171,7 @@ class ASRConfig(PreTrainedConfig):
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")
         if self.stack < 1:
             raise ValueError(f"stack must be at least 1, not {self.stack}")
+        kwargs.pop("projector_dropout", None)  # in models saved by an earlier version
         known = {f.name for f in fields(type(self))} | HF_KEYS
         check_keys([key for key in kwargs if not key.startswith("_")], known, "ASRConfig")
         if isinstance(self.audio_config, dict):

@@ -5,8 +5,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,13 +138,12 @@ def score_trees(decoder: Any, prompts: Prompts, trees: Sequence[TextTree]) -> li
     prompt = prompts.mask.bool()
     visible = torch.cat([prompt[:, None].expand(-1, n, -1), tree_mask], 2)
     bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-    with without_flash_attention(decoder):
-        nodes = decoder.base_model(
-            inputs_embeds=decoder.get_input_embeddings()(tokens).to(dtype),
-            attention_mask=bias[:, None],
-            position_ids=prompt.sum(1, keepdim=True) + depths,
-            past_key_values=prompts.past_key_values,
-        ).last_hidden_state
+    nodes = decoder.base_model(
+        inputs_embeds=decoder.get_input_embeddings()(tokens).to(dtype),
+        attention_mask=bias[:, None],
+        position_ids=prompt.sum(1, keepdim=True) + depths,
+        past_key_values=prompts.past_key_values,
+    ).last_hidden_state
     scores = []
     for i, tree in enumerate(trees):
         # The prompt's last token comes last: it is node -1.
@@ -154,18 +152,6 @@ def score_trees(decoder: Any, prompts: Prompts, trees: Sequence[TextTree]) -> li
         scores.append([float(after[path, text].sum())
                        for path, text in zip(tree.paths, tree.texts, strict=True)])  # fmt: skip
     return scores
-
-
-@contextmanager
-def without_flash_attention(decoder: Any) -> Iterator[None]:
-    """Use SDPA instead of FlashAttention, which supports only padding and causal masks."""
-    before = decoder.config._attn_implementation
-    if "flash" in str(before):
-        decoder.config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = before
 
 
 @dataclass

@@ -163,12 +163,9 @@ def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
         )
     x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
     visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i
-    if "flash" in str(encoder.config._attn_implementation):
-        attention_mask: Any = None if visible.all() else visible
-    else:
-        bias = torch.zeros(len(x), 1, 1, t, dtype=x.dtype, device=x.device)
-        bias = bias.masked_fill(~visible[:, None, None], torch.finfo(x.dtype).min)
-        attention_mask = bias.expand(-1, -1, t, -1)
+    bias = torch.zeros(len(x), 1, 1, t, dtype=x.dtype, device=x.device)
+    bias = bias.masked_fill(~visible[:, None, None], torch.finfo(x.dtype).min)
+    attention_mask = bias.expand(-1, -1, t, -1)
     for layer in encoder.layers:
         out = layer(x, attention_mask)
         x = out[0] if isinstance(out, tuple) else out

@@ -7,7 +7,6 @@ tokens, d the decoder's hidden size, c CTC classes (class 0 is the blank).
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram
 from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
-from .asr_search import PrefixSearch, SearchSettings
+from .asr_search import PrefixSearch
 
 SPARE_TOKENS = 8  # tokens that a clip may have beyond one per projected frame
 
@@ -41,7 +40,7 @@ class ASRModel(SavedModel, GenerationMixin):
     main_input_name = "input_features"
     input_modalities = ["audio"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = True
+    _supports_sdpa = True
 
     def __init__(
         self, config: ASRConfig, encoder: nn.Module | None = None, decoder: Any = None
@@ -314,7 +313,6 @@ class ASRModel(SavedModel, GenerationMixin):
         """Return the search over the character head's output, see `ASRConfig.decoding`."""
         if self.characters is None:
             raise ValueError("this model has no character head: use decode='generate'")
-        own = SearchSettings(**{f.name: settings[f.name] for f in fields(SearchSettings)})
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
         # The many small steps suit a CPU, and CUDA queues them just as fast.
         device = self.device if self.device.type == "cuda" else torch.device("cpu")
@@ -323,10 +321,10 @@ class ASRModel(SavedModel, GenerationMixin):
             if words and ngram is None:
                 raise ValueError("words to prefer need a lexicon: use lexicon=True and an n-gram")
             ngram = ngram.preferring(words) if ngram and words else ngram
-            search = PrefixSearch(self.config.ctc_alphabet, ngram, own, device)
+            search = PrefixSearch(self.config.ctc_alphabet, ngram, settings, device)
             self.last_search = key, search  # cached, because the lexicon takes a moment to build
         search = copy.copy(self.last_search[1])
-        search.settings = own
+        search.settings = settings
         return search
 
     @torch.no_grad()

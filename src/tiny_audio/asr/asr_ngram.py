@@ -1,14 +1,14 @@
-"""Word n-gram of the training transcripts, for the CTC search.
+"""Word bigram of the training transcripts, for the CTC search.
 
 Its tables are tensors, so the search looks up a whole batch of hypotheses at once. It is saved as a
-plain ARPA file beside the weights, and an n-gram from any toolkit can replace it.
+plain ARPA file beside the weights, and a bigram from any toolkit can replace it.
 """
 
 import gzip
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +17,40 @@ from torch import Tensor
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LOG10 = math.log(10.0)
+NEVER = -99 * LOG10  # how ARPA files write the log-probability of the start of a sentence
 PREFERRED = math.log(0.02)  # minimum for preferred words: about the 5th most common word's
 PAIRED = 0.7  # share of the words that follow a word in other text; the rest is for any word
 # Only the most frequent entries are kept.
-MAX_WORDS, MAX_NGRAMS = 200_000, 2_000_000
-
-
-@dataclass
-class Table:
-    """Entries of a backoff n-gram (Katz 1987) over word ids, with natural logarithms.
-
-    Attributes:
-        number: number of each context, a tuple of word ids; the empty context is 0.
-        backoff: log backoff weight of each context.
-        arcs: (number of a context, word) -> log-probability.
-    """
-
-    number: dict[tuple[int, ...], int] = field(default_factory=lambda: {(): 0})
-    backoff: list[float] = field(default_factory=lambda: [0.0])
-    arcs: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def add(self, context: tuple[int, ...], backoff: float, after: dict[int, float]) -> None:
-        """Add a context, its backoff weight, and the words that follow it."""
-        self.number[context] = len(self.backoff)
-        self.arcs.update({(len(self.backoff), word): value for word, value in after.items()})
-        self.backoff.append(backoff)
-
-    def log_prob(self, context: tuple[int, ...], word: int) -> float:
-        """Return the log-probability of a word after a context."""
-        at = self.number.get(context)
-        if at is None:
-            return self.log_prob(context[1:], word)
-        if (at, word) in self.arcs:
-            return self.arcs[at, word]
-        return self.backoff[at] + self.log_prob(context[1:], word)
-
-    def longest(self, words: tuple[int, ...]) -> int:
-        """Return the number of the longest context that `words` end with."""
-        while words not in self.number:
-            words = words[1:]
-        return self.number[words]
+MAX_WORDS, MAX_PAIRS = 200_000, 2_000_000
 
 
 class NGram:
-    """A backoff n-gram over words with batched lookups.
+    """A backoff bigram (Katz 1987) over words with batched lookups; all values are natural logs.
 
     Args:
         words: the vocabulary, including `<s>`, `</s>` and `<unk>`; a word's id is its index.
-        table: must have an arc from the empty context for every word except `<s>`.
+        unigrams: log-probability of each word.
+        bigrams: (word, next word) -> log-probability of the next word.
+        backoffs: word -> log weight of the unigrams after it; a word that is missing has 0.
     """
 
-    def __init__(self, words: Sequence[str], table: Table) -> None:
-        self.words, self.table = list(words), table
+    def __init__(
+        self,
+        words: Sequence[str],
+        unigrams: Sequence[float],
+        bigrams: Mapping[tuple[int, int], float],
+        backoffs: Mapping[int, float],
+    ) -> None:
+        self.words, self.unigrams = list(words), list(unigrams)
+        self.bigrams, self.backoffs = bigrams, backoffs
         self.id_of = {word: i for i, word in enumerate(self.words)}
-        self.end, self.unknown = self.id_of[END], self.id_of[UNKNOWN]
-        self.start = table.longest((self.id_of[START],))
-        contexts = list(table.number)
-        self.order = 1 + max(map(len, contexts))
-        self.backoff = torch.tensor(table.backoff)
-        self.shorter = torch.tensor([table.longest(context[1:]) for context in contexts])
-        arcs = sorted(table.arcs)
-        self.keys = torch.tensor([at * len(self.words) + word for at, word in arcs])
-        self.log_probs = torch.tensor([table.arcs[arc] for arc in arcs])
-        self.next = torch.tensor([table.longest((*contexts[at], word)) for at, word in arcs])
+        self.start, self.end, self.unknown = (self.id_of[w] for w in (START, END, UNKNOWN))
+        pairs = sorted(bigrams)
+        # The first key matches no pair, so that the table is never empty.
+        self.keys = torch.tensor([-1, *(a * len(self.words) + b for a, b in pairs)])
+        self.pair = torch.tensor([0.0, *(bigrams[pair] for pair in pairs)])
+        self.word = torch.tensor(self.unigrams)
+        self.backoff = torch.tensor([backoffs.get(i, 0.0) for i in range(len(self.words))])
 
     def preferring(self, words: Iterable[str]) -> "NGram":
         """Copy the n-gram and make each of `words` at least as likely as a common word.
@@ -88,56 +59,56 @@ class NGram:
         """
         vocabulary = list(self.words)
         vocabulary += [word for word in dict.fromkeys(words) if word not in self.id_of]
-        id_of = {word: i for i, word in enumerate(vocabulary)}
-        arcs = dict(self.table.arcs)
-        for word in words:
-            arcs[0, id_of[word]] = max(arcs.get((0, id_of[word]), PREFERRED), PREFERRED)
-        return NGram(vocabulary, Table(self.table.number, self.table.backoff, arcs))
+        preferred = {*words}
+        unigrams = self.unigrams + [PREFERRED] * (len(vocabulary) - len(self.words))
+        for i, word in enumerate(vocabulary):
+            if word in preferred:
+                unigrams[i] = max(unigrams[i], PREFERRED)
+        return NGram(vocabulary, unigrams, self.bigrams, self.backoffs)
 
     def to(self, device: Any) -> "NGram":
         """Move the tables to a device in place."""
-        for name in ("backoff", "shorter", "keys", "log_probs", "next"):
+        for name in ("keys", "pair", "word", "backoff"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def score(self, context: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
-        """Contexts and word ids (of one shape) -> log-probabilities and the next contexts.
+    def log_prob(self, previous: int, word: int) -> float:
+        """Return the log-probability of a word after another one."""
+        if (previous, word) in self.bigrams:
+            return self.bigrams[previous, word]
+        return self.backoffs.get(previous, 0.0) + self.unigrams[word]
 
-        Every word of the vocabulary has an arc from the empty context, so backoff ends there.
-        """
-        weight = torch.zeros_like(context, dtype=self.log_probs.dtype)
-        for _ in range(self.order):
-            key = context * len(self.words) + word
-            at = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
-            missing = self.keys[at] != key
-            weight = weight + torch.where(missing, self.backoff[context], 0.0)
-            context = torch.where(missing, self.shorter[context], context)
-        return weight + self.log_probs[at], self.next[at]
+    def score(self, previous: Tensor, word: Tensor) -> Tensor:
+        """Word ids and ids of the words before them (of one shape) -> log-probabilities."""
+        key = previous * len(self.words) + word
+        at = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
+        backed_off = self.backoff[previous] + self.word[word]
+        return torch.where(self.keys[at] == key, self.pair[at], backed_off)
 
 
-def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter]:
-    """Count the n-grams of orders 1 to `order`, including sentence starts and ends.
+def count_words(sentences: Iterable[Sequence[str]]) -> tuple[Counter[str], Counter[tuple]]:
+    """Count words and pairs of words, including sentence starts and ends.
 
-    If an order has more than twice `MAX_NGRAMS`, the rare ones are dropped (lossy counting, Manku
-    and Motwani 2002). This way 25,000 hours of transcripts fit into memory.
+    If there are more than twice `MAX_PAIRS`, the rare ones are dropped (lossy counting, Manku and
+    Motwani 2002). This way 25,000 hours of transcripts fit into memory.
     """
-    counts: list[Counter] = [Counter() for _ in range(order)]
+    words: Counter[str] = Counter()
+    pairs: Counter[tuple] = Counter()
     for sentence in sentences:
         padded = (START, *sentence, END)
-        for n, counter in enumerate(counts, 1):
-            counter.update(zip(*(padded[i:] for i in range(n)), strict=False))
-            if len(counter) > 2 * MAX_NGRAMS:
-                counts[n - 1] = Counter(dict(counter.most_common(MAX_NGRAMS)))
-    return counts
+        words.update(padded)
+        pairs.update(pairwise(padded))
+        if len(pairs) > 2 * MAX_PAIRS:
+            pairs = Counter(dict(pairs.most_common(MAX_PAIRS)))
+    return words, pairs
 
 
 def build_ngram(
     sentences: Iterable[Sequence[str]],
     counts_elsewhere: Mapping[str, float] | None = None,
-    order: int = 2,
     discount: float = 0.9,
 ) -> NGram:
-    """Estimate an n-gram with interpolated absolute discounting (Ney, Essen and Kneser 1994).
+    """Estimate a bigram with interpolated absolute discounting (Ney, Essen and Kneser 1994).
 
     Args:
         sentences: transcripts, split into words.
@@ -145,124 +116,123 @@ def build_ngram(
             text. What the discount takes from the transcripts is shared in proportion to them. A
             word without a count gets the smallest one; a pair without a count gets its share by the
             count of its second word.
-        order: length of the longest n-gram, in words.
         discount: subtracted from every count and shared among all words.
     """
-    counts = count_ngrams(sentences, order)
-    seen = {word for (word,), _ in counts[0].most_common(MAX_WORDS)} - {START}
-    words, elsewhere = _shares_elsewhere(seen, counts_elsewhere or {})
+    counts, pairs = count_words(sentences)
+    seen = {word for word, _ in counts.most_common(MAX_WORDS)} - {START}
+    words, shares, paired = _shares_elsewhere(seen, counts_elsewhere or {})
+    own = {word: counts[word] for word in sorted(seen)}
+    unigrams, _ = _discounted(own, sum(own.values()), discount, shares)
+
     id_of = {word: i for i, word in enumerate(words)}
-    table = Table()
-    for n in range(1, order + 1):
-        following: dict[tuple[str, ...], dict[str, int]] = {}
-        for ngram, count in counts[n - 1].most_common(MAX_NGRAMS):
-            if id_of.keys() >= {*ngram} and ngram[-1] != START:
-                following.setdefault(ngram[:-1], {})[ngram[-1]] = count
-        histories = following.keys() | {history for history in elsewhere if len(history) == n - 1}
-        for history in sorted(histories):
-            after, share = following.get(history, {}), elsewhere.get(history, {})
-            # Lossy counting may have forgotten the history itself.
-            total = max(counts[n - 2][history] if history else 0, sum(after.values()))
-            kept = {word: (count - discount) / total for word, count in after.items()}
-            left = 1 - sum(kept.values())
-            backoff = left * (1 - sum(share.values()))
-            context, found = tuple(id_of[word] for word in history), {}
-            for word in sorted(kept.keys() | share.keys()):
-                p = kept.get(word, 0.0) + left * share.get(word, 0.0)
-                if history:
-                    p += backoff * math.exp(table.log_prob(context[1:], id_of[word]))
-                found[id_of[word]] = math.log(p)
-            if history:
-                table.add(context, math.log(backoff), found)
-            else:
-                table.arcs.update({(0, word): value for word, value in found.items()})
-    return NGram(words, table)
+    following: dict[str, dict[str, int]] = {}
+    for (first, second), count in pairs.most_common(MAX_PAIRS):
+        if first in id_of and second in id_of:
+            following.setdefault(first, {})[second] = count
+    bigrams, backoffs = dict[tuple[int, int], float](), dict[int, float]()
+    for first in sorted(following.keys() | paired.keys()):
+        share = paired.get(first, {})
+        found, left = _discounted(following.get(first, {}), counts[first], discount, share)
+        backoff = left * (1 - sum(share.values()))
+        backoffs[id_of[first]] = math.log(backoff)
+        for word, p in found.items():
+            bigrams[id_of[first], id_of[word]] = math.log(p + backoff * unigrams[word])
+    logs = [math.log(unigrams[word]) if word != START else NEVER for word in words]
+    return NGram(words, logs, bigrams, backoffs)
+
+
+def _discounted(
+    counts: Mapping[str, int], total: int, discount: float, shares: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """Return the probability of each word, and the part that the discount took.
+
+    That part is given out by `shares`, which may leave some of it.
+    """
+    kept = {word: (count - discount) / total for word, count in counts.items()}
+    left = 1 - sum(kept.values())
+    words = sorted(kept.keys() | shares.keys())
+    return {word: kept.get(word, 0.0) + left * shares.get(word, 0.0) for word in words}, left
 
 
 def _shares_elsewhere(
     seen: set[str], counts: Mapping[str, float]
-) -> tuple[list[str], dict[tuple[str, ...], dict[str, float]]]:
-    """Return the vocabulary, and for each history the shares of the words after it in other text.
+) -> tuple[list[str], dict[str, float], dict[str, dict[str, float]]]:
+    """Return the vocabulary, the share of each word in other text, and those of words after a word.
 
-    The shares of all words, after the empty history, sum to 1, those after a word to `PAIRED` at
-    most, so that any other word can follow.
+    The shares of all words sum to 1, those after a word to `PAIRED` at most, so that any other word
+    can follow.
     """
     unigrams = {word: count for word, count in counts.items() if " " not in word}
     words = sorted(seen | unigrams.keys() | {END, UNKNOWN})
     least = min(unigrams.values(), default=1.0)
     share = {word: unigrams.get(word, least) for word in words}
     share[END] = share[UNKNOWN] = sum(share.values()) / len(share)
-    total = sum(share.values())
-    shares: dict[tuple[str, ...], dict[str, float]] = {
-        (): {word: count / total for word, count in share.items()}
-    }
+    paired: dict[str, dict[str, float]] = {}
     for pair, count in counts.items():
         first, _, second = pair.partition(" ")
         if first in share and second in share:
-            shares.setdefault((first,), {})[second] = count
-    for history, after in shares.items():
-        if history:
-            total = max(share[history[0]], sum(after.values()))
-            after.update({word: PAIRED * count / total for word, count in after.items()})
-    return [*words, START], shares
+            paired.setdefault(first, {})[second] = count
+    for first, after in paired.items():
+        total = max(share[first], sum(after.values()))
+        after.update({word: PAIRED * count / total for word, count in after.items()})
+    total = sum(share.values())
+    return [*words, START], {word: count / total for word, count in share.items()}, paired
 
 
 def save_arpa(ngram: NGram, path: Path) -> None:
     """Write an n-gram as a gzipped ARPA file."""
-    table, words = ngram.table, ngram.words
-    contexts = list(table.number)
-    by_order: list[list[str]] = [[] for _ in range(ngram.order)]
-    for (at, word), value in table.arcs.items():
-        ids = (*contexts[at], word)
-        weight = table.backoff[table.number[ids]] if ids in table.number else None
-        by_order[len(ids) - 1].append(_arpa_line(value, [words[i] for i in ids], weight))
-    start = ngram.id_of[START]
-    weight = table.backoff[table.number[start,]] if (start,) in table.number else None
-    by_order[0].append(_arpa_line(-99 * LOG10, [START], weight))
+    words = ngram.words
+    unigrams = [
+        _arpa_line(value, word, ngram.backoffs.get(i))
+        for i, (word, value) in enumerate(zip(words, ngram.unigrams, strict=True))
+    ]
+    bigrams = [
+        _arpa_line(value, f"{words[first]} {words[second]}")
+        for (first, second), value in ngram.bigrams.items()
+    ]
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=6) as file:
-        counts = (f"ngram {n}={len(rows)}" for n, rows in enumerate(by_order, 1))
-        file.write("\n".join(["\\data\\", *counts]) + "\n")
-        for n, rows in enumerate(by_order, 1):
+        file.write(f"\\data\\\nngram 1={len(unigrams)}\nngram 2={len(bigrams)}\n")
+        for n, rows in ((1, unigrams), (2, bigrams)):
             file.write("\n".join([f"\n\\{n}-grams:", *rows]) + "\n")
         file.write("\n\\end\\\n")
 
 
-def _arpa_line(log_prob: float, words: Sequence[str], backoff: float | None) -> str:
-    columns = [f"{log_prob / LOG10:.6g}", " ".join(words)]
+def _arpa_line(log_prob: float, text: str, backoff: float | None = None) -> str:
+    columns = [f"{log_prob / LOG10:.6g}", text]
     return "\t".join(columns + ([] if backoff is None else [f"{backoff / LOG10:.6g}"]))
 
 
 def load_arpa(path: Path) -> NGram:
-    """Read an n-gram from an ARPA file, gzipped or not.
+    """Read an n-gram of order 1 or 2 from an ARPA file, gzipped or not.
 
     Raises:
-        ValueError: if a line cannot be read, or a special word is missing.
+        ValueError: if the order is higher, a line cannot be read, or a special word is missing.
     """
-    words: list[str] = []
     id_of: dict[str, int] = {}
-    table, order = Table(), 0
+    unigrams: list[float] = []
+    bigrams, backoffs = dict[tuple[int, int], float](), dict[int, float]()
+    order = 0
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             line = line.strip("\n")
             if line.startswith("\\"):
                 order = int(line[1 : line.index("-")]) if line.endswith("-grams:") else 0
+                if order > 2:
+                    raise ValueError(f"{path} holds {order}-grams; only 1- and 2-grams are read")
             elif line and order:
                 columns = line.split("\t")
                 text = columns[1].split(" ") if len(columns) > 1 else []
                 if len(text) != order:
                     raise ValueError(f"{path}, line {number}: not a {order}-gram: {line[:60]!r}")
-                if order == 1:
-                    id_of[text[0]] = len(words)
-                    words += text
-                ids = tuple(id_of[word] for word in text)
-                if text != [START]:
-                    if ids[:-1] not in table.number:  # no backoff column means a weight of one
-                        table.add(ids[:-1], 0.0, {})
-                    at = table.number[ids[:-1]]
-                    table.arcs[at, ids[-1]] = float(columns[0]) * LOG10
+                value = float(columns[0]) * LOG10
+                if order == 2:
+                    bigrams[id_of[text[0]], id_of[text[1]]] = value
+                    continue
                 if len(columns) > 2:
-                    table.add(ids, float(columns[2]) * LOG10, {})
+                    backoffs[len(id_of)] = float(columns[2]) * LOG10
+                id_of[text[0]] = len(id_of)
+                unigrams.append(value)
     if missing := {START, END, UNKNOWN} - id_of.keys():
         raise ValueError(f"{path} is not a complete ARPA file: it lacks {sorted(missing)}")
-    return NGram(words, table)
+    return NGram(list(id_of), unigrams, bigrams, backoffs)

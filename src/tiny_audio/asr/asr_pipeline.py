@@ -37,7 +37,6 @@ ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
 # Threads may share a pipeline, and scoring turns the decoder's LoRA off for a moment. The lock
 # belongs to the module, because a pipeline that holds a lock cannot be pickled.
 DECODE_LOCK = threading.Lock()
-MIN_PIECE = 1.0  # seconds; pieces shorter than twice this are not split
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
 # Of the loudest energy (-60 dB); so much silence is kept around the speech of a piece.
 SILENCE_BELOW, SILENCE_MARGIN = 1e-6, SAMPLE_RATE // 4
@@ -70,7 +69,6 @@ class Piece:
         confidence: geometric mean of the CTC probabilities of the text's letters.
         heard: how surely the CTC head alone hears as many letters, see `letters_heard`.
         flags: problems with the text, keys of `FLAGS`.
-        parts: shorter pieces that replace this one after it ran out of memory.
     """
 
     start: float
@@ -81,21 +79,9 @@ class Piece:
     confidence: float | None = None
     heard: float | None = None
     flags: list[str] = field(default_factory=list)
-    parts: list["Piece"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.seconds = len(self.samples) / SAMPLE_RATE
-
-    def halve(self) -> list["Piece"]:
-        """Split near the middle, at the quietest place, unless the piece is too short."""
-        if self.seconds >= 2 * MIN_PIECE:
-            cuts = split_blocks([self.samples], 0.7 * self.seconds)
-            self.parts = [Piece(self.start + at / SAMPLE_RATE, part) for at, part in cuts]
-        return self.parts
-
-    def final(self) -> list["Piece"]:
-        """Return the pieces that hold the text: this one, or its parts if it was split."""
-        return [leaf for part in self.parts for leaf in part.final()] or [self]
 
 
 @dataclass
@@ -285,10 +271,10 @@ class ASRPipeline(Pipeline):
         progress: Callable[[float], Any] = lambda seconds: None,
         **options: Any,
     ) -> list[Piece]:
-        """Transcribe pieces in batches of `batch_seconds`, longest first.
+        """Transcribe pieces, in place, in batches of `batch_seconds`, longest first.
 
-        Returns:
-            The final pieces in the order of `pieces`.
+        Raises:
+            RuntimeError: if a piece alone does not fit into memory.
         """
         loud: list[Piece] = []
         for piece in pieces:
@@ -306,21 +292,19 @@ class ASRPipeline(Pipeline):
             except RuntimeError as error:
                 if not OUT_OF_MEMORY.search(str(error)):
                     raise
-                if len(batch) > 1:
-                    batch_seconds = len(batch) * batch[0].seconds / 2
-                    logger.warning("out of memory: batches have %.0f s from now on", batch_seconds)
-                    loud += batch
-                elif halves := batch[0].halve():
-                    logger.warning("out of memory: a piece of %.0f s is halved", batch[0].seconds)
-                    loud += halves
-                else:
-                    raise
+                if len(batch) == 1:
+                    raise RuntimeError(
+                        f"out of memory: a piece of {batch[0].seconds:.1f} s does not fit; lower "
+                        f"max_seconds (now {self.processor.max_seconds:g}) in processor_config.json"
+                    ) from error
+                batch_seconds = len(batch) * batch[0].seconds / 2
+                logger.warning("out of memory: batches have %.0f s from now on", batch_seconds)
+                loud += batch
             else:
                 progress(sum(p.seconds for p in batch))
-        final = [leaf for piece in pieces for leaf in piece.final()]
-        for piece in [*pieces, *final]:
+        for piece in pieces:
             piece.samples = np.zeros(0, np.float32)
-        return final
+        return pieces
 
     @torch.no_grad()
     def _decode(
@@ -399,7 +383,7 @@ class ASRPipeline(Pipeline):
         """Join the pieces of one input into a result."""
         if recording.error:
             return {"text": "", "error": recording.error}
-        pieces = [leaf for piece in recording.pieces for leaf in piece.final()]
+        pieces = recording.pieces
         result: dict[str, Any] = {"text": " ".join(p.text for p in pieces if p.text)}
         if return_timestamps:
             result["duration"] = round(pieces[-1].start + pieces[-1].seconds, 3)

@@ -25,7 +25,6 @@ class AudioProjector(nn.Module):
         self.input_norm = nn.RMSNorm(d_in, eps=1e-6)
         self.gate_proj = nn.Linear(d_in, config.projector_hidden, bias=False)
         self.up_proj = nn.Linear(d_in, config.projector_hidden, bias=False)
-        self.dropout = nn.Dropout(config.projector_dropout)
         self.down_proj = nn.Linear(config.projector_hidden, d_out, bias=False)
         self.output_norm = nn.RMSNorm(d_out, eps=1e-6)
         nn.init.constant_(self.output_norm.weight, config.projector_scale)
@@ -35,5 +34,5 @@ class AudioProjector(nn.Module):
         b, t, _ = hidden.shape
         hidden = F.pad(hidden.to(self.gate_proj.weight.dtype), (0, 0, 0, -t % self.stack))
         x = self.input_norm(hidden.view(b, -1, self.input_norm.normalized_shape[0]))
-        x = self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (b, f, hidden)
+        x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (b, f, hidden)
         return self.output_norm(self.down_proj(x)), (lengths + self.stack - 1) // self.stack

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .asr_bases import cast_base, choose_attention, is_trained, load_base, load_weights, shard_like
+from .asr_bases import cast_base, check_attention, is_trained, load_base, load_weights, shard_like
 from .asr_config import AUTO_MAP, ASRConfig, check_keys
 from .asr_ngram import NGram, load_arpa, save_arpa
 
@@ -163,9 +163,11 @@ class SavedModel(PreTrainedModel):
         tensors = load_weights(str(cached_file(str(name_or_path), WEIGHTS, **hub)))
         local = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
         if config.self_contained:
+            check_attention(attention)
             model = cls(config)
             for part in (model.encoder, model.decoder):
-                choose_attention(part, attention)
+                if attention:
+                    part.set_attn_implementation(attention)
                 cast_base(part, dtype)
         else:
             scale = config.projector_scale

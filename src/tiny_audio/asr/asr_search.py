@@ -26,27 +26,6 @@ OPEN = -1  # node of a word that the lexicon lacks
 
 
 @dataclass
-class SearchSettings:
-    """Weights and sizes of the first pass; costs are natural logarithms.
-
-    Attributes:
-        beams: hypotheses kept in each frame.
-        temperature: flattens the posteriors; sharp ones hide the correct word.
-        ngram: weight of the n-gram.
-        word: bonus for each word.
-        open_character: cost of each character of a word that the lexicon lacks.
-        candidates: most likely characters tried in each frame.
-    """
-
-    beams: int = 48
-    temperature: float = 1.5
-    ngram: float = 0.5
-    word: float = 0.5
-    open_character: float = 4.0
-    candidates: int = 12
-
-
-@dataclass
 class Proposal:
     """A text that the search proposes for a clip.
 
@@ -110,7 +89,7 @@ class Beams:
     last: Tensor  # class of the last character, 0 at the start
     node: Tensor  # lexicon node within the current word
     depth: Tensor  # number of characters in the current word
-    context: Tensor  # n-gram context before the current word
+    before: Tensor  # n-gram's id of the word before the current one
 
     @property
     def score(self) -> Tensor:
@@ -120,9 +99,7 @@ class Beams:
     def take(self, index: Tensor) -> "Beams":
         """Select the hypotheses at `index` (b, k)."""
         numbers = torch.stack([self.blank, self.label, self.prior])
-        marks = torch.stack(
-            [self.hash, self.parent, self.last, self.node, self.depth, self.context]
-        )
+        marks = torch.stack([self.hash, self.parent, self.last, self.node, self.depth, self.before])
         numbers = numbers.gather(2, index.expand_as(numbers))
         return Beams(*numbers, *marks.gather(2, index.expand_as(marks)))
 
@@ -143,7 +120,7 @@ class PrefixSearch:
     Args:
         alphabet: byte of each class from 1 on.
         ngram: n-gram of the training transcripts, or None.
-        settings: weights and sizes.
+        settings: see `DECODING_DEFAULTS`; costs are natural logarithms.
         device: device that runs the search.
     """
 
@@ -151,7 +128,7 @@ class PrefixSearch:
         self,
         alphabet: Sequence[int],
         ngram: NGram | None,
-        settings: SearchSettings,
+        settings: dict[str, Any],
         device: Any = "cpu",
     ) -> None:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
@@ -162,7 +139,7 @@ class PrefixSearch:
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
         log_probs, lengths = log_probs.to(self.device), lengths.to(self.device)
-        scaled = (log_probs.float() / self.settings.temperature).log_softmax(-1)
+        scaled = (log_probs.float() / self.settings["temperature"]).log_softmax(-1)
         frames, dropped = squeeze_blanks(scaled, lengths)
         beams = self.start(len(frames), frames.device)
         history: list[tuple[Tensor, Tensor]] = []
@@ -174,11 +151,10 @@ class PrefixSearch:
 
     def start(self, clips: int, device: torch.device) -> Beams:
         """Start each clip with the empty text; the other beams are impossible."""
-        shape = (clips, self.settings.beams)
+        shape = (clips, self.settings["beams"])
         zero = torch.zeros(shape, dtype=torch.long, device=device)
         blank = torch.full(shape, IMPOSSIBLE, dtype=torch.float, device=device)
         blank[:, 0] = 0.0
-        context = zero + (self.ngram.start if self.ngram else 0)
         return Beams(
             blank=blank,
             label=torch.full_like(blank, IMPOSSIBLE),
@@ -188,7 +164,7 @@ class PrefixSearch:
             last=zero,
             node=zero if self.lexicon else zero + OPEN,
             depth=zero,
-            context=context,
+            before=zero + (self.ngram.start if self.ngram else 0),
         )
 
     def step(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor, Tensor]:
@@ -200,16 +176,16 @@ class PrefixSearch:
         """
         k = beams.last.shape[1]
         stay, merged = self.keep(beams, frame)
-        log_probs, new = frame[:, 1:].topk(min(self.settings.candidates, frame.shape[1] - 1))
+        log_probs, new = frame[:, 1:].topk(min(self.settings["candidates"], frame.shape[1] - 1))
         new = new + 1  # (b, n)
-        ended, following = self.end_word(beams) if self.lexicon else (beams.prior, beams.context)
+        ended, word = self.end_word(beams) if self.lexicon else (beams.prior, beams.before)
         label, prior = self.extend(beams, new, log_probs, merged, ended)
         score = torch.cat([stay.score, (label + prior).flatten(1)], 1)  # (b, k + k n)
         best = score.topk(k, 1).indices
         grows = best >= k
         origin = torch.where(grows, (best - k) // new.shape[1], best)
         gained = new.gather(1, (best - k).clamp(min=0) % new.shape[1]).masked_fill(~grows, 0)
-        beams = self.grow(stay.take(origin), gained, following.gather(1, origin))
+        beams = self.grow(stay.take(origin), gained, word.gather(1, origin))
         beams.blank = beams.blank.masked_fill(grows, IMPOSSIBLE)
         beams.label = torch.cat([stay.label, label.flatten(1)], 1).gather(1, best)
         beams.prior = torch.cat([stay.prior, prior.flatten(1)], 1).gather(1, best)
@@ -262,26 +238,26 @@ class PrefixSearch:
         if self.lexicon:
             unknown = self.lexicon.child[beams.node].gather(2, new) == OPEN
             price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
-            as_unknown = beams.prior - self.settings.open_character * price
+            as_unknown = beams.prior - self.settings["open_character"] * price
             prior = torch.where(unknown, as_unknown[..., None], prior)
             is_space = new == self.space
             prior = torch.where(is_space, ended[..., None], prior)
             forbidden = forbidden | (is_space & (beams.depth == 0)[..., None])
         return label.masked_fill(forbidden, IMPOSSIBLE), prior
 
-    def grow(self, beams: Beams, gained: Tensor, following: Tensor) -> Beams:
+    def grow(self, beams: Beams, gained: Tensor, word: Tensor) -> Beams:
         """Add the character `gained` (b, k), 0 for none, to the text of each hypothesis.
 
-        `following` (b, k) is the n-gram context if it ends a word. The scores do not change.
+        `word` (b, k) is the n-gram's id of the word that it ends, if so. The scores do not change.
         """
         grows = gained > 0
-        node, depth, context = beams.node, beams.depth + grows, beams.context
+        node, depth, before = beams.node, beams.depth + grows, beams.before
         if self.lexicon:
             child = self.lexicon.child[node, gained].long()
             node = torch.where(grows, child, node)
             is_space = gained == self.space
             node, depth = node.masked_fill(is_space, 0), depth.masked_fill(is_space, 0)
-            context = torch.where(is_space, following, context)
+            before = torch.where(is_space, word, before)
         return replace(
             beams,
             hash=torch.where(grows, _hash(beams.hash, gained), beams.hash),
@@ -289,28 +265,28 @@ class PrefixSearch:
             last=torch.where(grows, gained, beams.last),
             node=node,
             depth=depth,
-            context=context,
+            before=before,
         )
 
     def end_word(self, beams: Beams) -> tuple[Tensor, Tensor]:
-        """Return the prior and the n-gram context (b, k) if the current word ended here."""
+        """Return the prior (b, k) and the n-gram's id of the current word if it ended here."""
         assert self.ngram and self.lexicon
         word = self.lexicon.word[beams.node]
-        log_prob, context = self.ngram.score(beams.context, word)
+        log_prob = self.ngram.score(beams.before, word)
         unfinished = (word == self.ngram.unknown) & (beams.node != OPEN)
-        price = self.settings.open_character * unfinished * beams.depth
-        return beams.prior + self.settings.ngram * log_prob + self.settings.word - price, context
+        price = self.settings["open_character"] * unfinished * beams.depth
+        return beams.prior + self.settings["ngram"] * log_prob + self.settings["word"] - price, word
 
     def finish(self, beams: Beams) -> Beams:
         """Add the n-gram scores of the last word and of the end of the text."""
         if not self.ngram:
             return beams
-        ended, following = self.end_word(beams)
+        ended, word = self.end_word(beams)
         inside = beams.depth > 0
         prior = torch.where(inside, ended, beams.prior)
-        context = torch.where(inside, following, beams.context)
-        log_prob, _ = self.ngram.score(context, torch.full_like(context, self.ngram.end))
-        return replace(beams, prior=prior + self.settings.ngram * log_prob)
+        before = torch.where(inside, word, beams.before)
+        log_prob = self.ngram.score(before, torch.full_like(before, self.ngram.end))
+        return replace(beams, prior=prior + self.settings["ngram"] * log_prob)
 
     def read(
         self, beams: Beams, history: list[tuple[Tensor, Tensor]], constant: Tensor

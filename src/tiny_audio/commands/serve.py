@@ -64,7 +64,7 @@ class Worker:
             self.requests -= 1
 
     async def decode(self, pieces: list[Piece], request: Request) -> list[Piece]:
-        """Decode pieces together with those of other requests; return the final pieces."""
+        """Decode pieces together with those of other requests, in place, and return them."""
         self.waiting.append((pieces, done := asyncio.get_running_loop().create_future()))
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self.run())
@@ -73,7 +73,7 @@ class Worker:
                 raise HTTPException(499, "the client has disconnected")
         if error := done.result():
             raise HTTPException(500, f"decoding failed: {type(error).__name__}")
-        return [final for piece in pieces for final in piece.final()]
+        return pieces
 
     async def run(self) -> None:
         """Decode until nothing is waiting."""

@@ -5,9 +5,7 @@ transcripts are never truncated to fit.
 """
 
 import json
-import random
 import re
-import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,20 +15,18 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
-import hydra
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
-from ..asr.asr_config import check_keys
 from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
 from .augment import disturb, draw_timing
+from .batches import LengthBatchSampler
 from .manifests import DataError, Example, Reader
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
 CHARACTERS_PER_SECOND = (0.3, 40.0)
-GLOBAL_RNG_LOCK = threading.Lock()
 # Annotation marks and their replacements in training text, applied in this order.
 MARKS = {
     r"\s*<comma>": ",",  # GigaSpeech
@@ -130,12 +126,7 @@ class Clips:
         feature_noise: standard deviation of noise added to cached encoder frames.
         channel_drop: share of the channels of cached encoder frames that are zeroed.
         time_mask: longest run of cached encoder frames that is zeroed.
-        noise: {"path", "share", "snr"}: adds recordings from the folder `path` to this share of the
-            clips, at a signal-to-noise ratio drawn between the two values of `snr`, in dB.
-        transform: {"_target_": class of any library, ...}; called with `samples` and `sample_rate`.
         disturb: share of the clips that `augment.disturb` changes.
-        mask_time, mask_bands: SpecAugment (Park et al. 2019) on features: two masks in time, each
-            of at most this share of the clip, and two of at most this many mel bands.
         seed: seed of the augmentation, together with the epoch and the example's id.
     """
 
@@ -148,11 +139,7 @@ class Clips:
     feature_noise: float = 0.0
     channel_drop: float = 0.0
     time_mask: int = 0
-    noise: Any = None
-    transform: Any = None
     disturb: float = 0.0
-    mask_time: float = 0.0
-    mask_bands: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -161,14 +148,6 @@ class Clips:
         self.encoded: Any = None  # cached encoder frames by id, if any
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise DataError(f"data.max_train_samples={self.max_train_samples}: at least 1, or null")
-        self.transform = self.transform and hydra.utils.instantiate(self.transform)
-        self.noises: list[Path] = []
-        if self.noise:
-            check_keys(self.noise, {"path", "share", "snr"}, "data.noise")
-            folder = Path(str(self.noise["path"])).expanduser()
-            self.noises = sorted(path for path in folder.rglob("*") if path.is_file())
-            if not self.noises:
-                raise DataError(f"data.noise.path={folder}: no files there")
 
     def admitted(self, source: Any, streaming: bool = False) -> Iterator[Example]:
         """Yield the usable examples of a source with unique ids; record the others as dropped."""
@@ -193,7 +172,7 @@ class Clips:
         seconds, letters = example.duration, len(example.text)
         slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
         wrong = {
-            "empty text": not letters and not example.silence,
+            "empty text": not letters,
             "unreadable audio": seconds < 0,
             "shorter than min_seconds": seconds < self.min_seconds,
             "over max_seconds": seconds > self.max_seconds,
@@ -215,11 +194,10 @@ class Clips:
     def read(self, example: Example) -> dict[str, Any]:
         """Read an example's audio and make its features.
 
-        Returns `id`, `source`, `seconds`, `features` (time first), `target` (token ids) and
+        Returns `id`, `seconds`, `features` (time first), `target` (token ids) and
         `characters` (classes), or `id`, `reason` and `detail` if the audio cannot be used.
         """
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
-        item["source"] = example.source
         item["characters"] = self.processor.spell(example.text)
         if self.encoded is not None:
             return {**item, "features": self.augment(self.encoded[example.id], example.id)}
@@ -227,13 +205,12 @@ class Clips:
             samples = load_audio(example.audio)
         except AudioError as error:
             return {"id": example.id, "reason": "unreadable audio", "detail": str(error)}
-        if not samples.any() and not example.silence:
+        if not samples.any():
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
         if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
             detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
             return {"id": example.id, "reason": "not as long as stated", "detail": detail}
-        features = self.processor.features(self.disturbed(samples, example))
-        return {**item, "features": self.mask(features, example.id)}
+        return {**item, "features": self.processor.features(self.disturbed(samples, example))}
 
     def rng(self, example_id: str, epoch: int) -> np.random.Generator:
         """A generator seeded by (seed, epoch, id), so a resumed run repeats its numbers."""
@@ -251,36 +228,13 @@ class Clips:
         return changed if changed <= self.max_seconds else example.duration
 
     def disturbed(self, samples: np.ndarray, example: Example) -> np.ndarray:
-        """Augment samples (n,) at 16 kHz: `augment.disturb`, recorded noise, the transform."""
+        """Change samples (n,) at 16 kHz with `augment.disturb`, unless they become too long."""
         rng = self.rng(example.id, self.epoch)
         if rng.random() < self.disturb:
             changed = disturb(samples, rng)
             if len(changed) <= self.max_seconds * SAMPLE_RATE:
-                samples = changed
-        if self.noises and rng.random() < self.noise["share"]:
-            sound = load_audio(str(self.noises[rng.integers(len(self.noises))]))
-            sound = np.roll(sound, -int(rng.integers(len(sound))))
-            sound = np.resize(sound, len(samples))  # repeats a sound that is too short
-            gain = 10 ** (-rng.uniform(*self.noise["snr"]) / 20)
-            level = np.sqrt(np.square(samples).mean() / max(float(np.square(sound).mean()), 1e-12))
-            samples = (samples + gain * level * sound).astype(np.float32)
-        if self.transform:
-            with GLOBAL_RNG_LOCK:  # libraries use the global generators, which all threads share
-                random.seed(int(rng.integers(2**32)))
-                np.random.seed(int(rng.integers(2**32)))
-                samples = self.transform(samples=samples, sample_rate=SAMPLE_RATE)
+                return changed
         return samples
-
-    def mask(self, features: torch.Tensor, example_id: str) -> torch.Tensor:
-        """SpecAugment on features (n,) or (t, mels): set masked stretches to the clip's mean."""
-        rng, mean = self.rng(example_id + "/mask", self.epoch), features.mean()
-        widths = (int(self.mask_time * len(features)), self.mask_bands)
-        for axis, most in enumerate(widths[: features.ndim]):
-            for _ in range(2 if most else 0):
-                width = int(rng.integers(most + 1))
-                start = int(rng.integers(features.shape[axis] - width + 1))
-                features.narrow(axis, start, width).fill_(mean)
-        return features
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that seeds the augmentation; the trainer calls this."""
@@ -306,10 +260,7 @@ class Clips:
         return x
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
-        """Collate items with features into a batch for `ASRModel`.
-
-        Adds their `ids`, the `seconds` of audio, and `sources`, the seconds of each source.
-        """
+        """Collate items with features into a batch, with their `ids` and `seconds` of audio."""
         batch = self.processor.collate(
             [item["features"] for item in items],
             [item["target"] for item in items],
@@ -318,9 +269,6 @@ class Clips:
         )
         batch["ids"] = [item["id"] for item in items]
         batch["seconds"] = sum(item["seconds"] for item in items)
-        batch["sources"] = Counter[str]()
-        for item in items:
-            batch["sources"][item["source"]] += item["seconds"]
         return batch
 
 
@@ -368,6 +316,20 @@ class SpeechDataset(Clips, Dataset):
         batch = super().collate(good)
         batch["dropped"] = [item for item in items if "features" not in item]
         return batch
+
+    def batches(self, batch_seconds: float) -> Iterator[dict[int, dict[str, Any]]]:
+        """Yield each clip once, in batches of similar length: row number -> item of `read`.
+
+        Clips that cannot be read are recorded as dropped.
+        """
+        lengths = [example.duration for example in self.examples]
+        for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
+            items = {row: self[row] for row in rows}
+            good = {row: item for row, item in items.items() if "features" in item}
+            for row in items.keys() - good.keys():
+                self.dropped.add(**items[row])
+            if good:
+                yield good
 
     def lengths(self, epoch: int) -> list[float]:
         """Seconds of each example in an epoch."""

@@ -31,7 +31,6 @@ SOURCE: dict[str, Any] = {
     "speaker_column": "speaker_id",  # optional; `tiny-audio data check` counts the speakers
     "repeat": 1,  # how often an epoch contains each example
     "sample": None,  # use only N rows: a fixed random sample, or the first N of a stream
-    "silence": False,  # clips without speech: their transcripts may be empty
     "weight": 1.0,  # streams only: how often this source is drawn relative to the others
 }
 # The builder of `datasets` for each file suffix. JSON lines are read as text, because the JSON
@@ -61,10 +60,8 @@ class Example:
     text: str
     duration: float
     target: list[int] = field(default_factory=list)
-    silence: bool = False
     speaker: str | None = None
     repeat: int = 1
-    source: str = ""
 
 
 def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Path]:
@@ -274,10 +271,8 @@ class Reader:
             audio=audio,
             text=str(row[source["text_column"]] or ""),
             duration=self.seconds(row, audio),
-            silence=source["silence"],
             speaker=None if speaker is None else str(speaker),
             repeat=int(source["repeat"]),
-            source="-".join(filter(None, (Path(source["path"]).stem, source["name"]))),
         )
 
     def seconds(self, row: dict[str, Any], audio: Any) -> float:

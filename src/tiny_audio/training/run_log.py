@@ -71,10 +71,6 @@ class StepLine(TrainerCallback):
             *([f"MFU {100 * row['mfu']:.0f} %"] if "mfu" in row else []),
             f"ETA {clock(left)}",
         ]
-        shares = [f"{key.removeprefix('share_')} {100 * share:.0f} %" for key, share in row.items()
-                  if key.startswith("share_")]  # fmt: skip
-        if shares:
-            parts.append("from " + ", ".join(shares))
         if self.price is not None:
             spent_now, in_all = ((self.before + spent + x) / 3600 * self.price for x in (0, left))
             parts.append(f"cost {spent_now:.2f} of {in_all:.2f}")

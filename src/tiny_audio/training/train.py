@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import set_seed
-from transformers.utils import is_flash_attn_2_available
 
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_decoding import TERMS
@@ -118,8 +117,8 @@ def build_model(
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
     """
-    own = "stack projector_hidden projector_dropout bridge encoder_revision decoder_revision "
-    own += "decoding ctc_hidden prompt_prefix prompt_suffix"
+    own = "stack projector_hidden bridge encoder_revision decoder_revision decoding ctc_hidden "
+    own += "prompt_prefix prompt_suffix"
     config = ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
@@ -145,17 +144,13 @@ def build_model(
 
 
 def fit_device(training: DictConfig) -> None:
-    """Turn off GPU-only settings (bf16, TF32, dtype) on a CPU, choose the attention; print both."""
-    if not torch.cuda.is_available():
-        for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
-            if training.get(key):
-                print(f"training.{key}={training[key]} is off: there is no CUDA device")
-                training[key] = instead
-    if training.attn_implementation is None:
-        fits = is_flash_attn_2_available() and training.dtype in ("bfloat16", "float16")
-        training.attn_implementation = "flash_attention_2" if fits else None
-        needs = "it needs a CUDA device, flash-attn and training.dtype=bfloat16"
-        print("attention: FlashAttention 2" if fits else f"no FlashAttention 2: {needs}")
+    """Turn off GPU-only settings (bf16, TF32, dtype) on a CPU, and print them."""
+    if torch.cuda.is_available():
+        return
+    for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
+        if training.get(key):
+            print(f"training.{key}={training[key]} is off: there is no CUDA device")
+            training[key] = instead
 
 
 def read_data(
@@ -286,9 +281,8 @@ def training_arguments(
         ValueError: for conflicting settings.
     """
     arguments = {k: v for k, v in settings.items() if k not in recipe.OWN_TRAINING_KEYS}
-    # newer transformers renamed this field; our configs keep the common name
-    if hasattr(TrainingArguments, "activation_checkpointing"):
-        arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    # transformers renamed this field; our configs keep the common name
+    arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
     main = PartialState().is_main_process
     args = TrainingArguments(

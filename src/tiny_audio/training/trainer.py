@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +59,6 @@ class ASRTrainer(Trainer):
         self.dropped: Dropped = kwargs["train_dataset"].dropped
         # Since the last log line:
         self.seconds = self.padded = 0.0  # seconds of audio, without and with padding
-        self.sources = Counter[str]()  # seconds of audio by source
         self.waited = 0.0  # seconds spent waiting for batches
         self.clips = 0  # checksum of the ids
         self.position: Any = None  # in a stream, after the last batch
@@ -132,7 +130,7 @@ class ASRTrainer(Trainer):
                 dropped too many examples.
         """
         inputs = dict(inputs)
-        ids, seconds, sources = (inputs.pop(key) for key in ("ids", "seconds", "sources"))
+        ids, seconds = inputs.pop("ids"), inputs.pop("seconds")
         position, unread = inputs.pop("position", None), inputs.pop("dropped")
         for item in unread:
             self.dropped.add(item["id"], item["reason"], item["detail"])
@@ -148,7 +146,6 @@ class ASRTrainer(Trainer):
         if model.training:
             mask = inputs["input_features_mask"]
             self.seconds += seconds
-            self.sources.update(sources)
             self.padded += seconds * mask.numel() / int(mask.sum())
             self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
@@ -174,26 +171,17 @@ class ASRTrainer(Trainer):
         references: list[str] = []
         hypotheses: list[str] = []
         decode = None if self.settings["decoder_loss_weight"] else "ctc"
-        lengths = [example.duration for example in data.examples]
-        budget = max(self.settings["batch_seconds"], *lengths)
-        for rows in LengthBatchSampler(lengths, budget, shuffle=False):
-            items = [data[row] for row in rows]
-            batch: Any = self._prepare_inputs(data.collate(items))
-            for item in batch["dropped"]:
-                data.dropped.add(item["id"], item["reason"], item["detail"])
-            if len(batch["dropped"]) == len(items):
-                continue
-            batch["dropped"] = []
+        for items in data.batches(self.settings["batch_seconds"]):
+            batch: Any = self._prepare_inputs(data.collate([*items.values()]))
             n = int((batch["labels"] != IGNORE).sum())
-            features = [item["features"] for item in items if "features" in item]
+            features = [item["features"] for item in items.values()]
             prompt = self.processing_class.collate(features).to(model.device)
             with self.compute_loss_context_manager():
                 loss, labels = loss + n * float(self.compute_loss(model, batch)), labels + n
                 hidden, steps = model.encode(prompt.input_features, prompt.input_features_mask)
                 found = transcribe(model, self.processing_class, hidden, steps, decode)
             hypotheses += [transcript.text for transcript in found]
-            references += [data.examples[r].text for r, i in zip(rows, items, strict=True) if
-                           "features" in i]  # fmt: skip
+            references += [data.examples[row].text for row in items]
         model.train()
         wer = score(references, hypotheses, self.settings["language"])["wer"]
         metrics = {"loss": loss / labels, "wer": wer, "clips": len(references)}
@@ -206,7 +194,7 @@ class ASRTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, padding, waiting, dropped examples and shares of sources to the logs.
+        """Add speed, padding, waiting and dropped examples to the logs.
 
         `waiting` is the share of the time spent waiting for batches.
         """
@@ -217,15 +205,11 @@ class ASRTrainer(Trainer):
             logs["waiting"] = self.waited / max(now - self.logged_at, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
             logs["clips"] = self.clips
-            if len(self.sources) > 1:
-                shares = {name: s / self.sources.total() for name, s in self.sources.items()}
-                logs |= {f"share_{name}": share for name, share in sorted(shares.items())}
             if self.peak:
                 rate = logs["audio_seconds_per_second"] * self.gflop / 1000
                 logs["mfu"] = rate / self.peak  # of this process, like the audio
             self.seconds, self.padded, self.waited = 0.0, 0.0, 0.0
             self.clips, self.logged_at = 0, now
-            self.sources.clear()
             return_freed_memory()  # batches of varying sizes fragment the heap
         super().log(logs, start_time)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..asr.asr_decoding import TERMS, Candidate, rescore
 from ..evaluation.scoring import count, normalizer
-from .batches import LengthBatchSampler
 from .data import SpeechDataset
 
 # The values to try for each weight. Those of the search itself stay as they are: what makes its
@@ -82,16 +81,11 @@ def encoded(
     model: Any, data: SpeechDataset, batch_seconds: float
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield batches of row numbers with their encoder frames (b, t, d) and lengths (b,)."""
-    lengths = [example.duration for example in data.examples]
-    for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
-        items = [data[row] for row in rows]
-        rows = [row for row, item in zip(rows, items, strict=True) if "features" in item]
-        features = [item["features"] for item in items if "features" in item]
-        if not rows:
-            continue
+    for items in data.batches(batch_seconds):
+        features = [item["features"] for item in items.values()]
         batch: Any = data.processor.collate(features).to(model.device)
         with torch.inference_mode():
-            yield rows, *model.encode(batch["input_features"], batch["input_features_mask"])
+            yield [*items], *model.encode(batch["input_features"], batch["input_features_mask"])
 
 
 def candidates(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..asr.asr_config import ASRConfig
-from ..asr.asr_ngram import START, NGram, Table, build_ngram
+from ..asr.asr_ngram import NEVER, START, NGram, build_ngram
 from ..asr.asr_processing import ASRProcessor
 from .manifests import DataError, Example
 
@@ -120,28 +120,29 @@ def blend(known: NGram, new: NGram, share: float = 0.5) -> NGram:
     id_of = {word: i for i, word in enumerate(words)}
     sources = ((1 - share, known), (share, new))
 
-    def mixed(context: tuple[str, ...], word: str) -> float:
+    def mixed(word: str, previous: str | None = None) -> float:
         total = 0.0
         for weight, ngram in sources:
-            if word in ngram.id_of:
-                ids = tuple(ngram.id_of.get(w, ngram.unknown) for w in context)
-                total += weight * math.exp(ngram.table.log_prob(ids, ngram.id_of[word]))
+            if word not in ngram.id_of:
+                continue
+            at = ngram.id_of[word]
+            if previous is None:
+                log_prob = ngram.unigrams[at]
+            else:
+                log_prob = ngram.log_prob(ngram.id_of.get(previous, ngram.unknown), at)
+            total += weight * math.exp(log_prob)
         return total
 
-    followers: dict[tuple[str, ...], set[str]] = {(): {*words} - {START}}
+    unigrams = [NEVER if word == START else math.log(mixed(word)) for word in words]
+    followers: dict[str, set[str]] = {}
     for _, ngram in sources:
-        contexts = [tuple(ngram.words[i] for i in ids) for ids in ngram.table.number]
-        for at, word in ngram.table.arcs:
-            followers.setdefault(contexts[at], set()).add(ngram.words[word])
-    table = Table()
-    for context, after in sorted(followers.items(), key=lambda item: len(item[0])):
-        ids = tuple(id_of[word] for word in context)
-        found = {id_of[word]: mixed(context, word) for word in sorted(after)}
-        log_probs = {word: math.log(p) for word, p in found.items()}
-        if not context:
-            table.arcs.update({(0, word): value for word, value in log_probs.items()})
-            continue
-        lower = sum(math.exp(table.log_prob(ids[1:], word)) for word in found)
+        for first, second in ngram.bigrams:
+            followers.setdefault(ngram.words[first], set()).add(ngram.words[second])
+    bigrams, backoffs = dict[tuple[int, int], float](), dict[int, float]()
+    for first, after in followers.items():
+        found = {id_of[word]: mixed(word, first) for word in sorted(after)}
+        lower = sum(math.exp(unigrams[word]) for word in found)
         left = (1 - sum(found.values())) / (1 - lower)
-        table.add(ids, math.log(max(left, 1e-10)), log_probs)
-    return NGram(words, table)
+        backoffs[id_of[first]] = math.log(max(left, 1e-10))
+        bigrams |= {(id_of[first], word): math.log(p) for word, p in found.items()}
+    return NGram(words, unigrams, bigrams, backoffs)
