@@ -26,6 +26,7 @@ HOP = SAMPLE_RATE // 100  # 10 ms: grid of the search for pauses
 PAUSE_WINDOW = 20  # grid steps (0.2 s) over which the energy is averaged
 READ_AHEAD = 64  # pieces read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
+LEAST_FILLED = 0.7  # share of its row that the shortest piece of a batch fills, on a CPU
 # Call arguments of preprocess, _forward and postprocess.
 ARGUMENTS = (
     {"sampling_rate", "limit_seconds", "skip_errors"},
@@ -285,7 +286,7 @@ class ASRPipeline(Pipeline):
         progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
         while loud:
             loud.sort(key=lambda piece: piece.seconds, reverse=True)
-            many = max(1, int(batch_seconds / loud[0].seconds))
+            many = max(1, min(int(batch_seconds / loud[0].seconds), self._alike(loud)))
             batch, loud = loud[:many], loud[many:]
             try:
                 self._decode(batch, **options)
@@ -305,6 +306,15 @@ class ASRPipeline(Pipeline):
         for piece in pieces:
             piece.samples = np.zeros(0, np.float32)
         return pieces
+
+    def _alike(self, pieces: list[Piece]) -> int:
+        """Count the first ones of `pieces`, longest first, that hold little padding in one batch.
+
+        A CPU takes as long for padding as for speech; a GPU gains by large batches.
+        """
+        if self.model.device.type != "cpu":
+            return len(pieces)
+        return sum(piece.seconds >= LEAST_FILLED * pieces[0].seconds for piece in pieces)
 
     @torch.no_grad()
     def _decode(
