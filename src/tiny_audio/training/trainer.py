@@ -27,8 +27,9 @@ from ..asr.asr_bases import shard_like
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
 from ..asr.asr_saving import WEIGHTS
+from ..errors import UserError
 from ..evaluation.scoring import score
-from ..hub import PushError, one_line
+from ..hub import one_line
 from .batches import LengthBatchSampler
 from .data import MIN_SEEN, Dropped
 from .frames import return_freed_memory
@@ -309,7 +310,7 @@ def clean_exit() -> Iterator[None]:
     """Print an expected error as one line; exit with 75 after SIGTERM and 130 after Ctrl-C."""
     try:
         yield
-    except (ValueError, OSError, DataError, PushError) as error:
+    except (ValueError, OSError, UserError) as error:
         if os.environ.get("TINY_AUDIO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
