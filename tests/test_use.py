@@ -17,7 +17,7 @@ import torch
 from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
-from tiny_audio.asr.asr_ctc import LAG, align, fits
+from tiny_audio.asr.asr_ctc import LAG, align, fits, letters_heard
 from tiny_audio.asr.asr_pipeline import (  # fmt: skip
     LOOP,
     ASRPipeline,
@@ -127,6 +127,21 @@ def test_alignment_is_the_best_of_all_paths(targets, frames):
     assert tuple(said) == best
     for (start, end), target, score in zip(spans, targets, scores, strict=True):
         assert score == log_probs[start:end, target].max()
+
+
+def test_letters_are_heard_apart_from_the_words():
+    """A misread word keeps its sure letters; noise has few and unsure ones."""
+    space, rows = 4, [0, 1, 1, 0, 4, 2, 0, 2]  # the best path: 1, 2 and 2, around a space
+    chances = np.full((len(rows), 5), 0.01)
+    chances[np.arange(len(rows)), rows] = 0.96
+    chances[1, [0, 1]] = 0.46, 0.51  # less sure than the frame after it
+    chances[5, [0, 2]] = 0.47, 0.5
+    log_probs, sure = np.log(chances), (0.96 * 0.5 * 0.96) ** (1 / 3)
+    assert letters_heard(log_probs, 3, space) == pytest.approx(sure)
+    assert letters_heard(log_probs, 2, space) == pytest.approx(sure)  # more than there are
+    assert letters_heard(log_probs, 6, space) == pytest.approx(sure / 2)
+    assert letters_heard(log_probs[:1], 2, space) == 0.0  # only a blank
+    assert letters_heard(log_probs, 3, 0) == pytest.approx((0.96**3 * 0.5) ** (1 / 4))
 
 
 def test_thirty_seconds_are_aligned_in_less_than_50_ms():
@@ -253,7 +268,7 @@ def test_a_pause_within_speech_is_said_and_no_flag(pipe):
 
 
 def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
-    """Every guard speaks where the text has little CTC probability, and not where it has much."""
+    """Every guard speaks where the letters are hardly heard, and not where they are."""
     loops, both = ("okay okay okay okay", "say hehehehehehe"), {"repetition", "no_speech"}
     cases = [(text, *case) for text in loops for case in ((0.01, both), (0.9, set()))]
     cases += [(loops[0], 0.4, {"repetition"}), ("okay then", 0.4, set())]
@@ -261,7 +276,7 @@ def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
     for said, confidence, flags in cases:
 
         def timed(piece, *args, text=said, sure=confidence):
-            piece.text, piece.confidence = text, sure
+            piece.text, piece.confidence, piece.heard = text, sure, 0.9 if sure > 0.1 else 0.1
 
         monkeypatch.setattr(pipe, "_time", timed)
         result = pipe(babble(1.5, 3))

@@ -124,6 +124,7 @@ class ASRConfig(PreTrainedConfig):
             the encoder is first loaded.
         decoding: settings of the search for text, see `DECODING_DEFAULTS`.
         ngram_file: ARPA file beside the weights, the n-gram of the training transcripts.
+        writing_file: JSON file beside the weights, how the training transcripts are written.
         prompt_prefix: text before the audio tokens, including special tokens of the chat format.
         prompt_suffix: text after the audio tokens.
         audio_token_id: id of the placeholder token of one projected frame.
@@ -155,6 +156,7 @@ class ASRConfig(PreTrainedConfig):
     ctc_direct: bool | None = None
     decoding: Any = None
     ngram_file: str | None = None
+    writing_file: str | None = None
     prompt_prefix: str = ""
     prompt_suffix: str = ""
     audio_token_id: int = -1

@@ -205,6 +205,29 @@ def fits(frames: int, targets: np.ndarray) -> bool:
     return len(targets) > 0 and len(targets) + (targets[1:] == targets[:-1]).sum() <= frames
 
 
+def letters_heard(log_probs: np.ndarray, letters: int, space: int) -> float:
+    """Tell how surely the best path, without any words, hears as many letters as a text has.
+
+    A word that was misread still has sure letters beneath it; noise has few, and unsure ones.
+
+    Args:
+        log_probs: (t, c), as for `align`.
+        letters: the number of letters of the text.
+        space: class that is no letter.
+
+    Returns:
+        The geometric mean of the probabilities of the best path's letters, times the share of
+        `letters` that it reaches: 0.0 to 1.0.
+    """
+    best = log_probs.argmax(-1)
+    starts = np.flatnonzero(np.diff(best, prepend=-1))
+    peaks = np.maximum.reduceat(log_probs.max(-1), starts)
+    peaks = peaks[(best[starts] > 0) & (best[starts] != space)]
+    if not len(peaks) or not letters:
+        return 0.0
+    return float(np.exp(peaks.mean()) * min(1.0, len(peaks) / letters))
+
+
 def time_words(
     log_probs: np.ndarray, spelled: list[list[int]], space: int, step: float, seconds: float
 ) -> tuple[np.ndarray, list[float | None], float | None]:

@@ -240,7 +240,7 @@ def transcribe(
     if spoken and decode == "generate":
         decoded = generate(model, processor, speech[spoken], lengths[spoken], generate_kwargs or {})
     elif spoken:
-        proposals = model.search(settings)(log_probs[spoken], steps[spoken])
+        proposals = model.propose(log_probs[spoken], steps[spoken], settings)
         texts = [first[0].text for first in proposals]
         if decode == "rescore":
             scored = rescore(model, processor, speech[spoken], lengths[spoken], proposals, settings)

@@ -7,6 +7,7 @@ tokens, d the decoder's hidden size, c CTC classes (class 0 is the blank).
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram
 from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
-from .asr_search import PrefixSearch
+from .asr_search import PrefixSearch, Proposal
+from .asr_writing import Writing
 
 SPARE_TOKENS = 8  # tokens that a clip may have beyond one per projected frame
 
@@ -54,6 +56,7 @@ class ASRModel(SavedModel, GenerationMixin):
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
         self.ngram: NGram | None = None
+        self.writing: Writing | None = None
         self.last_search: Any = None  # kept by `search`
         self.last_text_prompt: Any = None  # kept by `read_text_prompt`
         self.residual: Any = None
@@ -326,6 +329,18 @@ class ASRModel(SavedModel, GenerationMixin):
         search = copy.copy(self.last_search[1])
         search.settings = settings
         return search
+
+    def propose(
+        self, log_probs: Tensor, steps: Tensor, settings: dict[str, Any]
+    ) -> list[list[Proposal]]:
+        """Search the character head's output (b, t, c) of `steps` (b,) frames for texts.
+
+        Returns the proposals of each clip, best first, as the training transcripts are written.
+        """
+        proposals = self.search(settings)(log_probs, steps)
+        if self.writing is None:
+            return proposals
+        return [[replace(p, text=self.writing.write(p.text)) for p in some] for some in proposals]
 
     @torch.no_grad()
     def ctc_greedy(self, hidden: Tensor, steps: Tensor) -> list[list[int]]:

@@ -17,7 +17,7 @@ import torch
 from transformers import Pipeline
 
 from .asr_config import check_keys
-from .asr_ctc import time_words
+from .asr_ctc import letters_heard, time_words
 from .asr_decoding import Transcript, transcribe
 from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, read_audio
 
@@ -40,8 +40,8 @@ DECODE_LOCK = threading.Lock()
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
 # Of the loudest energy (-60 dB); so much silence is kept around the speech of a piece.
 SILENCE_BELOW, SILENCE_MARGIN = 1e-6, SAMPLE_RATE // 4
-# Flag a transcript below the first CTC confidence, and a loop below the second.
-UNSUPPORTED, PLAUSIBLE = 0.22, 0.5
+# Flag a transcript whose letters are heard less surely, and a loop of less confidence.
+UNSUPPORTED, PLAUSIBLE = 0.65, 0.5
 FLAGS = {
     "truncated": "reached the token limit for its length",
     "repetition": "repeats the same text over and over",
@@ -67,6 +67,7 @@ class Piece:
         words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`.
             Without a CTC head, the whole text is one word.
         confidence: geometric mean of the CTC probabilities of the text's letters.
+        heard: how surely the CTC head alone hears as many letters, see `letters_heard`.
         flags: problems with the text, keys of `FLAGS`.
     """
 
@@ -76,6 +77,7 @@ class Piece:
     text: str = ""
     words: list[dict[str, Any]] = field(default_factory=list)
     confidence: float | None = None
+    heard: float | None = None
     flags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -329,7 +331,7 @@ class ASRPipeline(Pipeline):
             piece.flags = ["truncated"] if transcript.truncated else []
             sure = piece.confidence or 0.0
             piece.flags += ["repetition"] if sure < PLAUSIBLE and LOOP.search(piece.text) else []
-            unsupported = piece.confidence is not None and sure < UNSUPPORTED
+            unsupported = piece.heard is not None and piece.heard < UNSUPPORTED
             piece.flags += ["no_speech"] if unsupported or not piece.text else []
 
     def _emissions(
@@ -348,7 +350,7 @@ class ASRPipeline(Pipeline):
         return [row[:n].cpu().numpy() for row, n in zip(log_probs, lengths, strict=True)]
 
     def _time(self, piece: Piece, log_probs: np.ndarray | None, first: int, last: int) -> None:
-        """Fill in `words` and `confidence` of a piece by forced alignment.
+        """Fill in `words`, `confidence` and `heard` of a piece by forced alignment.
 
         The log-probabilities (t, c) are those of its samples from `first` to `last`.
         """
@@ -367,6 +369,8 @@ class ASRPipeline(Pipeline):
             spelled = [self.model.ctc.spelled(self.processor.tokenize(word)) for word in words]
         seconds = (last - first) / SAMPLE_RATE
         edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, seconds)
+        letters = sum(c != space for word in spelled for c in word)
+        piece.heard = letters_heard(log_probs, letters, space) if letters else None
         spans = (piece.start + first / SAMPLE_RATE + edges).round(3).tolist()
         piece.words = [
             {"text": word, "timestamp": tuple(span), "confidence": c}

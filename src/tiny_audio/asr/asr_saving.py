@@ -15,11 +15,14 @@ from transformers.utils import cached_file
 from .asr_bases import cast_base, check_attention, is_trained, load_base, load_weights, shard_like
 from .asr_config import AUTO_MAP, ASRConfig, check_keys
 from .asr_ngram import NGram, load_arpa, save_arpa
+from .asr_writing import Writing
 
 WEIGHTS = "model.safetensors"
-NGRAM = "ngram.arpa.gz"  # n-gram of the training transcripts, beside the weights
+# Beside the weights: the n-gram of the training transcripts, and how they are written.
+NGRAM, WRITING = "ngram.arpa.gz", "writing.json"
 CODE = "asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram".split()
-CODE += ["asr_pipeline", "asr_processing", "asr_projector", "asr_saving", "asr_search", "handler"]
+CODE += "asr_pipeline asr_processing asr_projector asr_saving asr_search asr_writing".split()
+CODE += ["handler"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # Arguments that transformers' Auto classes and pipelines add to those of the user.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
@@ -39,6 +42,7 @@ class SavedModel(PreTrainedModel):
     decoder: Any
     characters: Any
     ngram: NGram | None
+    writing: Writing | None
 
     def checkpoint_names(self, self_contained: bool) -> list[str]:
         """List the tensors that a checkpoint holds; of tied tensors, only the first."""
@@ -81,10 +85,13 @@ class SavedModel(PreTrainedModel):
         tensors = self.checkpoint(self_contained) if state_dict is None else state_dict
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
         (folder / (WEIGHTS + ".tmp")).replace(folder / WEIGHTS)
-        self.config.ngram_file = None
+        self.config.ngram_file = self.config.writing_file = None
         if self.ngram:
             self.config.ngram_file = NGRAM
             save_arpa(self.ngram, folder / NGRAM)
+        if self.writing:
+            self.config.writing_file = WRITING
+            self.writing.save(folder / WRITING)
         config = self.config.to_dict()
         config.update(AUTO_MAP, architectures=["ASRModel"], self_contained=self_contained)
         if self_contained:  # leave local paths out of the saved model
@@ -175,14 +182,21 @@ class SavedModel(PreTrainedModel):
             config.projector_scale = scale
         model.load_tensors(tensors, f"{name_or_path}/{WEIGHTS}")
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
-        if config.ngram_file:
-            model.ngram = load_arpa(Path(str(cached_file(name_or_path, config.ngram_file, **hub))))
+        for file in filter(None, (config.ngram_file, config.writing_file)):
+            model.load_words(Path(str(cached_file(name_or_path, file, **hub))).parent)
         config.name_or_path = str(name_or_path)
         if device == "auto":
             device = torch.accelerator.current_accelerator(check_available=True)
         if device:
             model.to(device)  # type: ignore[arg-type]
         return model.eval()
+
+    def load_words(self, folder: Path) -> None:
+        """Load the n-gram and the writing of the training transcripts, if the folder has them."""
+        if (folder / NGRAM).exists():
+            self.ngram = load_arpa(folder / NGRAM)
+        if (folder / WRITING).exists():
+            self.writing = Writing.load(folder / WRITING)
 
     def load_tensors(
         self, tensors: dict[str, Tensor], source: str, fresh_lora: bool = False

@@ -28,9 +28,9 @@ from transformers.trainer_utils import set_seed
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_decoding import TERMS
 from ..asr.asr_modeling import ASRModel
-from ..asr.asr_ngram import load_arpa
 from ..asr.asr_processing import ASRProcessor
 from ..asr.asr_saving import NGRAM, WEIGHTS
+from ..asr.asr_writing import Writing
 from ..hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from ..progress import quiet_libraries
 from . import recipe
@@ -112,7 +112,7 @@ def build_model(
         processor: the model's processor.
         ctc: the token ids and bytes of the CTC heads, see `ctc_vocabulary`; an empty list omits
             that head.
-        start: folder of a trained model, whose n-gram is loaded too.
+        start: folder of a trained model, whose n-gram and writing are loaded too.
 
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
@@ -135,8 +135,7 @@ def build_model(
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
     processor.alphabet = list(ctc[1])
     if start:
-        words = Path(start) / NGRAM
-        model.ngram = load_arpa(words) if words.exists() else None
+        model.load_words(Path(start))
         tensors = load_file(Path(start) / WEIGHTS)
         keep_new_letters(tensors, model)
         model.load_tensors(tensors, str(start), fresh_lora=True)
@@ -258,7 +257,7 @@ def stage_model(
     heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
     model = build_model(cfg, processor, heads, start)
     if resume and (Path(resume) / NGRAM).exists():
-        model.ngram = load_arpa(Path(resume) / NGRAM)
+        model.load_words(Path(resume))
     elif model.characters is not None and (
         model.ngram is None or start == cfg.model.pretrained_model_path  # later stages have it
     ):
@@ -269,6 +268,9 @@ def stage_model(
             print(f"the model's n-gram is mixed with that of the transcripts: {new} new words")
             own = blend(model.ngram, own)
         model.ngram = own or model.ngram
+        if own:
+            written = [example.text for example in texts]
+            model.writing = Writing.learn(written, processor.spoken, model.writing)
     return model
 
 

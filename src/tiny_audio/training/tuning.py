@@ -97,5 +97,5 @@ def candidates(
     """
     both = {**settings, "decoder": 1.0, "language_model": 1.0}
     for rows, hidden, steps in clips:
-        found = model.search(settings)(model.characters(hidden), steps)
+        found = model.propose(model.characters(hidden), steps, settings)
         yield from zip(rows, rescore(model, processor, hidden, steps, found, both), strict=True)
