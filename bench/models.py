@@ -43,8 +43,8 @@ def main() -> None:
         }
         for name, model in models.items():
             out = Path("outputs/models") / name.replace(" ", "_")
-            run = "import sys; from tiny_audio.commands.eval import main; sys.exit(main())"
-            args = [str(model), "--dataset", str(assets.test), "--out", str(out)]
+            run = "import sys; from tiny_audio.commands.cli import main; sys.exit(main())"
+            args = ["eval", str(model), "--dataset", str(assets.test), "--out", str(out)]
             subprocess.run([sys.executable, "-c", run, *args], check=True)
             summary = json.loads((out / "summary.json").read_text())
             rows[name] = {key: value for key, value in summary.items() if key not in LOCAL}

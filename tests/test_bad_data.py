@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from conftest import babble, tone, write_audio, write_manifest
 
-from tiny_audio.commands.data import main as check_data
+from tiny_audio.commands import cli
 from tiny_audio.training import train as runner
 from tiny_audio.training.data import Dropped, SpeechDataset
 from tiny_audio.training.manifests import read_source
@@ -139,7 +139,7 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
     limits += [f"run.output_dir={tmp_path / 'check'}", "data.lowercase=true", "data.eval=null"]
     limits += ["training.eval_strategy=no"]
     for allowed, code in ((0.9, 0), (0.05, 1)):  # before training: the same names, and its end
-        assert check_data(["check", *limits, f"data.max_dropped_fraction={allowed}"]) == code
+        assert cli.main(["data", "check", *limits, f"data.max_dropped_fraction={allowed}"]) == code
         rows = (tmp_path / "check" / "data_check.jsonl").read_text().splitlines()
         assert {row["id"]: row["reason"] for row in map(json.loads, rows)} == reasons
     said = capsys.readouterr()

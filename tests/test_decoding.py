@@ -299,7 +299,7 @@ def test_refusals(build, clips):
     for name in ("beams", "candidates", "proposals"):
         with pytest.raises(ValueError, match="must be at least 1"):
             pipe(clips[0], decoding={name: 0})
-    with pytest.raises(ValueError, match=r"saved by an older version.*make quickstart"):
+    with pytest.raises(ValueError, match="unknown key 'ctc_decode_weight'"):  # of an old version
         ASRConfig(ctc_decode_weight=0.5)
 
 

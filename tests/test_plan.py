@@ -12,6 +12,7 @@ from conftest import babble
 from test_recipes import composed, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from tiny_audio.commands import cli
 from tiny_audio.commands.plan import OWN, main, measure, plan_stage, recipe_stages
 from tiny_audio.training import plan
 from tiny_audio.training.trainer import LOSS_KEYS
@@ -213,7 +214,7 @@ def test_batches_of_five_on_forty_gigabytes(planned):
     ],
 )
 def test_what_is_wrong_is_said(arguments, hint, capsys):
-    assert main(["+experiments=stage1", *arguments]) == 1
+    assert cli.main(["plan", "+experiments=stage1", *arguments]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and hint in said
 

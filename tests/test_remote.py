@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_audio.commands import remote
+from tiny_audio.commands import cli, remote
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def call(task: str, sshd, folder, *args: str) -> list[str]:
         "--user",
         os.environ.get("USER", "root"),
     ]
-    return [task, *where, "--identity", str(sshd.key), "--folder", str(folder), *args]
+    return ["remote", task, *where, "--identity", str(sshd.key), "--folder", str(folder), *args]
 
 
 # -- what can go wrong on the way ------------------------------------------------------------------
@@ -111,33 +111,33 @@ def call(task: str, sshd, folder, *args: str) -> list[str]:
 )
 def test_a_wrong_address_is_named(sshd, home, capsys, change, hint):
     with contextlib.suppress(SystemExit):
-        assert remote.main(call("deploy", sshd, home / "far", *change)) == 1
+        assert cli.main(call("deploy", sshd, home / "far", *change)) == 1
     assert hint in capsys.readouterr().err
 
 
 def test_a_host_key_is_kept_and_a_changed_one_refused(sshd, home, capsys):
     machine = call("logs", sshd, home / "far")
-    assert remote.main(machine) == 1  # no such run, but a connection
+    assert cli.main(machine) == 1  # no such run, but a connection
     assert "there is no such run" in capsys.readouterr().err
     known = home / "the cache/known_hosts"
     assert "found" in tool("ssh-keygen", "-f", known, "-F", f"[127.0.0.1]:{sshd.port}").stdout
     sshd.restart()
-    assert remote.main(machine) == 1
+    assert cli.main(machine) == 1
     said = capsys.readouterr().err
     assert "its host key has changed" in said
     tool("bash", "-c", "ssh-keygen" + said.split("ssh-keygen")[-1])  # as it says
-    assert remote.main(machine) == 1
+    assert cli.main(machine) == 1
     assert "there is no such run" in capsys.readouterr().err
 
 
 def test_a_machine_without_gpu_disk_or_python_is_refused(sshd, home, capsys, monkeypatch):
-    assert remote.main(call("deploy", sshd, home / "far")) == 1
+    assert cli.main(call("deploy", sshd, home / "far")) == 1
     assert "finds no GPU; --cpu deploys" in capsys.readouterr().err
     monkeypatch.setitem(remote.DISK_GB, "cpu", 10**6)
-    assert remote.main(call("deploy", sshd, home / "far", "--cpu")) == 1
+    assert cli.main(call("deploy", sshd, home / "far", "--cpu")) == 1
     assert "GB of disk are free, 1000000 are needed" in capsys.readouterr().err
     monkeypatch.setattr(remote, "CHECK", remote.CHECK.replace("python3", "python9"))
-    assert remote.main(call("deploy", sshd, home / "far", "--cpu", "--small-disk")) == 1
+    assert cli.main(call("deploy", sshd, home / "far", "--cpu", "--small-disk")) == 1
     assert "no Python 3.11" in capsys.readouterr().err
 
 
@@ -146,7 +146,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(sshd, home, capsys):
     far = home / "volume"
     far.mkdir()
     (far / "years of work").write_text("kept")
-    assert remote.main(call("deploy", sshd, far, "--cpu", "--small-disk")) == 1
+    assert cli.main(call("deploy", sshd, far, "--cpu", "--small-disk")) == 1
     assert "is not empty and not ours: name a new folder" in capsys.readouterr().err
     assert [path.name for path in far.iterdir()] == ["years of work"]
 
@@ -161,7 +161,7 @@ def test_what_a_script_there_says_is_not_taken_for_the_way(sshd, home):
 
 def test_an_unknown_key_is_refused_before_anything_is_paid_for(sshd, home, capsys):
     task = call("train", sshd, home / "far", "--config", "quickstart", "+training.lerning_rate=1")
-    assert remote.main(task) == 1
+    assert cli.main(task) == 1
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def far(home, sshd):
     install = remote.INSTALL
     remote.INSTALL = f'cd -- "$1" && ln -sfn {shlex.quote(sys.prefix)} .venv'
     try:
-        assert remote.main(call("deploy", sshd, folder, "--cpu", "--small-disk")) == 0
+        assert cli.main(call("deploy", sshd, folder, "--cpu", "--small-disk")) == 0
     finally:
         remote.INSTALL = install
     return folder
@@ -219,31 +219,31 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     """One run from its start to its fetched result, another refused meanwhile."""
     train = call("train", sshd, far, "--config", "mac_minimal")
     overrides = recipe(4000)
-    assert remote.main([*train, "--detach", *overrides]) == 0
+    assert cli.main([*train, "--detach", *overrides]) == 0
     log = far / "runs/mac_minimal/log"
     wait_for(lambda: log.exists() and "evaluation loss" in log.read_text())
-    assert remote.main([*train, "--detach", *overrides]) == 1
+    assert cli.main([*train, "--detach", *overrides]) == 1
     assert "the run mac_minimal is still running" in capfd.readouterr().err
-    assert remote.main(call("status", sshd, far, "--price", "36")) == 0
+    assert cli.main(call("status", sshd, far, "--price", "36")) == 0
     said = capfd.readouterr().out
     assert "mac_minimal: running, ran 0:" in said and "$0." in said and "s audio/s" in said
     assert "evaluation loss" in said  # the last step and the last evaluation, whichever came last
-    assert remote.main(call("stop", sshd, far, "--wait", "60")) == 0
-    assert remote.main(call("stop", sshd, far)) == 1
+    assert cli.main(call("stop", sshd, far, "--wait", "60")) == 0
+    assert cli.main(call("stop", sshd, far)) == 1
     assert "it is not running" in capfd.readouterr().err
     done = int(log.read_text().rsplit("step ", 1)[1].split("/")[0])
-    assert remote.main([*train, *recipe(done + 30)]) == 0
+    assert cli.main([*train, *recipe(done + 30)]) == 0
     out = capfd.readouterr().out
     assert "continuing from" in out and "ended with code 0" in out
-    assert remote.main(call("fetch", sshd, far, "--into", str(home / "the model"))) == 0
+    assert cli.main(call("fetch", sshd, far, "--into", str(home / "the model"))) == 0
     assert (home / "the model/model.safetensors").exists()
     before = far / "runs/mac_minimal/before"
     assert 0 < int(before.read_text()) < 180  # what ran until the stop
     before.write_text("3600")  # as if it had been an hour
-    assert remote.main(call("status", sshd, far, "--price", "36")) == 0
+    assert cli.main(call("status", sshd, far, "--price", "36")) == 0
     said = capfd.readouterr().out
     assert "ended with code 0, ran 1:00:" in said and "$36." in said
-    assert remote.main(call("logs", sshd, far)) == 0
+    assert cli.main(call("logs", sshd, far)) == 0
     said = capfd.readouterr().out
     assert "step     7/4000" in said and f"/{done + 30} 100 %" in said
 
@@ -251,15 +251,15 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
 def test_killed_and_continued_gives_the_same_weights(far, home, sshd, recipe, capfd):
     train = call("train", sshd, far, "--config", "mac_minimal")
     whole = recipe(12, "run.output_dir=outputs/whole")
-    assert remote.main([*train, "--run", "whole", *whole]) == 0
+    assert cli.main([*train, "--run", "whole", *whole]) == 0
     broken = [*train, "--run", "broken", *recipe(12, "run.output_dir=outputs/broken")]
-    assert remote.main([*broken, "--detach"]) == 0
+    assert cli.main([*broken, "--detach"]) == 0
     state = far / "outputs/broken/train/checkpoint-5/trainer_state.json"
     wait_for(state.exists)
     os.killpg(os.getpgid(int((far / "runs/broken/pid").read_text())), signal.SIGKILL)
-    wait_for(lambda: remote.main(call("status", sshd, far, "--run", "broken")) == 0
+    wait_for(lambda: cli.main(call("status", sshd, far, "--run", "broken")) == 0
              and "broken: killed" in capfd.readouterr().out)  # fmt: skip
-    assert remote.main(broken) == 0
+    assert cli.main(broken) == 0
     assert "continuing from" in capfd.readouterr().out
     one, other = (load_file(far / f"outputs/{n}/model.safetensors") for n in ("whole", "broken"))
     assert one.keys() == other.keys()
@@ -269,7 +269,7 @@ def test_killed_and_continued_gives_the_same_weights(far, home, sshd, recipe, ca
 def test_secrets_are_in_the_environment_of_the_run_alone(far, home, sshd, recipe, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     train = call("train", sshd, far, "--config", "mac_minimal")
-    assert remote.main([*train, "--detach", *recipe(4000)]) == 0
+    assert cli.main([*train, "--detach", *recipe(4000)]) == 0
     log = far / "runs/mac_minimal/log"
     wait_for(lambda: "step     3/" in log.read_text())
     pid = (far / "runs/mac_minimal/pid").read_text().strip()
@@ -277,7 +277,7 @@ def test_secrets_are_in_the_environment_of_the_run_alone(far, home, sshd, recipe
     for arguments in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             assert SECRET.encode() not in arguments.read_bytes(), arguments
-    assert remote.main(call("stop", sshd, far, "--wait", "60")) == 0
+    assert cli.main(call("stop", sshd, far, "--wait", "60")) == 0
     found = subprocess.run(["grep", "-rlF", "-e", SECRET, far, home / "the cache"],
                            capture_output=True, text=True)  # fmt: skip
     assert found.returncode == 1 and not found.stdout, found.stdout
@@ -288,7 +288,7 @@ def test_secrets_are_in_the_environment_of_the_run_alone(far, home, sshd, recipe
 
 def test_this_side_may_die(far, home, sshd, recipe):
     """The program here is killed while it follows the run; the run goes on and is attached to."""
-    command = [sys.executable, "-c", "import sys; from tiny_audio.commands.remote import main; "
+    command = [sys.executable, "-c", "import sys; from tiny_audio.commands.cli import main; "
                "sys.exit(main(sys.argv[1:]))"]  # fmt: skip
     train = call("train", sshd, far, "--config", "mac_minimal", *recipe(60))
     here = subprocess.Popen([*command, *train], start_new_session=True, stdout=subprocess.PIPE)
@@ -313,7 +313,7 @@ def test_the_quickstart_from_a_clean_clone(sshd, home, real_bases, real_rows, mo
     monkeypatch.delenv("TINY_AUDIO_CACHE")
     clone, far = home / "clone", home / "far"
     tool("git", "clone", "--quiet", ROOT, clone)
-    program = [sys.executable, "-c", "import sys; from tiny_audio.commands.remote import main; "
+    program = [sys.executable, "-c", "import sys; from tiny_audio.commands.cli import main; "
                "sys.exit(main(sys.argv[1:]))"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(clone / "src")}
 

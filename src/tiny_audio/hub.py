@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainerCallback
 
 from .asr.asr_config import ASRConfig
+from .errors import UserError
 
 logger = logging.getLogger(__name__)
 # Files of a model folder that users need; checkpoints, caches and the optimizer stay local.
@@ -21,7 +22,7 @@ PUSH_PATTERNS += ["*.arpa.gz", "training_config.yaml"]
 IGNORE_PATTERNS = ["*/*", "trainer_state.json", "summary.json", "finished.json"]
 
 
-class PushError(RuntimeError):
+class PushError(UserError):
     """A failed push; the message gives the reason and says that the local copy is intact."""
 
 

@@ -16,6 +16,23 @@ CONTEXT = 9  # encoder frames that each output of the character head sees
 LAG = 0.06  # measured seconds from the CTC peak of a last letter to the end of the word
 
 
+def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+    """Sum the CTC negative log-likelihood (Graves et al. 2006) of `targets` (b, n), padded with 0.
+
+    A target that does not fit into its frames adds nothing to the loss; `data.py` drops such clips
+    beforehand and names them.
+    """
+    present = targets > 0
+    return F.ctc_loss(
+        log_probs.transpose(0, 1),
+        targets[present],
+        lengths,
+        present.sum(1),
+        reduction="sum",
+        zero_infinity=True,
+    )
+
+
 class CTCHead(nn.Module):
     """CTC over projected frames that classifies with the decoder's token embeddings.
 
@@ -56,30 +73,21 @@ class CTCHead(nn.Module):
     def loss(
         self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor, negatives: int = 0
     ) -> Tensor:
-        """Sum the CTC negative log-likelihood (Graves et al. 2006) of `labels` (b, s).
+        """Sum the CTC negative log-likelihood of `labels` (b, s).
 
-        Labels of -100 and tokens without a class are skipped. A target that does not fit into its
-        frames adds nothing to the loss; `data.py` drops such clips beforehand and names them.
+        Labels of -100 and tokens without a class are skipped.
 
         Args:
             negatives: score the batch's own tokens against this number of others, drawn at random
                 (a sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
         """
         targets = self.class_of[labels.clamp(min=0)].masked_fill(labels == IGNORE, 0)
-        present = targets > 0
         chosen = None
         if 0 < negatives < len(self.token_ids):
             others = torch.randperm(len(self.token_ids), device=labels.device)[:negatives] + 1
-            chosen = torch.cat([targets[present], others]).unique()
-            targets = torch.searchsorted(chosen, targets) + 1
-        return F.ctc_loss(
-            self(frames, embedding, chosen).transpose(0, 1),
-            targets[present],
-            lengths,
-            present.sum(1),
-            reduction="sum",
-            zero_infinity=True,
-        )
+            chosen = torch.cat([targets[targets > 0], others]).unique()
+            targets = torch.where(targets > 0, torch.searchsorted(chosen, targets) + 1, 0)
+        return ctc_loss(self(frames, embedding, chosen), lengths, targets)
 
     def greedy(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         """Decode the best path of each clip to token ids, without repeats and blanks."""
@@ -133,15 +141,7 @@ class CharacterHead(nn.Module):
 
     def loss(self, hidden: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
         """Sum the negative log-likelihood of `targets` (b, n), classes padded with 0."""
-        present = targets > 0
-        return F.ctc_loss(
-            self(hidden).transpose(0, 1),
-            targets[present],
-            lengths,
-            present.sum(1),
-            reduction="sum",
-            zero_infinity=True,
-        )
+        return ctc_loss(self(hidden), lengths, targets)
 
 
 class LengthLimit(LogitsProcessor):

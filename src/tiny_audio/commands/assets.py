@@ -48,6 +48,7 @@ from transformers.models.whisper import modeling_whisper as whisper
 from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 
 from ..asr.asr_processing import SAMPLE_RATE, load_audio
+from ..errors import UserError
 from ..progress import progress_bar, quiet_libraries
 from .ctranslate2 import read_ctranslate2, whisper_state_dict
 
@@ -60,7 +61,7 @@ HELD_OUT = ("dev", "test", "librivox")
 REAL_SPLITS = ("train", *HELD_OUT)
 
 
-class AssetError(RuntimeError):
+class AssetError(UserError):
     """An asset cannot be fetched; the message says why and what to do about it."""
 
 

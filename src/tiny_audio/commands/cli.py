@@ -9,7 +9,12 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 import tiny_audio
+
+from ..errors import UserError
+from ..hub import one_line
 
 VERBS = {
     "train": "train a model; takes Hydra overrides, like src/train.py",
@@ -65,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (UserError, ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("TINY_AUDIO_TRACEBACK"):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2 if verb == "eval" else 1  # 1 of eval: some clips failed
     except KeyboardInterrupt:
         print("stopped; what is done is kept", file=sys.stderr)
         return 130

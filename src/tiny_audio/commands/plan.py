@@ -13,7 +13,6 @@ memory, time and money that the recipe needs. Arguments are those of src/train.p
 The vocabulary of the data is unknown here, so the CTC head is counted with all decoder tokens.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,38 +167,34 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; print an error as one line."""
+    """Print the plan."""
     parser = parser_of("plan", __doc__)
     parser.add_argument("--measure", action="store_true", help="run 12 real steps on this device")
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     own, overrides = dict(OWN), []
-    try:
-        for argument in args.arguments:
-            key, _, value = argument.partition("=")
-            if key not in OWN:
-                overrides.append(argument)
-            else:
-                own[key] = value if key == "gpu" else float(value)
-        if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
-            raise ValueError("figures must be above 0, and utilisation= at most 1")
-        check_keys([own["gpu"]], GPUS, "the list of GPUs")
-        if own["budget"] and not own["price"]:
-            raise ValueError("budget= needs price=, in dollars per hour")
-        stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
-        peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
-        rate, listed = peak * own["utilisation"], True
-        if args.measure:
-            rate, listed = measure(stages[-1], own["seconds"]), False
-            here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
-            how = f"measured on {here}: {rate:,.0f} GFLOP/s"
-            if known := gpu_of(here):
-                share = rate / GPUS[known]["tflops"] / 1e3
-                rate, how, listed = peak * share, f"{how}, {share:.1%} of its peak", True
-        print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
-        print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
-        report(own, rate, stages, listed)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    for argument in args.arguments:
+        key, _, value = argument.partition("=")
+        if key not in OWN:
+            overrides.append(argument)
+        else:
+            own[key] = value if key == "gpu" else float(value)
+    if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
+        raise ValueError("figures must be above 0, and utilisation= at most 1")
+    check_keys([own["gpu"]], GPUS, "the list of GPUs")
+    if own["budget"] and not own["price"]:
+        raise ValueError("budget= needs price=, in dollars per hour")
+    stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
+    peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
+    rate, listed = peak * own["utilisation"], True
+    if args.measure:
+        rate, listed = measure(stages[-1], own["seconds"]), False
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+        how = f"measured on {here}: {rate:,.0f} GFLOP/s"
+        if known := gpu_of(here):
+            share = rate / GPUS[known]["tflops"] / 1e3
+            rate, how, listed = peak * share, f"{how}, {share:.1%} of its peak", True
+    print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
+    print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
+    report(own, rate, stages, listed)
     return 0

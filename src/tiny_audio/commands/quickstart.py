@@ -8,8 +8,6 @@ After Ctrl-C, the same command continues. It takes Hydra overrides, e.g.
 
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from ..training.train import FINISHED, TUNING, train
 from ..training.trainer import clean_exit
 from ..training.tuning import encoded
 from . import parser_of
-from .assets import AssetError, Assets, prepare
+from .assets import Assets, prepare
 from .eval import evaluate, peak_memory
 
 # Rows of the table. The indented rows add one part of decoding at a time.
@@ -156,13 +154,9 @@ def run(overrides: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the quickstart; print an error as one line."""
+    """Run the quickstart."""
     parser = parser_of("quickstart", __doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of +experiments=quickstart")
     args = parser.parse_args(argv)
-    try:
-        with clean_exit():
-            return run(args.overrides)
-    except (AssetError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with clean_exit():
+        return run(args.overrides)

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from ..progress import clock
 from ..training.recipe import compose_recipe
 from . import parser_of
@@ -76,14 +77,13 @@ fi
 """
 START = """
 cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
-name=$2 beside=$3 output=$4; shift 4
+name=$2 output=$3; shift 3
 while IFS= read -r line; do export "$line"; done  # the secrets
 mkdir -p "runs/$name" && exec 9>>runs/starting && flock -w 30 9 || exit
 for lock in runs/*/lock; do
   [ -e "$lock" ] && ! flock -n "$lock" true || continue
   other=$(basename "$(dirname "$lock")")
-  [ "$beside" = yes ] && [ "$other" != "$name" ] && continue
-  echo "the run $other is still running: attach to it, stop it, or add --beside" >&2; exit 4
+  echo "the run $other is still running: attach to it, or stop it" >&2; exit 4
 done
 cd "runs/$name" && exec 8>>lock && flock -n 8 || exit 4  # held until the run's last process ends
 before=$(cat before 2>/dev/null || echo 0)  # seconds that earlier starts ran
@@ -125,7 +125,7 @@ echo "still running after $3 s; wait longer with --wait" >&2; exit 6
 )
 
 
-class RemoteError(RuntimeError):
+class RemoteError(UserError):
     """A failure of the connection or on the remote machine, with the next step, in one line."""
 
 
@@ -228,8 +228,7 @@ def train(machine: Machine, args: argparse.Namespace) -> int:
         both += f"wait $! && trap - TERM && exec {shlex.join(command)}"
         command = ["bash", "-c", both]
     text = "".join(f"{key}={value}\n" for key, value in secrets.items())
-    beside = "yes" if args.beside else "no"
-    started = machine.facts(START, name, beside, cfg.run.output_dir, *command, text=text)
+    started = machine.facts(START, name, cfg.run.output_dir, *command, text=text)
     passed = f" with {' and '.join(secrets)}" if secrets else ""
     print(f"{name} runs on {machine.name}{passed}, even if you disconnect", flush=True)
     args.run = name
@@ -275,7 +274,7 @@ def stop(machine: Machine, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one task; print an error as one line with the next step."""
+    """Run one task."""
     parser = parser_of("remote", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, (_, text) in TASKS.items():
@@ -292,7 +291,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             task.add_argument("--run", default="", help="name of the run; default: the last one")
         if name == "train":
             task.add_argument("--config", required=True, help="experiment: stage1, quickstart, ...")
-            task.add_argument("--beside", action="store_true", help="allow another running run")
             task.add_argument("--detach", action="store_true", help="do not follow the log")
             task.add_argument("overrides", nargs="*", help="key=value, as for src/train.py")
         if name == "status":
@@ -302,16 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "fetch":
             task.add_argument("--into", type=Path, help="local folder; default: outputs/<its name>")
     args = parser.parse_args(argv)
-    try:
-        for key in ("host", "user", "run"):
-            if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):
-                raise RemoteError(f"--{key}: {value!r} is not a valid name")
-        if args.folder.startswith(("-", "~")):
-            raise RemoteError("--folder must be absolute, or relative to the remote home directory")
-        return TASKS[args.task][0](Machine(args), args) or 0
-    except (RemoteError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for key in ("host", "user", "run"):
+        if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):
+            raise RemoteError(f"--{key}: {value!r} is not a valid name")
+    if args.folder.startswith(("-", "~")):
+        raise RemoteError("--folder must be absolute, or relative to the remote home directory")
+    return TASKS[args.task][0](Machine(args), args) or 0
 
 
 TASKS = {

@@ -52,11 +52,9 @@ def align(reference: str, hypothesis: str) -> list[tuple[str, str]]:
 
 def count(reference: str, hypothesis: str) -> Counts:
     """Count the word errors of normalised texts; with no reference, all words are insertions."""
-    pairs = align(reference, hypothesis)
-    deletions = sum(not hyp for _, hyp in pairs)
-    insertions = sum(not ref for ref, _ in pairs)
-    wrong = sum(ref != hyp for ref, hyp in pairs)
-    return Counts(wrong - deletions - insertions, deletions, insertions, len(pairs) - insertions)
+    found = jiwer.process_words(" ".join(reference.split()), " ".join(hypothesis.split()))
+    words = found.hits + found.substitutions + found.deletions
+    return Counts(found.substitutions, found.deletions, found.insertions, words)
 
 
 def resample(values: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,6 @@ import torch
 
 from ..asr.asr_encoder import MaskedGroupNorm
 from ..asr.asr_modeling import ASRModel
-from ..asr.asr_processing import ASRProcessor
 from ..progress import progress_bar
 from .batches import cut_batches
 from .data import SpeechDataset
@@ -127,15 +126,9 @@ def encode_some(
     longest_first = np.argsort(-seconds, kind="stable")
     with torch.inference_mode():
         for batch in cut_batches(seconds, longest_first, BATCH_SECONDS, len(good)):
-            encode_batch(model, processor, [good[row] for row in batch], frames)
+            together = [good[row] for row in batch]
+            inputs = processor.collate([item["features"] for item in together]).to(model.device)
+            hidden, lengths = model.encode(inputs["input_features"], inputs["input_features_mask"])
+            for item, frame, n in zip(together, hidden, lengths, strict=True):
+                np.save(frames.path(item["id"]), frame[:n].half().cpu().numpy())
     return [item for item in items if "features" not in item]
-
-
-def encode_batch(
-    model: ASRModel, processor: ASRProcessor, items: list[dict[str, Any]], frames: Frames
-) -> None:
-    """Encode clips as one batch and save the frames of each."""
-    batch = processor.collate([item["features"] for item in items]).to(model.device)
-    hidden, lengths = model.encode(batch["input_features"], batch["input_features_mask"])
-    for item, rows, n in zip(items, hidden, lengths, strict=True):
-        np.save(frames.path(item["id"]), rows[:n].half().cpu().numpy())

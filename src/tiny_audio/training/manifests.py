@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 
 from ..asr.asr_config import check_keys
 from ..asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, open_audio
+from ..errors import UserError
 
 # The keys of a data source, with their defaults.
 SOURCE: dict[str, Any] = {
@@ -47,7 +48,7 @@ SHARDS_AT_ONCE = 8  # shards of a stream that are open at a time
 AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # relative to the manifest; searched for its files
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """Data that cannot be used for training; the message names the source and the fix."""
 
 

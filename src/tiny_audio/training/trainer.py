@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,9 @@ from ..asr.asr_bases import shard_like
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
 from ..asr.asr_saving import WEIGHTS
+from ..errors import UserError
 from ..evaluation.scoring import score
-from ..hub import PushError, one_line
+from ..hub import one_line
 from .batches import LengthBatchSampler
 from .data import MIN_SEEN, Dropped
 from .frames import return_freed_memory
@@ -60,7 +60,6 @@ class ASRTrainer(Trainer):
         # Since the last log line:
         self.seconds = self.padded = 0.0  # seconds of audio, without and with padding
         self.waited = 0.0  # seconds spent waiting for batches
-        self.clips = 0  # checksum of the ids
         self.position: Any = None  # in a stream, after the last batch
         gpu = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.peak = GPUS[gpu]["tflops"] if gpu else None  # TFLOP/s
@@ -147,7 +146,6 @@ class ASRTrainer(Trainer):
             mask = inputs["input_features_mask"]
             self.seconds += seconds
             self.padded += seconds * mask.numel() / int(mask.sum())
-            self.clips = zlib.crc32(" ".join(ids).encode(), self.clips)
             self.position = position
             if position and (position["epoch"] or position["seen"] >= MIN_SEEN):
                 self.dropped.check(position["seen"])
@@ -204,12 +202,11 @@ class ASRTrainer(Trainer):
             logs["padding"] = 1 - self.seconds / max(self.padded, 1e-9)
             logs["waiting"] = self.waited / max(now - self.logged_at, 1e-9)
             logs["dropped"] = sum(self.dropped.counts.values())
-            logs["clips"] = self.clips
             if self.peak:
                 rate = logs["audio_seconds_per_second"] * self.gflop / 1000
                 logs["mfu"] = rate / self.peak  # of this process, like the audio
             self.seconds, self.padded, self.waited = 0.0, 0.0, 0.0
-            self.clips, self.logged_at = 0, now
+            self.logged_at = now
             return_freed_memory()  # batches of varying sizes fragment the heap
         super().log(logs, start_time)
 
@@ -313,7 +310,7 @@ def clean_exit() -> Iterator[None]:
     """Print an expected error as one line; exit with 75 after SIGTERM and 130 after Ctrl-C."""
     try:
         yield
-    except (ValueError, OSError, DataError, PushError) as error:
+    except (ValueError, OSError, UserError) as error:
         if os.environ.get("TINY_AUDIO_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
