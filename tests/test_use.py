@@ -19,6 +19,7 @@ from transformers import TextIteratorStreamer
 
 from tiny_audio.asr.asr_ctc import LAG, align, fits, letters_heard
 from tiny_audio.asr.asr_pipeline import (  # fmt: skip
+    LEAST_FILLED,
     LOOP,
     ASRPipeline,
     Piece,
@@ -302,6 +303,17 @@ def test_a_limit_of_tokens_is_flagged_where_it_cuts(pipe, monkeypatch):
     assert pipe(clip, **alone) == cut
     with pytest.raises(ValueError, match="generate_kwargs need decode='generate'"):
         pipe(clip, generate_kwargs={"max_new_tokens": 2})
+
+
+def test_batches_hold_little_padding_on_a_cpu(pipe, monkeypatch):
+    batches, decode = [], pipe._decode
+    monkeypatch.setattr(pipe, "_decode", lambda batch, **options: (
+        batches.append([piece.seconds for piece in batch]), decode(batch, **options)))  # fmt: skip
+    clips = [babble(seconds, 3) for seconds in (0.5, 2.0, 0.6, 1.9, 0.55, 1.2, 1.8)]
+    together = pipe(clips)
+    assert [round(max(batch), 1) for batch in batches] == [2.0, 1.2, 0.6]
+    assert all(min(batch) >= LEAST_FILLED * max(batch) for batch in batches)
+    assert together == [pipe(clip) for clip in clips]
 
 
 def test_out_of_memory_makes_batches_smaller(pipe, monkeypatch, caplog):
