@@ -26,7 +26,7 @@ HOP = SAMPLE_RATE // 100  # 10 ms: grid of the search for pauses
 PAUSE_WINDOW = 20  # grid steps (0.2 s) over which the energy is averaged
 READ_AHEAD = 64  # pieces read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
-LEAST_FILLED = 0.7  # share of its row that the shortest piece of a batch fills, on a CPU
+LEAST_FILLED = 0.8  # share of its row that the shortest clip fills where a CPU encodes
 # Call arguments of preprocess, _forward and postprocess.
 ARGUMENTS = (
     {"sampling_rate", "limit_seconds", "skip_errors"},
@@ -286,7 +286,7 @@ class ASRPipeline(Pipeline):
         progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
         while loud:
             loud.sort(key=lambda piece: piece.seconds, reverse=True)
-            many = max(1, min(int(batch_seconds / loud[0].seconds), self._alike(loud)))
+            many = max(1, int(batch_seconds / loud[0].seconds))
             batch, loud = loud[:many], loud[many:]
             try:
                 self._decode(batch, **options)
@@ -307,14 +307,25 @@ class ASRPipeline(Pipeline):
             piece.samples = np.zeros(0, np.float32)
         return pieces
 
-    def _alike(self, pieces: list[Piece]) -> int:
-        """Count the first ones of `pieces`, longest first, that hold little padding in one batch.
+    def _encode(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode clips: features (n,) or (n, mels) -> frames (b, t, d) and their numbers (b,).
 
-        A CPU takes as long for padding as for speech; a GPU gains by large batches.
+        A GPU takes all at once. A CPU takes as long for padding as for speech, so it gets groups of
+        similar lengths.
         """
-        if self.model.device.type != "cpu":
-            return len(pieces)
-        return sum(piece.seconds >= LEAST_FILLED * pieces[0].seconds for piece in pieces)
+        order = sorted(range(len(features)), key=lambda row: -len(features[row]))
+        least_filled = LEAST_FILLED if self.model.device.type == "cpu" else 0.0
+        frames: list[torch.Tensor] = [torch.empty(0)] * len(features)
+        while order:
+            shortest = least_filled * len(features[order[0]])
+            group = [row for row in order if len(features[row]) >= shortest]
+            order = order[len(group) :]
+            batch = self.processor.collate([features[row] for row in group]).to(self.model.device)
+            hidden, steps = self.model.encode(batch.input_features, batch.input_features_mask)
+            for row, clip, n in zip(group, hidden, steps.tolist(), strict=True):
+                frames[row] = clip[:n]
+        numbers = torch.tensor([len(clip) for clip in frames], device=self.model.device)
+        return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), numbers
 
     @torch.no_grad()
     def _decode(
@@ -328,10 +339,9 @@ class ASRPipeline(Pipeline):
         spans = [loud_span(piece.samples) for piece in batch]
         heard = [piece.samples[a:b] for piece, (a, b) in zip(batch, spans, strict=True)]
         features = [self.processor.features(samples) for samples in heard]
-        inputs = self.processor.collate(features).to(self.model.device)
         options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
         with DECODE_LOCK:
-            hidden, steps = self.model.encode(inputs.input_features, inputs.input_features_mask)
+            hidden, steps = self._encode(features)
             found = transcribe(self.model, self.processor, hidden, steps, **options)
         for piece, span, transcript, log_probs in zip(
             batch, spans, found, self._emissions(hidden, steps, found), strict=True
