@@ -10,7 +10,13 @@ from conftest import TEXTS, babble
 
 from tiny_audio.asr import asr_ngram
 from tiny_audio.asr.asr_config import DECODE, DECODING_DEFAULTS, ASRConfig
-from tiny_audio.asr.asr_decoding import TextTree, read_prompts, score_trees, transcribe
+from tiny_audio.asr.asr_decoding import (  # fmt: skip
+    TextTree,
+    read_prompts,
+    score_trees,
+    transcribe,
+    write_terms,
+)
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
@@ -303,6 +309,14 @@ def test_refusals(build, clips):
         ASRConfig(ctc_decode_weight=0.5)
 
 
+def test_names_are_written_as_they_were_given(build):
+    processor, _ = build("whisper")
+    terms = ["New York", "dashwood", "McX", "O'Hara"]
+    text = "a new york. Newest new, mcx dashwood o'hara o'haras"
+    written = "a New York. Newest new, McX dashwood O'Hara o'haras"
+    assert write_terms(processor, text, terms) == written
+
+
 def test_words_that_are_named_are_preferred(build, caplog):
     """Between two spellings of one sound, that of a name wins, known to the lexicon or not."""
     ngram = build_ngram([["go", "home"]] * 50, {"gnome": 5, "home": 900})
@@ -335,7 +349,7 @@ def test_words_that_are_named_are_preferred(build, caplog):
     heard = pipe(babble(2.0, 1), decode="ctc")["text"]
     word = max(heard.split(), key=len)
     sure = {"open_character": 50.0, "words": [word.upper()]}
-    assert word in pipe(babble(2.0, 1), decode="ctc", decoding=sure)["text"].split()
+    assert word.upper() in pipe(babble(2.0, 1), decode="ctc", decoding=sure)["text"].split()
     with pytest.raises(ValueError, match="need a lexicon"):
         pipe(babble(2.0, 1), decoding={"words": [word], "lexicon": False})
     for _ in range(2):

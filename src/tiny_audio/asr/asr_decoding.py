@@ -5,6 +5,7 @@
 """
 
 import math
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -226,7 +227,8 @@ def transcribe(
     if generate_kwargs and decode != "generate":
         raise ValueError(f"generate_kwargs need decode='generate', not {decode!r}")
     settings = decoding_settings({**model.config.decoding, **(decoding or {})})
-    settings["words"] = spell_terms(processor, settings["words"])
+    terms = list(settings["words"])
+    settings["words"] = spell_terms(processor, terms)
     if model.characters is None:
         if decode == "ctc":
             return [Transcript(processor.decode(ids)) for ids in model.ctc_greedy(hidden, steps)]
@@ -245,7 +247,7 @@ def transcribe(
         if decode == "rescore":
             scored = rescore(model, processor, speech[spoken], lengths[spoken], proposals, settings)
             texts = [choose(candidates, settings) for candidates in scored]
-        decoded = [Transcript(text) for text in texts]
+        decoded = [Transcript(write_terms(processor, text, terms)) for text in texts]
     for i, transcript in zip(spoken, decoded if spoken else [], strict=True):
         results[i] = transcript
     for transcript, row, n in zip(results, log_probs, steps.tolist(), strict=True):
@@ -266,6 +268,15 @@ def spell_terms(processor: Any, terms: Sequence[str]) -> list[str]:
         else:
             logger.warning_once(f"{term!r} is not preferred: not all of its letters are known")
     return sorted(words)
+
+
+def write_terms(processor: Any, text: str, terms: Sequence[str]) -> str:
+    """Write terms with capitals as they were given, wherever the text has their words."""
+    for term in terms:
+        spelled = processor.spoken(term)
+        if spelled and term != term.lower():
+            text = re.sub(rf"(?i)\b{re.escape(spelled)}\b", lambda _, given=term: given, text)
+    return text
 
 
 def trim(hidden: Tensor, steps: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
