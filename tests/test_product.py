@@ -373,7 +373,7 @@ def test_another_language(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(next(clone.glob("outputs/eval_*/summary.json")).read_text())
     assert result["language"] == "nl" and result["errors"] == 0 and result["utterances"] > 150
-    assert result["wer"] < 77  # the figure: docs/another_language.md
+    assert result["wer"] < 60  # the figure: docs/another_language.md
 
 
 def test_readme_python(workplace):
