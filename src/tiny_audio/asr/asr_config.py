@@ -164,6 +164,11 @@ class ASRConfig(PreTrainedConfig):
     self_contained: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "ctc_decode_weight" in kwargs:
+            raise ValueError(
+                "this model was saved by an older version that decodes differently: train it again "
+                "with its training_config.yaml, e.g. make quickstart"
+            )
         if self.bridge not in BRIDGES:
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")
         if self.stack < 1:

@@ -247,7 +247,7 @@ def transcribe(
         if decode == "rescore":
             scored = rescore(model, processor, speech[spoken], lengths[spoken], proposals, settings)
             texts = [choose(candidates, settings) for candidates in scored]
-        decoded = [Transcript(write_terms(processor, text, terms)) for text in texts]
+        decoded = [Transcript(text) for text in write_terms(processor, texts, terms)]
     for i, transcript in zip(spoken, decoded if spoken else [], strict=True):
         results[i] = transcript
     for transcript, row, n in zip(results, log_probs, steps.tolist(), strict=True):
@@ -270,13 +270,13 @@ def spell_terms(processor: Any, terms: Sequence[str]) -> list[str]:
     return sorted(words)
 
 
-def write_terms(processor: Any, text: str, terms: Sequence[str]) -> str:
-    """Write terms with capitals as they were given, wherever the text has their words."""
-    for term in terms:
-        spelled = processor.spoken(term)
-        if spelled and term != term.lower():
-            text = re.sub(rf"(?i)\b{re.escape(spelled)}\b", lambda _, given=term: given, text)
-    return text
+def write_terms(processor: Any, texts: list[str], terms: Sequence[str]) -> list[str]:
+    """Write terms with capitals as they were given, wherever the texts have their words."""
+    given = {processor.spoken(term): term for term in terms if term != term.lower()}
+    if words := sorted(filter(None, given), key=len, reverse=True):  # the longest term wins
+        found = re.compile(rf"(?i)\b(?:{'|'.join(map(re.escape, words))})\b")
+        texts = [found.sub(lambda m: given.get(m[0].lower(), m[0]), text) for text in texts]
+    return texts
 
 
 def trim(hidden: Tensor, steps: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:

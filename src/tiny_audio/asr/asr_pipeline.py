@@ -68,7 +68,8 @@ class Piece:
         words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`.
             Without a CTC head, the whole text is one word.
         confidence: geometric mean of the CTC probabilities of the text's letters.
-        heard: how surely the CTC head alone hears as many letters, see `letters_heard`.
+        heard: how surely the CTC head alone hears as many letters, see `letters_heard`; 1.0 for a
+            text without letters.
         flags: problems with the text, keys of `FLAGS`.
     """
 
@@ -78,7 +79,7 @@ class Piece:
     text: str = ""
     words: list[dict[str, Any]] = field(default_factory=list)
     confidence: float | None = None
-    heard: float | None = None
+    heard: float = 1.0
     flags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -351,8 +352,7 @@ class ASRPipeline(Pipeline):
             piece.flags = ["truncated"] if transcript.truncated else []
             sure = piece.confidence or 0.0
             piece.flags += ["repetition"] if sure < PLAUSIBLE and LOOP.search(piece.text) else []
-            unsupported = piece.heard is not None and piece.heard < UNSUPPORTED
-            piece.flags += ["no_speech"] if unsupported or not piece.text else []
+            piece.flags += ["no_speech"] if piece.heard < UNSUPPORTED or not piece.text else []
 
     def _emissions(
         self, hidden: torch.Tensor, steps: torch.Tensor, found: list[Transcript]
@@ -390,7 +390,7 @@ class ASRPipeline(Pipeline):
         seconds = (last - first) / SAMPLE_RATE
         edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, seconds)
         letters = sum(c != space for word in spelled for c in word)
-        piece.heard = letters_heard(log_probs, letters, space) if letters else None
+        piece.heard = letters_heard(log_probs, letters, space) if letters else 1.0
         spans = (piece.start + first / SAMPLE_RATE + edges).round(3).tolist()
         piece.words = [
             {"text": word, "timestamp": tuple(span), "confidence": c}

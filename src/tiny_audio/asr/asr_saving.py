@@ -182,8 +182,9 @@ class SavedModel(PreTrainedModel):
             config.projector_scale = scale
         model.load_tensors(tensors, f"{name_or_path}/{WEIGHTS}")
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
-        for file in filter(None, (config.ngram_file, config.writing_file)):
-            model.load_words(Path(str(cached_file(name_or_path, file, **hub))).parent)
+        files = [file for file in (config.ngram_file, config.writing_file) if file]
+        if folders := {Path(str(cached_file(name_or_path, f, **hub))).parent for f in files}:
+            model.load_words(folders.pop())  # all files of a model are in one folder
         config.name_or_path = str(name_or_path)
         if device == "auto":
             device = torch.accelerator.current_accelerator(check_available=True)

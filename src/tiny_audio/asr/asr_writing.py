@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Self
 
@@ -24,11 +25,9 @@ UNSEEN = 1.0  # weight of what holds for all words, in transcripts of one word
 
 def style_of(form: str, word: str) -> str:
     """The style of a form: its case and the marks around it, such as "Aa." for "London."."""
-    match = re.fullmatch(r"(\W*)(.*?)(\W*)", form, re.DOTALL)
-    assert match
-    before, core, behind = match.groups()
+    core = re.sub(r"^\W+|\W+$", "", form)
     case = next((name for name, change in CASES.items() if change(word) == core), OTHER)
-    return before + case + behind
+    return form.replace(core, case, 1)
 
 
 def in_style(style: str, word: str) -> str:
@@ -48,6 +47,7 @@ class Writing:
     def __init__(self, forms: dict[str, Counter[str]], following: dict[str, Counter[str]]) -> None:
         self.forms, self.following = forms, following
         self.styles: Counter[str] = sum(following.values(), Counter())
+        self.total = self.styles.total()
         known = [style for style, _ in self.styles.most_common() if style != END]
         self.usual = [style for style in known if OTHER not in style][:USUAL_STYLES]
 
@@ -65,12 +65,8 @@ class Writing:
         Returns:
             None if every word is written as it is spoken.
         """
-        forms: dict[str, Counter[str]] = defaultdict(Counter)
-        following: dict[str, Counter[str]] = defaultdict(Counter)
-        for word, counts in known.forms.items() if known else ():
-            forms[word].update(counts)
-        for style, counts in known.following.items() if known else ():
-            following[style].update(counts)
+        forms = defaultdict(Counter[str], deepcopy(known.forms) if known else {})
+        following = defaultdict(Counter[str], deepcopy(known.following) if known else {})
         for text in texts:
             before = START
             for form in text.split():
@@ -117,7 +113,7 @@ class Writing:
 
     def share(self, style: str) -> float:
         """The share of a style among all words and ends of texts; never zero."""
-        return (self.styles[style] + 0.01) / (self.styles.total() + 1.0)
+        return (self.styles[style] + 0.01) / (self.total + 1.0)
 
     def after(self, before: str, style: str) -> float:
         """log P(style | style before)."""
@@ -126,7 +122,7 @@ class Writing:
 
     def save(self, path: Path) -> None:
         """Write all counts as JSON."""
-        path.write_text(json.dumps([self.forms, self.following], ensure_ascii=False) + "\n")
+        path.write_text(json.dumps([self.forms, self.following]) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -269,8 +269,7 @@ def stage_model(
             own = blend(model.ngram, own)
         model.ngram = own or model.ngram
         if own:
-            written = [example.text for example in texts]
-            model.writing = Writing.learn(written, processor.spoken, model.writing)
+            model.writing = Writing.learn((e.text for e in texts), processor.spoken, model.writing)
     return model
 
 
