@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart smoke test test-all format lint type-check check size bench clean
+.PHONY: install quickstart speedrun smoke test test-all format lint type-check check size bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -16,6 +16,12 @@ install: .venv/installed
 
 quickstart: install
 	$(BIN)/tiny-audio quickstart
+
+speedrun: install  # about an hour on two cores; an interrupted run starts anew
+	for seed in 0 1 2; do \
+	  out=outputs/speedrun/seed$$seed; test -e $$out/summary.json || \
+	  $(BIN)/tiny-audio quickstart run.seed=$$seed run.output_dir=$$out run.fresh=true || exit; \
+	done
 
 test: install
 	$(BIN)/tiny-audio dev test

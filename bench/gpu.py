@@ -2,7 +2,7 @@
 
     python bench/gpu.py                          # about 7 minutes on an H100, no network needed
     python bench/gpu.py --tiny                   # the same at toy sizes, 3 minutes on a CPU
-    python bench/gpu.py --parts decoding --again # repeat one part
+    python bench/gpu.py --parts decoding          # one part
     python bench/gpu.py --assets ~/.cache/tiny-audio --minutes 5   # also a real training run
 
 The base models have the sizes of `+experiments=stage1` and random weights, initialised on the
@@ -442,7 +442,6 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu_<date>")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
-    parser.add_argument("--again", action="store_true", help="repeat parts that are done")
     parser.add_argument("--assets", type=Path, help="the quickstart's cache, for `learning`")
     parser.add_argument("--minutes", type=float, default=3.0, help="length of `learning`")
     parser.add_argument("--limit", type=float, help="time limit of every part, in seconds")
@@ -463,7 +462,7 @@ def main() -> int:
         bench = Bench(Path(work), args.tiny)
         made_up.make_bases(bench)
         made_up.make_clips(bench)
-        return run_all(PARTS, names, out, bench.work, args.again, options)
+        return run_all(PARTS, names, out, bench.work, options)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def run_part(command: Sequence[str], rows: Path, log: Path, limit: float) -> Row
 
 
 def run_all(
-    parts: dict[str, Part], names: Sequence[str], out: Path, work: Path, again: bool, options: Row
+    parts: dict[str, Part], names: Sequence[str], out: Path, work: Path, options: Row
 ) -> int:
     """Run parts one after another; write `gpu.json` and `gpu.md` after each.
 
@@ -88,7 +88,6 @@ def run_all(
         names: names of the parts to run; those that are done are skipped.
         out: folder of the report and the log.
         work: scratch folder of the parts.
-        again: repeat parts that are done.
         options: options of the parts, passed to their processes in a JSON file.
 
     Returns:
@@ -100,7 +99,7 @@ def run_all(
     done = json.loads(file.read_text())["parts"] if file.exists() else {}
     results = {"machine": machine(), "options": options, "parts": done}
     for name in names:
-        if done.get(name, {}).get("status") == "ok" and not again:
+        if done.get(name, {}).get("status") == "ok":
             print(f"{name}: already done, skipped", flush=True)
             continue
         print(f"{name} ...", flush=True)

@@ -351,15 +351,21 @@ def test_compare_says_who_wins_and_where(tmp_path, capsys):
     assert "ignoring 10 utterances that only one of the two scored" in capsys.readouterr().out
 
 
-# -- leaderboard -----------------------------------------------------------------------------------
+# -- leaderboards ----------------------------------------------------------------------------------
+
+BOARDS = sorted(leaderboard.COLUMNS)
+
+
+def table_in(page: str, board: str) -> str:
+    return page.split(f"<!-- {board}:begin -->\n")[1].split(f"<!-- {board}:end -->")[0]
 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> Path:
     (tmp_path / "docs").mkdir()
     root = Path(__file__).parents[1]
-    for name in ("docs/evaluate.md", "docs/leaderboard.json"):
-        (tmp_path / name).write_text((root / name).read_text())
+    for name in ("evaluate.md", *(f"{board}.json" for board in BOARDS)):
+        (tmp_path / "docs" / name).write_text((root / "docs" / name).read_text())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -372,18 +378,18 @@ def submission(folder: Path, wrong: int = 60, n: int = 600, **changed) -> Path:
     return results(folder, said, heard, **{**facts, **changed})
 
 
-def test_leaderboard_adds_in_order(clone):
+def test_the_leaderboard_adds_in_order(clone):
     before = (clone / "docs/evaluate.md").read_text()
     for name, wrong in (("second", 100), ("first", 50)):
         folder = submission(clone / name, wrong)
         assert cli.main(["leaderboard", "add", str(folder), "--contributor", name]) == 0
     after = (clone / "docs/evaluate.md").read_text()
-    assert after.split(leaderboard.BEGIN)[0] == before.split(leaderboard.BEGIN)[0]
-    assert after.split(leaderboard.END)[1] == before.split(leaderboard.END)[1]
-    lines = after.split(leaderboard.BEGIN)[1].split(leaderboard.END)[0].splitlines()[2:]
-    assert [line.split(" | ")[2] for line in lines][:2] == ["first", "second"]
-    assert lines[0].startswith("| 1 | 1.67 [")
-    assert any("12.14 (quoted)" in line for line in lines)
+    board = table_in(after, "leaderboard")
+    assert after.replace(board, "") == before.replace(table_in(before, "leaderboard"), "")
+    lines = board.splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines][:2] == ["first", "second"]
+    assert lines[0].startswith("| 1 | 1.67 | [")
+    assert any(" 12.14 | quoted " in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +403,7 @@ def test_leaderboard_adds_in_order(clone):
         ({"source": {"split": "dev"}}, "not on speechbrain/LoquaciousSet"),
     ],
 )
-def test_leaderboard_refuses(changed, why, clone):
+def test_the_leaderboard_refuses(changed, why, clone):
     before = (clone / "docs/evaluate.md").read_text()
     folder = submission(clone / "s", **changed)
     with pytest.raises(SystemExit, match=why):
@@ -405,16 +411,56 @@ def test_leaderboard_refuses(changed, why, clone):
     assert (clone / "docs/evaluate.md").read_text() == before
 
 
-def test_the_leaderboard_is_made_from_its_file():
-    root = Path(__file__).parents[1]
-    entries = json.loads((root / "docs/leaderboard.json").read_text())
-    shown = (
-        (root / "docs/evaluate.md")
-        .read_text()
-        .split(leaderboard.BEGIN)[1]
-        .split(leaderboard.END)[0]
-    )
-    assert shown == leaderboard.table(entries)
+def speedrun(folder: Path, seeds=(0, 1, 2), **changed) -> Path:
+    """Write the summaries that `make speedrun` leaves, changed for the last seed."""
+    for seed in seeds:
+        facts = {
+            "seed": seed,
+            "wer": 8.0 + seed,
+            "errors": 0,
+            "train_cpu_seconds": 1600.0 + seed,
+            "command": "tiny-audio quickstart run.fresh=true",
+            "git_hash": "0123456789ab",
+        }
+        (folder / f"seed{seed}").mkdir(parents=True)
+        facts |= changed if seed == seeds[-1] else {}
+        (folder / f"seed{seed}/summary.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_speedrun_adds_the_mean_of_its_seeds(clone, capsys):
+    command = ["leaderboard", "add", str(speedrun(clone / "run")), "--contributor", "someone"]
+    assert cli.main([*command, "--machine", "some processor"]) == 0
+    board = table_in((clone / "docs/evaluate.md").read_text(), "speedrun")
+    assert board == capsys.readouterr().out[:-1]
+    assert " | 1601 | 9.0 | someone | some processor | 0123456789ab | " in board
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"seed": 1}, "three seeds"),
+        ({"wer": 16.0}, "mean WER is 11.0 %"),
+        ({"errors": 1}, "clips failed"),
+        ({"command": "tiny-audio quickstart"}, "run.fresh=true"),
+        ({"git_hash": "0123456789ab+"}, "one commit"),
+        ({"git_hash": "ba9876543210"}, "one commit"),
+    ],
+)
+def test_the_speedrun_refuses(changed, why, clone):
+    before = (clone / "docs/evaluate.md").read_text()
+    folder = speedrun(clone / "run", **changed)
+    with pytest.raises(SystemExit, match=why):
+        cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"])
+    assert (clone / "docs/evaluate.md").read_text() == before
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_a_leaderboard_is_made_from_its_file(board):
+    docs = Path(__file__).parents[1] / "docs"
+    entries = json.loads((docs / f"{board}.json").read_text())
+    shown = table_in((docs / "evaluate.md").read_text(), board)
+    assert shown == leaderboard.table(board, entries)
 
 
 def test_the_table_of_models_is_made_from_its_file():

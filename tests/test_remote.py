@@ -228,7 +228,7 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     said = capfd.readouterr().out
     assert "mac_minimal: running, ran 0:" in said and "$0." in said and "s audio/s" in said
     assert "evaluation loss" in said  # the last step and the last evaluation, whichever came last
-    assert cli.main(call("stop", sshd, far, "--wait", "60")) == 0
+    assert cli.main(call("stop", sshd, far)) == 0
     assert cli.main(call("stop", sshd, far)) == 1
     assert "it is not running" in capfd.readouterr().err
     done = int(log.read_text().rsplit("step ", 1)[1].split("/")[0])
@@ -277,7 +277,7 @@ def test_secrets_are_in_the_environment_of_the_run_alone(far, home, sshd, recipe
     for arguments in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             assert SECRET.encode() not in arguments.read_bytes(), arguments
-    assert cli.main(call("stop", sshd, far, "--wait", "60")) == 0
+    assert cli.main(call("stop", sshd, far)) == 0
     found = subprocess.run(["grep", "-rlF", "-e", SECRET, far, home / "the cache"],
                            capture_output=True, text=True)  # fmt: skip
     assert found.returncode == 1 and not found.stdout, found.stdout
@@ -341,7 +341,7 @@ def test_the_quickstart_from_a_clean_clone(sshd, home, real_bases, real_rows, mo
     wait_for(lambda: log.exists() and "step     2/14" in log.read_text(), 600)
     os.killpg(here.pid, signal.SIGKILL)
     attached = start(*call("attach", sshd, far))
-    run(*call("stop", sshd, far, "--wait", "300"))
+    run(*call("stop", sshd, far))
     said = attached.communicate()[0]
     assert "step     1/14" in said and "ended with code 75" in said
     said = run(*train)

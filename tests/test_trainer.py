@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -21,7 +22,7 @@ from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as runner
 from tiny_audio.training.data import read_log
 from tiny_audio.training.recipe import CONFIGS, compose_recipe
-from tiny_audio.training.run_log import LOG
+from tiny_audio.training.run_log import LOG, StepLine
 from tiny_audio.training.trainer import clean_exit
 
 EVALUATED = ("training.eval_strategy=steps",)
@@ -222,6 +223,18 @@ for stage in ("align", "decoder"):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+@pytest.mark.parametrize(("device", "warned"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_that_waited_for_data_is_named(device, warned, tmp_path, capsys):
+    rows = [{"step": i, "loss": 1.0, "seconds": i, "waiting": w} for i, w in ((1, 0.3), (2, 0.01))]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args, state = SimpleNamespace(device=torch.device(device)), SimpleNamespace()
+    state.is_world_process_zero = True
+    StepLine(tmp_path / "train", ["train"], None).on_train_end(args, state, None)
+    said = capsys.readouterr().out
+    assert ("in 1 of 2 log lines the GPU waited for data" in said) == warned
 
 
 def test_without_a_key_the_run_goes_on_and_says_so(command, tmp_path):

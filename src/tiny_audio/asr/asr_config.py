@@ -173,7 +173,6 @@ class ASRConfig(PreTrainedConfig):
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")
         if self.stack < 1:
             raise ValueError(f"stack must be at least 1, not {self.stack}")
-        kwargs.pop("projector_dropout", None)  # in models saved by an earlier version
         known = {f.name for f in fields(type(self))} | HF_KEYS
         check_keys([key for key in kwargs if not key.startswith("_")], known, "ASRConfig")
         if isinstance(self.audio_config, dict):

@@ -20,8 +20,7 @@ from .asr_config import DECODE, decoding_settings
 from .asr_search import Proposal
 
 logger: Any = logging.get_logger(__name__)
-# A frame is silent if its blank probability is higher; `trim` keeps this many around the speech.
-SILENT_BLANK, MARGIN = 0.9, 25
+SILENT_BLANK = 0.9  # a clip has no speech if the blank is more likely than this in all its frames
 # The weights of `Candidate.score`, in the order of `Candidate.parts`.
 TERMS = ("prior", "decoder", "language_model", "decoder_word")
 RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
@@ -237,15 +236,17 @@ def transcribe(
         return generate(model, processor, hidden, steps, generate_kwargs or {})
     log_probs = model.characters(hidden)
     results = [Transcript() for _ in steps]
-    speech, lengths = trim(hidden, steps, log_probs[..., 0])
-    spoken = lengths.nonzero()[:, 0].tolist()  # clips without speech are not decoded
+    frame = torch.arange(hidden.shape[1], device=hidden.device)
+    heard = (log_probs[..., 0] < math.log(SILENT_BLANK)) & (frame < steps[:, None])
+    spoken = heard.any(1).nonzero()[:, 0].tolist()  # clips without speech are not decoded
+    speech, lengths = hidden[spoken], steps[spoken]
     if spoken and decode == "generate":
-        decoded = generate(model, processor, speech[spoken], lengths[spoken], generate_kwargs or {})
+        decoded = generate(model, processor, speech, lengths, generate_kwargs or {})
     elif spoken:
-        proposals = model.propose(log_probs[spoken], steps[spoken], settings)
+        proposals = model.propose(log_probs[spoken], lengths, settings)
         texts = [first[0].text for first in proposals]
         if decode == "rescore":
-            scored = rescore(model, processor, speech[spoken], lengths[spoken], proposals, settings)
+            scored = rescore(model, processor, speech, lengths, proposals, settings)
             texts = [choose(candidates, settings) for candidates in scored]
         decoded = [Transcript(text) for text in write_terms(processor, texts, terms)]
     for i, transcript in zip(spoken, decoded if spoken else [], strict=True):
@@ -277,29 +278,6 @@ def write_terms(processor: Any, texts: list[str], terms: Sequence[str]) -> list[
         found = re.compile(rf"(?i)\b(?:{'|'.join(map(re.escape, words))})\b")
         texts = [found.sub(lambda m: given.get(m[0].lower(), m[0]), text) for text in texts]
     return texts
-
-
-def trim(hidden: Tensor, steps: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut the silence before and after the speech of each clip down to a margin.
-
-    Args:
-        hidden: (b, t, d) encoder frames.
-        steps: (b,) number of frames of each clip.
-        blank: (b, t) log-probability of the blank.
-
-    Returns:
-        Frames (b, t', d), zero beyond each clip, and lengths (b,), 0 for clips without speech.
-    """
-    t = hidden.shape[1]
-    frame = torch.arange(t, device=hidden.device)
-    spoken = (blank < math.log(SILENT_BLANK)) & (frame < steps[:, None])
-    any_, last = spoken.any(1), t - spoken.flip(1).int().argmax(1)
-    first = (spoken.int().argmax(1) - MARGIN).clamp(min=0)
-    lengths = torch.where(any_, torch.minimum(last + MARGIN, steps) - first, 0)
-    index = (first[:, None] + frame[: max(1, int(lengths.max()))]).clamp(max=t - 1)
-    cut = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
-    inside = torch.arange(cut.shape[1], device=hidden.device) < lengths[:, None]
-    return cut.masked_fill(~inside[..., None], 0.0), lengths
 
 
 def choose(candidates: list[Candidate], settings: dict[str, Any]) -> str:

@@ -30,8 +30,6 @@ from .eval import evaluate
 HELD_OUT = 0.2  # share of the clips
 MIN_CLIPS, MIN_SPEAKERS = 10, 5  # fewer held-out clips say nothing; fewer speakers are not split
 MOST_COPIES, COPIES_SECONDS = 8, 1200.0  # clips are repeated, disturbed anew, up to so much audio
-# Keys that earlier versions wrote into a recipe, and that are gone.
-GONE = {"model": ["projector_dropout"], "data": ["noise", "transform", "mask_time", "mask_bands"]}
 KEPT_CLIPS = 150  # of each source of the old training data
 
 
@@ -82,9 +80,6 @@ def recipe_of(model: Path) -> DictConfig:
     if not path.is_file():
         raise ValueError(f"{model} holds no training_config.yaml: adapt needs a model of ours")
     cfg: Any = OmegaConf.load(path)
-    for group, keys in GONE.items():
-        for key in keys:
-            cfg[group].pop(key, None)
     return cfg
 
 

@@ -5,19 +5,16 @@ memory, time and money that the recipe needs. Arguments are those of src/train.p
 
   gpu=a40           the GPU; the printed table lists all of them
   price=0.50        dollars per hour
-  hours=24          also print how many steps this time buys; or budget=12, in dollars
-  utilisation=0.4   assumed share of the peak that training reaches; --measure replaces it
+  hours=24          also print how many steps this time buys
+  utilisation=0.4   assumed share of the peak that training reaches; training prints the real one
   seconds=8.4       length of a clip
   text_rate=3       transcript tokens per second of audio
 
 The vocabulary of the data is unknown here, so the CTC head is counted with all decoder tokens.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,15 +24,13 @@ from transformers import AutoConfig
 from ..asr.asr_config import ASRConfig, check_keys
 from ..asr.asr_modeling import ASRModel
 from ..hub import one_line
-from ..training.data import read_log
-from ..training.plan import GPUS, PARTS, Cost, count, describe, gpu_of, table, without_weights
+from ..training.plan import GPUS, PARTS, Cost, count, describe, table, without_weights
 from ..training.recipe import compose_recipe, stage_configs
-from ..training.run_log import LOG
-from ..training.train import lora_from, run_stage
+from ..training.train import lora_from
 from ..training.trainer import freeze_idle
 from . import parser_of
 
-OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None, "budget": None}
+OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None}
 OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
 MARGIN = 0.1  # share of the memory left for the driver and fragmentation
 LETTERS = 40  # classes of a character head; English has 28
@@ -107,27 +102,10 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     return Stage(cfg, meta, cost, clips, gflop, gb, steps * clips * seconds / 3600)
 
 
-def measure(stage: Stage, seconds: float, steps: int = 12) -> float:
-    """Measure the GFLOP/s of a stage by real steps, with real weights and data, on this device.
-
-    Uses clips of about `seconds`, the length that was counted: because of the prompt, a second of a
-    short clip takes up to twice the work of a second of a long one.
-    """
-    short = {"max_steps": steps, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
-    near = {"min_seconds": seconds / 1.5, "max_seconds": seconds * 1.5, "max_dropped_fraction": 1}
-    cfg: Any = OmegaConf.merge(stage.cfg, {"training": short, "data": near})
-    with tempfile.TemporaryDirectory() as scratch:
-        run_stage(cfg, Path(scratch) / "stage", None)
-        rows = read_log(Path(scratch) / "stage" / LOG)[3:]
-    return stage.gflop * median(row["audio_seconds_per_second"] for row in rows)
-
-
-def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) -> None:
-    """Print the needs of the stages, and their time and price if training reaches `rate` GFLOP/s.
-
-    With `listed`, the rate is that of `own["gpu"]`, and a table compares the other GPUs to it.
-    """
+def report(own: dict[str, Any], stages: list[Stage]) -> None:
+    """Print the needs of the stages, their time and price on `own["gpu"]`, and on other GPUs."""
     gpu, price = GPUS[own["gpu"]], own["price"]
+    rate = 1e3 * gpu["tflops"] * own["utilisation"]  # GFLOP/s
     hours = [stage.audio * stage.gflop / rate for stage in stages]
     longest = hours.index(max(hours))
     main, full = stages[longest], max(stage.gb for stage in stages)
@@ -151,12 +129,10 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
     memory = " + ".join(f"{v / 1e9:.1f} {k}" for k, v in main.cost.memory.items() if v > 5e7)
     print(f"memory with {main.clips} clips of {own['seconds']:g} s: {memory} = {main.gb:.1f} GB,")
     print(f"of {gpu['memory']} GB, {MARGIN:.0%} left to driver and gaps: {fits(gpu['memory'])}")
-    if bought := own["hours"] or (own["budget"] and own["budget"] / price):
+    if bought := own["hours"]:
         audio = bought * rate / main.gflop
         steps = audio / main.audio * main.cfg.training.max_steps
         print(f"{bought:g} hours {dollars(bought)} buy {audio:,.0f} of audio, {steps:,.0f} steps")
-    if not listed:
-        return
     rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
     for name, other in GPUS.items():
         faster = other["tflops"] / gpu["tflops"]
@@ -169,7 +145,6 @@ def report(own: dict[str, Any], rate: float, stages: list[Stage], listed: bool) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan."""
     parser = parser_of("plan", __doc__)
-    parser.add_argument("--measure", action="store_true", help="run 12 real steps on this device")
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     own, overrides = dict(OWN), []
@@ -182,19 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
         raise ValueError("figures must be above 0, and utilisation= at most 1")
     check_keys([own["gpu"]], GPUS, "the list of GPUs")
-    if own["budget"] and not own["price"]:
-        raise ValueError("budget= needs price=, in dollars per hour")
     stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
-    peak, how = GPUS[own["gpu"]]["tflops"] * 1e3, f"{own['utilisation']:.0%} of its peak"
-    rate, listed = peak * own["utilisation"], True
-    if args.measure:
-        rate, listed = measure(stages[-1], own["seconds"]), False
-        here = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
-        how = f"measured on {here}: {rate:,.0f} GFLOP/s"
-        if known := gpu_of(here):
-            share = rate / GPUS[known]["tflops"] / 1e3
-            rate, how, listed = peak * share, f"{how}, {share:.1%} of its peak", True
-    print(f"{' '.join(overrides)} on {own['gpu']}, {how}")
+    share = f"{own['utilisation']:.0%} of its peak"
+    print(f"{' '.join(overrides)} on {own['gpu']}, {share}")
     print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
-    report(own, rate, stages, listed)
+    report(own, stages)
     return 0

@@ -119,7 +119,9 @@ def run(overrides: list[str]) -> int:
     assets = prepare(baseline=False)
     prepared = time.monotonic() - started
     OmegaConf.resolve(cfg)
+    cpu_started = time.process_time()
     model = train(cfg)
+    cpu_seconds = time.process_time() - cpu_started
     train_seconds = json.loads((model / FINISHED).read_text())["seconds"]
     scores = score_all(model, assets)
     clip = random.Random(cfg.run.seed).choice(list(read_source({"path": str(assets.test)})))
@@ -134,6 +136,7 @@ def run(overrides: list[str]) -> int:
         "seed": cfg.run.seed,
         "prepare_seconds": round(prepared, 1),
         "train_seconds": round(train_seconds, 1),
+        "train_cpu_seconds": round(cpu_seconds, 1),  # of this process
         "total_seconds": round(total, 1),
         "peak_memory_gb": round(peak_memory(), 2),
         "command": " ".join(["tiny-audio quickstart", *overrides]),

@@ -119,8 +119,8 @@ STOP = (
     + """
 flock -n lock true && { echo 'it is not running' >&2; exit 3; }
 kill -TERM "$(cat pid)"  # only the main process, which needs its workers to stop cleanly
-for _ in $(seq "$3"); do flock -n lock true && exit 0; sleep 1; done
-echo "still running after $3 s; wait longer with --wait" >&2; exit 6
+for _ in $(seq 300); do flock -n lock true && exit 0; sleep 1; done
+echo "still running after 300 s; the same command waits longer" >&2; exit 6
 """
 )
 
@@ -269,7 +269,7 @@ def fetch(machine: Machine, args: argparse.Namespace) -> None:
 
 def stop(machine: Machine, args: argparse.Namespace) -> None:
     """Ask the run to save a checkpoint and stop; wait until it has."""
-    machine.call(STOP, args.run, args.wait)
+    machine.call(STOP, args.run)
     print("stopped; remote-train continues it")
 
 
@@ -295,8 +295,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             task.add_argument("overrides", nargs="*", help="key=value, as for src/train.py")
         if name == "status":
             task.add_argument("--price", type=float, help="dollars per hour")
-        if name == "stop":
-            task.add_argument("--wait", type=int, default=300, help="maximum seconds to wait")
         if name == "fetch":
             task.add_argument("--into", type=Path, help="local folder; default: outputs/<its name>")
     args = parser.parse_args(argv)

@@ -83,9 +83,15 @@ class StepLine(TrainerCallback):
             self.drawn = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the curves."""
-        if state.is_world_process_zero:
-            draw_curves(self.path.parents[1], self.stages)
+        """Draw the curves; warn if a GPU waited for data."""
+        if not state.is_world_process_zero:
+            return
+        draw_curves(self.path.parents[1], self.stages)
+        waiting = [row["waiting"] for row in read_log(self.path) if "waiting" in row]
+        late = sum(share > 0.05 for share in waiting)
+        if late and args.device.type != "cpu":  # a CPU reads and computes on the same cores
+            print(f"warning: in {late} of {len(waiting)} log lines the GPU waited for data more "
+                  "than 5 % of the time: raise training.dataloader_num_workers")  # fmt: skip
 
 
 def draw_curves(output: Path, stages: Sequence[str]) -> None:

@@ -89,6 +89,8 @@ class ASRTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=data.collate,
             num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,  # workers must see the dataset's epoch
             generator=own,
         )
