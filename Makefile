@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart speedrun smoke test test-all format lint type-check check size bench clean
+.PHONY: install quickstart speedrun smoke test test-all format lint type-check check size bench docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -38,5 +38,8 @@ size: install
 bench: install
 	$(BIN)/python bench/training_speed.py
 
+docs: install  # the documentation as a site, in site/
+	$(BIN)/zensical build
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs site .cache

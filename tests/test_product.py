@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -455,6 +456,24 @@ def test_paths_and_links_of_the_docs_exist(page):
             assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+def test_the_site_holds_every_page_and_no_broken_link(tmp_path):
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    subprocess.run([sys.executable, "-m", "zensical", "build"], cwd=tmp_path, check=True)
+    pages = {p: p.read_text() for p in (tmp_path / "site").rglob("*.html") if p.stem != "404"}
+    built = {str(page.parent.relative_to(tmp_path / "site")) for page in pages}
+    assert {f"docs/{page.stem}" for page in (ROOT / "docs").glob("*.md")} <= built
+    for page, text in pages.items():
+        for href in re.findall(r'href="?([^" >]+)', text):
+            if not href.startswith(("http", "data:")):
+                path, _, anchor = href.partition("#")
+                there = (page.parent / path).resolve() if path else page
+                there = there / "index.html" if there.is_dir() else there
+                assert there.is_file(), f"{page}: {href}"
+                assert not anchor or f'id="{anchor}"' in pages[there], f"{page}: {href}"
 
 
 @pytest.mark.long
