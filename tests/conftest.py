@@ -27,7 +27,9 @@ import torch
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoFeatureExtractor,
+    AutoModel,
     AutoTokenizer,
     HubertConfig,
     HubertModel,
@@ -44,7 +46,7 @@ from transformers import (
     WhisperModel,
 )
 
-from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_config import WAVEFORM_ENCODERS, ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import split_blocks
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
@@ -213,7 +215,10 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     HubertModel(hubert).save_pretrained(folder / "hubert")
     HubertModel(group).save_pretrained(folder / "hubert-group")
-    for name in ("hubert", "hubert-group"):
+    for name in {*WAVEFORM_ENCODERS} - {"hubert"}:
+        config = AutoConfig.for_model(name, **WAVEFORM_SHAPE)
+        AutoModel.from_config(config).save_pretrained(folder / name)
+    for name in (*WAVEFORM_ENCODERS, "hubert-group"):
         Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(
             folder / name
         )

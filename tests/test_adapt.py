@@ -70,7 +70,7 @@ def test_no_text_and_no_speaker_is_on_both_sides():
 
 @pytest.mark.parametrize("texts", [["one", "two"], ["the same"] * 60])
 def test_too_few_clips_are_refused(texts):
-    with pytest.raises(DataError, match="too few to hold 10 out: record more, or name"):
+    with pytest.raises(DataError, match="too few to hold out 10: record more, or name"):
         adapt.hold_out(clips([None] * len(texts), texts), seed=0)
 
 

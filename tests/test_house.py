@@ -56,8 +56,9 @@ def reading_path(size: dict[Path, set[int]]) -> int:
 def test_the_code_stays_small():
     size = sizes()
     longest = {name: n for path, lines in size.items() for name, n in functions(path, lines)}
-    assert reading_path(size) <= READING_PATH
-    assert sum(map(len, size.values())) <= EVERYTHING
+    advice = "remove lines; if that is not possible, raise the limit in this commit and say why"
+    assert reading_path(size) <= READING_PATH, advice
+    assert sum(map(len, size.values())) <= EVERYTHING, advice
     assert not [str(path) for path, lines in size.items() if len(lines) > LONGEST_FILE]
     assert not [(name, n) for name, n in longest.items() if n > LONGEST_FUNCTION]
 

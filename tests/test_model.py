@@ -9,7 +9,7 @@ import torch
 from conftest import LORAS, TEXTS, build_asr
 from transformers import LlamaConfig, WhisperConfig, WhisperModel
 
-from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_config import WAVEFORM_ENCODERS, ASRConfig
 from tiny_audio.asr.asr_ctc import CharacterHead, CTCHead
 from tiny_audio.asr.asr_encoder import encode_whisper
 from tiny_audio.asr.asr_modeling import ASRModel
@@ -56,7 +56,7 @@ def compare_texts(processor, model, clips, **options):
 
 
 @pytest.mark.parametrize("bridge", ["frames", "posteriors"])
-@pytest.mark.parametrize("encoder", ["whisper", "hubert", "hubert-group", "parakeet"])
+@pytest.mark.parametrize("encoder", ["whisper", *WAVEFORM_ENCODERS, "hubert-group", "parakeet"])
 def test_batch_equals_single(build, clips, encoder, bridge):
     stack = 1 if encoder == "parakeet" else 4
     processor, model = build(encoder, bridge=bridge, lora="both", stack=stack)

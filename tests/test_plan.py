@@ -198,8 +198,8 @@ def test_batches_of_five_on_forty_gigabytes(planned):
     ("arguments", "hint"),
     [
         (["gpu=a41"], "did you mean 'a40'"),
-        (["utilisation=40"], "utilisation= at most 1"),
-        (["seconds=0"], "figures must be above 0"),
+        (["utilisation=40"], "utilisation at most 1"),
+        (["seconds=0"], "must be above 0"),
         (["+experiments=stage9"], "Available options in 'experiments': "),
         (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["lerning_rate=1"], "Could not override 'lerning_rate'"),

@@ -122,7 +122,7 @@ def test_a_broken_line_of_a_stream_is_named_when_the_vocabulary_is_read(processo
     rows = [{"id": f"{i}", "audio": "x.wav", "text": text} for i, text in enumerate(TEXTS[:3])]
     path = write_manifest(tmp_path / "m.jsonl", rows)
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(DataError, match=r"m\.jsonl, row 4 is not a JSON object"):
+    with pytest.raises(DataError, match=r"m\.jsonl, row 4 .* is not a JSON object"):
         list(stream_of([{"path": str(path)}], processor).texts(100))
 
 

@@ -167,7 +167,7 @@ class ASRConfig(PreTrainedConfig):
         if "ctc_decode_weight" in kwargs:
             raise ValueError(
                 "this model was saved by an older version that decodes differently: train it again "
-                "with its training_config.yaml, e.g. make quickstart"
+                "(its recipe is training_config.yaml; the quickstart's: make quickstart)"
             )
         if self.bridge not in BRIDGES:
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")

@@ -243,8 +243,8 @@ def time_words(
 
     Returns:
         Start and end of each word (n, 2) in seconds, non-decreasing; the confidence of each word,
-        the geometric mean of its letters' probabilities; and the confidence of all letters. The
-        last is 0.0 if the text does not fit into the frames, and None if there are no letters.
+        the geometric mean of its letters' probabilities; and that of all letters together, which is
+        0.0 if the text does not fit into the frames, and None if there are no letters.
     """
     targets = np.array([c for word in spelled for c in word], int)
     owner = np.repeat(np.arange(len(spelled)), [len(word) for word in spelled])

@@ -232,7 +232,7 @@ def transcribe(
         if decode == "ctc":
             return [Transcript(processor.decode(ids)) for ids in model.ctc_greedy(hidden, steps)]
         if decode == "rescore":
-            raise ValueError("this model has no character head: use decode='generate' or 'ctc'")
+            raise ValueError("this model has no character head: use decode='generate'")
         return generate(model, processor, hidden, steps, generate_kwargs or {})
     log_probs = model.characters(hidden)
     results = [Transcript() for _ in steps]

@@ -221,7 +221,7 @@ class ASRModel(SavedModel, GenerationMixin):
             if self.characters is None:
                 raise ValueError("character_loss_weight is set but the model has no character head")
             if character_labels is None:
-                raise ValueError("character_loss_weight is set but character_labels is missing")
+                raise ValueError("character_loss_weight needs character_labels, from the processor")
             nll = self.characters.loss(hidden, steps, character_labels)
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:

@@ -136,9 +136,9 @@ def _energy(samples: np.ndarray) -> np.ndarray:
 
 
 def loud_span(samples: np.ndarray) -> tuple[int, int]:
-    """Return the first sample and the one behind the last that is not silence, with a margin.
+    """Return start and end, in samples, of the audio that is not silent, with a margin.
 
-    Silence is `SILENCE_BELOW` under the loudest 10 ms.
+    Silent means below `SILENCE_BELOW` times the energy of the loudest 10 ms.
     """
     energy = _energy(samples)
     loud = np.flatnonzero(energy > SILENCE_BELOW * energy.max(initial=0.0))
@@ -199,7 +199,7 @@ class ASRPipeline(Pipeline):
         times = kwargs.get("return_timestamps")
         if times not in (None, False, True, "word"):
             raise ValueError("return_timestamps must be False, True or 'word'")
-        if times == "word" and self.model.ctc is None:
+        if times == "word" and not (self.model.ctc or self.model.characters):
             raise ValueError("return_timestamps='word' needs a CTC head; this model has none")
         return tuple({k: kwargs[k] for k in names & kwargs.keys()} for names in ARGUMENTS)
 

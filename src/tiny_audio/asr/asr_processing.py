@@ -269,8 +269,8 @@ class ASRProcessor(ProcessorMixin):
     Args:
         feature_extractor: feature extractor of the encoder.
         tokenizer: tokenizer of the decoder.
-        encoder: settings that determine the number of frames: `model_type` and, for waveform
-            encoders, `conv_kernel` and `conv_stride`.
+        encoder: settings that determine the number of frames: `model_type`, `conv_kernel` and
+            `conv_stride` of waveform encoders, `subsampling_factor` of Parakeet.
         stack: number of encoder frames in a projected frame.
         prompt_prefix, prompt_suffix: text around the audio.
         audio_token: the placeholder, which is added to the tokenizer.

@@ -248,7 +248,7 @@ class PrefixSearch:
     def grow(self, beams: Beams, gained: Tensor, word: Tensor) -> Beams:
         """Add the character `gained` (b, k), 0 for none, to the text of each hypothesis.
 
-        `word` (b, k) is the n-gram's id of the word that it ends, if so. The scores do not change.
+        `word` (b, k) is the n-gram's id of the word that a space would end. No score changes.
         """
         grows = gained > 0
         node, depth, before = beams.node, beams.depth + grows, beams.before

@@ -56,7 +56,7 @@ def hold_out(clips: list[Example], seed: int) -> tuple[list[Example], list[Examp
     if len(held_out) < MIN_CLIPS or not kept:
         kind = "speakers" if by_speaker else "texts"
         raise DataError(
-            f"{len(clips)} clips with {len(groups)} {kind} are too few to hold {MIN_CLIPS} out: "
+            f"{len(clips)} clips of {len(groups)} {kind} are too few to hold out {MIN_CLIPS}: "
             "record more, or name other clips with --dev"
         )
     return kept, held_out

@@ -43,7 +43,7 @@ class Cue(NamedTuple):
 
 
 def subtitles_of(recording: Path) -> Path:
-    """The file of subtitles beside a recording.
+    """The subtitle file beside a recording.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.out} holds clips already: name another folder with --out")
     pipe = load_pipeline(args.model, args.device)
     if getattr(pipe.model, "characters", None) is None:
-        parser.error(f"{args.model} has no character head, which finds the texts")
+        parser.error(f"{args.model} has no character head, which cut needs: use another one")
     args.out.mkdir(parents=True, exist_ok=True)
     done, failed = Counter[str](), False
     for recording in args.recordings:

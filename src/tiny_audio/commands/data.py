@@ -50,7 +50,7 @@ def check(cfgs: Sequence[Any]) -> None:
     """Check the data of the first stage, and the batches of every stage.
 
     Raises:
-        DataError: if training would raise it.
+        DataError: if training would refuse the data.
     """
     cfg = cfgs[0]
     folder = Path(cfg.run.output_dir)

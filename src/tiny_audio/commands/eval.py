@@ -206,7 +206,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
     path = Path(args.dataset).expanduser()
     local = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
     if local and (unfit := given.keys() & {"name", "split", "revision"}):
-        raise DataError(f"{path} is local, and --{', --'.join(sorted(unfit))} needs a Hub dataset")
+        raise DataError(f"{path} is local: only Hub datasets have --{', --'.join(sorted(unfit))}")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty")
     examples = []

@@ -43,7 +43,7 @@ def evaluation_entry(folder: Path) -> dict[str, Any]:
         f"it is not on {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) != (DATASET, SPLIT),
         f"{s['errors']} clips failed": s["errors"] > 0,
         f"{s['utterances']} samples, {MIN_SAMPLES} are needed": s["utterances"] < MIN_SAMPLES,
-        f"its code {s['git_hash']} is not committed": not is_committed(s["git_hash"]),
+        f"its code {s['git_hash']} is not a commit": not is_committed(s["git_hash"]),
     }
     refuse_if(folder, reasons)
     interval = f"[{s['wer_low']:.2f}, {s['wer_high']:.2f}]"

@@ -132,7 +132,7 @@ def report(own: dict[str, Any], stages: list[Stage]) -> None:
     if bought := own["hours"]:
         audio = bought * rate / main.gflop
         steps = audio / main.audio * main.cfg.training.max_steps
-        print(f"{bought:g} hours {dollars(bought)} buy {audio:,.0f} of audio, {steps:,.0f} steps")
+        print(f"{bought:g} hours {dollars(bought)} buy {steps:,.0f} steps, {audio:,.0f} h of audio")
     rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
     for name, other in GPUS.items():
         faster = other["tflops"] / gpu["tflops"]
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             own[key] = value if key == "gpu" else float(value)
     if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
-        raise ValueError("figures must be above 0, and utilisation= at most 1")
+        raise ValueError(f"{', '.join(OWN)}: must be above 0, and utilisation at most 1")
     check_keys([own["gpu"]], GPUS, "the list of GPUs")
     stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
     share = f"{own['utilisation']:.0%} of its peak"

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     folder, kind = args.output_dir, args.format
     targets = {f: folder and folder / f"{Path(f).stem}.{kind}" for f in args.files}
     if args.words and kind == "txt":
-        parser.error("--words gives times: choose srt, vtt or json as --format")
+        parser.error(f"--words gives times: choose --format {', '.join(FORMATS[1:])}")
     if folder and len({*targets.values()}) < len(targets):
         parser.error("two inputs have the same output file: their names differ only in the suffix")
     if len(targets) > 1 and kind not in ("txt", "json") and not folder:

@@ -58,7 +58,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         first = np.asarray(self.lengths(0))
         self.most, self.largest_first = most or len(first), largest_first
         if (longest := first.max()) > batch_seconds:
-            below = f"is below the longest clip ({longest:.1f} s)"
+            below = f"is below the longest clip ({longest:.1f} s): raise it"
             raise DataError(f"training.batch_seconds={batch_seconds} {below}")
         self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
         self.epoch = self.count = 0

@@ -317,7 +317,7 @@ class Reader:
             row = json.loads(line["text"])
             return {**dict.fromkeys(wanted), **row}
         except (ValueError, TypeError) as error:
-            where = f"{self.source['path']}, row {self.count + 1}"
+            where = f"{self.source['path']}, row {self.count + 1} (without empty lines)"
             raise DataError(f"{where} is not a JSON object: {error}") from error
 
 

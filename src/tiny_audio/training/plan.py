@@ -124,8 +124,7 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
         setattr(config, name, part := copy.deepcopy(getattr(config, name)))
         part._attn_implementation = "counted"
     for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # no randomness
-        if key in vars(config.audio_config):
-            setattr(config.audio_config, key, off)
+        setattr(config.audio_config, key, off)
     with torch.device("meta"):
         encoder = build_encoder(config.audio_config).to(dtype or torch.float32)
         decoder = AutoModelForCausalLM.from_config(config.text_config).to(dtype or torch.float32)

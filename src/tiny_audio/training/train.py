@@ -112,7 +112,7 @@ def build_model(
         processor: the model's processor.
         ctc: the token ids and bytes of the CTC heads, see `ctc_vocabulary`; an empty list omits
             that head.
-        start: folder of a trained model, whose n-gram and writing are loaded too.
+        start: folder of a trained model; its n-gram, capitals and punctuation are loaded too.
 
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.

@@ -318,14 +318,14 @@ def clean_exit() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"error: out of memory ({one_line(error)}): lower training.batch_seconds, or set "
-            "training.gradient_checkpointing=true"
+            f"error: out of memory ({one_line(error)}): lower batch_seconds (of `training`, or of "
+            "the stage that sets it), or set training.gradient_checkpointing=true"
         )
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command continues from its last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
