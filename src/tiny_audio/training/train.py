@@ -56,6 +56,9 @@ from .tuning import tune
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 FINISHED, TUNING = "finished.json", "tuning.json"
+# Keys of the model group that `ASRConfig` takes by the same name.
+MODEL_KEYS = "stack projector_hidden bridge ctc_hidden decoding prompt_prefix prompt_suffix".split()
+MODEL_KEYS += ["encoder_revision", "decoder_revision"]
 
 
 def build_processor(cfg: DictConfig) -> ASRProcessor:
@@ -117,8 +120,6 @@ def build_model(
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
     """
-    own = "stack projector_hidden bridge encoder_revision decoder_revision decoding ctc_hidden "
-    own += "prompt_prefix prompt_suffix"
     config = ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
@@ -128,7 +129,7 @@ def build_model(
         ctc_alphabet=ctc[1],
         audio_token_id=processor.audio_token_id,
         end_token_id=processor.end_token_id,
-        **{key: cfg.model[key] for key in own.split()},
+        **{key: cfg.model[key] for key in MODEL_KEYS},
     )
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
