@@ -191,8 +191,10 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
     at = 2 * s - int(best[-1, -2] > best[-1, -1])
     for i in range(t - 1, 0, -1):
         path[i] = at
-        before = best[i - 1, at : at + 3]  # two states back, one back, the same state
-        at -= int(np.argmax((before[2], before[1], before[0] + skip[at])))
+        two_back, one_back, same = best[i - 1, at : at + 3].tolist()
+        two_back += skip[at]
+        if same < max(one_back, two_back):
+            at -= 1 if one_back >= two_back else 2
     path[0] = at
     label = np.arange(s) * 2 + 1
     spans = np.stack([np.searchsorted(path, label), np.searchsorted(path, label, "right")], 1)

@@ -293,11 +293,12 @@ class PrefixSearch:
     ) -> list[list[Proposal]]:
         """Trace the hypotheses back to their texts, and add `constant` (b,) to each score."""
         at = torch.arange(beams.last.shape[1], device=beams.last.device).expand_as(beams.last)
-        gained = []
+        gained = [torch.zeros_like(at)]  # class 0 is no letter
         for origin, character in reversed(history):
             gained.append(character.gather(1, at))
             at = origin.gather(1, at)
-        characters = torch.stack(gained[::-1], -1).cpu().numpy() if gained else None
+        letters = np.array([0, *self.alphabet], np.uint8)  # byte of each class
+        spelled = letters[torch.stack(gained[::-1], -1).cpu()]
         ctc = (torch.logaddexp(beams.blank, beams.label) + constant[:, None]).tolist()
         prior = beams.prior.tolist()
         proposals = []
@@ -306,8 +307,7 @@ class PrefixSearch:
             for j, score in enumerate(ctc[i]):
                 if score < IMPOSSIBLE / 2:
                     continue
-                row = characters[i, j] if characters is not None else ()
-                text = bytes(self.alphabet[x - 1] for x in row if x).decode(errors="ignore").strip()
+                text = bytes(spelled[i, j]).replace(b"\0", b"").decode(errors="ignore").strip()
                 if text in texts:  # the same text with or without a final space
                     score = float(np.logaddexp(texts[text].ctc, score))
                 texts[text] = Proposal(text, score, prior[i][j])
