@@ -22,6 +22,7 @@ speedrun: install  # about an hour on two cores; an interrupted run starts anew
 	  out=outputs/speedrun/seed$$seed; test -e $$out/summary.json || \
 	  $(BIN)/tiny-audio quickstart run.seed=$$seed run.output_dir=$$out run.fresh=true || exit; \
 	done
+	@echo 'done; CONTRIBUTING.md says how to add outputs/speedrun to the leaderboard'
 
 test: install
 	$(BIN)/tiny-audio dev test
