@@ -2,7 +2,7 @@
 
     python bench/gpu.py                          # about 7 minutes on an H100, no network needed
     python bench/gpu.py --tiny                   # the same at toy sizes, 3 minutes on a CPU
-    python bench/gpu.py --parts decoding          # one part
+    python bench/gpu.py --parts decoding         # one part; done parts are skipped
     python bench/gpu.py --assets ~/.cache/tiny-audio --minutes 5   # also a real training run
 
 The base models have the sizes of `+experiments=stage1` and random weights, initialised on the

@@ -378,6 +378,13 @@ def submission(folder: Path, wrong: int = 60, n: int = 600, **changed) -> Path:
     return results(folder, said, heard, **{**facts, **changed})
 
 
+def is_refused(folder: Path, why: str) -> None:
+    before = Path("docs/evaluate.md").read_text()
+    with pytest.raises(SystemExit, match=why):
+        cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"])
+    assert Path("docs/evaluate.md").read_text() == before
+
+
 def test_the_leaderboard_adds_in_order(clone):
     before = (clone / "docs/evaluate.md").read_text()
     for name, wrong in (("second", 100), ("first", 50)):
@@ -404,11 +411,7 @@ def test_the_leaderboard_adds_in_order(clone):
     ],
 )
 def test_the_leaderboard_refuses(changed, why, clone):
-    before = (clone / "docs/evaluate.md").read_text()
-    folder = submission(clone / "s", **changed)
-    with pytest.raises(SystemExit, match=why):
-        cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"])
-    assert (clone / "docs/evaluate.md").read_text() == before
+    is_refused(submission(clone / "s", **changed), why)
 
 
 def speedrun(folder: Path, seeds=(0, 1, 2), **changed) -> Path:
@@ -448,11 +451,7 @@ def test_the_speedrun_adds_the_mean_of_its_seeds(clone, capsys):
     ],
 )
 def test_the_speedrun_refuses(changed, why, clone):
-    before = (clone / "docs/evaluate.md").read_text()
-    folder = speedrun(clone / "run", **changed)
-    with pytest.raises(SystemExit, match=why):
-        cli.main(["leaderboard", "add", str(folder), "--contributor", "someone"])
-    assert (clone / "docs/evaluate.md").read_text() == before
+    is_refused(speedrun(clone / "run", **changed), why)
 
 
 @pytest.mark.parametrize("board", BOARDS)

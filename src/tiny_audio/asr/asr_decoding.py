@@ -239,14 +239,14 @@ def transcribe(
     frame = torch.arange(hidden.shape[1], device=hidden.device)
     heard = (log_probs[..., 0] < math.log(SILENT_BLANK)) & (frame < steps[:, None])
     spoken = heard.any(1).nonzero()[:, 0].tolist()  # clips without speech are not decoded
-    speech, lengths = hidden[spoken], steps[spoken]
+    lengths = steps[spoken]
     if spoken and decode == "generate":
-        decoded = generate(model, processor, speech, lengths, generate_kwargs or {})
+        decoded = generate(model, processor, hidden[spoken], lengths, generate_kwargs or {})
     elif spoken:
         proposals = model.propose(log_probs[spoken], lengths, settings)
         texts = [first[0].text for first in proposals]
         if decode == "rescore":
-            scored = rescore(model, processor, speech, lengths, proposals, settings)
+            scored = rescore(model, processor, hidden[spoken], lengths, proposals, settings)
             texts = [choose(candidates, settings) for candidates in scored]
         decoded = [Transcript(text) for text in write_terms(processor, texts, terms)]
     for i, transcript in zip(spoken, decoded if spoken else [], strict=True):

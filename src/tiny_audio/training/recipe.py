@@ -24,7 +24,8 @@ OWN_TRAINING_KEYS = set(
 # TrainingArguments that a run may not set: fixed in train.py, renamed, or without effect.
 FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
 FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
-FIXED += " dataloader_drop_last dataloader_persistent_workers"
+FIXED += " dataloader_drop_last dataloader_persistent_workers dataloader_in_order"
+FIXED += " dataloader_multiprocessing_context"
 # Keys of the data group that select the data; all others are options of `Clips`.
 OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows max_dropped_fraction".split())
 

@@ -72,10 +72,14 @@ class ASRTrainer(Trainer):
         """Batches within `training.batch_seconds`; (seed, epoch) determines their order."""
         data: Any = self.train_dataset
         workers = self.args.dataloader_num_workers
-        # A separate generator, so that resuming does not consume the run's random numbers.
-        own = torch.Generator().manual_seed(self.args.seed)
+        loading: dict[str, Any] = {
+            # A separate generator, so that resuming does not consume the run's random numbers.
+            "generator": torch.Generator().manual_seed(self.args.seed),
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        }
         if isinstance(data, SpeechStream):  # one reader, which decodes in threads
-            return DataLoader(data, batch_size=None, num_workers=min(1, workers), generator=own)
+            return DataLoader(data, batch_size=None, num_workers=min(1, workers), **loading)
         sampler = LengthBatchSampler(
             data.lengths,
             self.settings["batch_seconds"],
@@ -84,15 +88,9 @@ class ASRTrainer(Trainer):
             multiple=self.args.world_size,
             largest_first=self.settings["largest_first"],
         )
+        # Workers do not persist: they must see the dataset's epoch.
         loader = DataLoader(
-            data,
-            batch_sampler=sampler,
-            collate_fn=data.collate,
-            num_workers=workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=False,  # workers must see the dataset's epoch
-            generator=own,
+            data, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers, **loading
         )
         return self.accelerator.prepare(loader)
 
