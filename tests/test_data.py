@@ -25,79 +25,6 @@ def processor(build):
     return build("whisper", ctc=False)[0]
 
 
-@pytest.fixture(scope="module")
-def lengths():
-    """2,000 clips as long as those of a real corpus: many short, some long."""
-    rng = np.random.default_rng(0)
-    return np.clip(rng.lognormal(1.5, 0.7, 2000), 0.5, 30.0)
-
-
-# -- batches -------------------------------------------------------------------------------------
-
-
-def batches_of(sampler, epoch):
-    sampler.set_epoch(epoch)
-    return list(sampler)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 40, 2000])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_every_epoch_sees_every_clip_once_in_len_batches(lengths, count, shuffle):
-    sampler = LengthBatchSampler(lengths[:count], 120, seed=3, shuffle=shuffle)
-    for epoch in range(20):
-        batches = batches_of(sampler, epoch)
-        assert sorted(i for batch in batches for i in batch) == list(range(count))
-        assert all(batches)
-        assert len(batches) == len(sampler), f"epoch {epoch}"
-
-
-@pytest.mark.parametrize("budget", [30, 64, 120, 600])
-def test_padded_seconds_stay_within_the_budget(lengths, budget):
-    sampler = LengthBatchSampler(lengths, budget)
-    for epoch in range(5):
-        for batch in batches_of(sampler, epoch):
-            assert len(batch) * lengths[batch].max() <= budget + 1e-9
-    # And it is used: nearly as few batches as the audio allows.
-    if budget > 2 * lengths.max():
-        assert len(sampler) < 1.15 * lengths.sum() / budget + 3
-
-
-def test_lengths_that_differ_by_epoch_give_every_clip_once_in_len_batches(lengths):
-    """Disturbed clips are longer in some epochs, here much longer in one that was not counted."""
-    sampler = LengthBatchSampler(lambda epoch: lengths * (2.0 if epoch == 9 else 1.0), 120)
-    for epoch in (0, 9, 10):
-        batches = batches_of(sampler, epoch)
-        assert sorted(i for batch in batches for i in batch) == list(range(2000))
-        assert len(batches) == len(sampler)
-
-
-@pytest.mark.parametrize("budget", [120, 240])
-def test_padding_is_at_most_five_percent(lengths, budget):
-    sampler = LengthBatchSampler(lengths, budget)
-    padded = [len(b) * lengths[b].max() for b in batches_of(sampler, 0)]
-    share = 1 - lengths.sum() / sum(padded)
-    assert share <= 0.05
-
-
-def test_order_depends_on_seed_and_epoch_alone(lengths):
-    first, second = (LengthBatchSampler(lengths, 120, seed=5) for _ in range(2))
-    batches_of(second, 2)  # what was asked for before does not matter
-    assert batches_of(first, 4) == batches_of(second, 4)
-    assert batches_of(first, 4) != batches_of(first, 5)
-    assert batches_of(LengthBatchSampler(lengths, 120, seed=6), 4) != batches_of(first, 4)
-    # Who stands beside whom changes too, not only the order of the batches.
-    assert {frozenset(b) for b in batches_of(first, 4)} != {
-        frozenset(b) for b in batches_of(first, 5)
-    }
-    plain = LengthBatchSampler(lengths, 120, shuffle=False)
-    assert batches_of(plain, 0) == batches_of(plain, 1)
-
-
-def test_a_clip_over_the_budget_is_an_error():
-    with pytest.raises(DataError, match=r"batch_seconds=10.*12\.5 s"):
-        LengthBatchSampler([3.0, 12.5], 10)
-
-
 # -- sources -------------------------------------------------------------------------------------
 
 
@@ -497,14 +424,6 @@ def test_threads_do_not_take_each_others_lengths(tmp_path, build, corpus, monkey
         with torch.no_grad():
             expected, _ = model.encode(inputs["input_features"], inputs["input_features_mask"])
         assert torch.allclose(Frames(folder)[clip].float(), expected[0], atol=2e-3)
-
-
-def test_a_batch_size_limits_the_clips_of_a_batch():
-    seconds = np.random.default_rng(0).uniform(1, 4, 100).tolist()
-    plain = LengthBatchSampler(seconds, 60.0, seed=1)
-    small = LengthBatchSampler(seconds, 60.0, seed=1, most=5)
-    assert max(map(len, plain)) > 5 and max(map(len, small)) == 5
-    assert sorted(i for batch in small for i in batch) == list(range(100))
 
 
 def test_a_file_that_was_replaced_is_encoded_anew(tmp_path, build, processor):

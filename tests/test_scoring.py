@@ -93,10 +93,13 @@ def test_a_hallucination_on_an_empty_reference_counts():
 
 
 def test_a_corpus_with_empty_texts_by_hand():
-    out = scoring.score(["red fox", "", "[noise]", "home"], ["red box", "thank you", "", ""])
-    assert (out["substitutions"], out["insertions"], out["deletions"]) == (1, 2, 1)
-    assert (out["hallucinated"], out["empty_references"], out["words"]) == (2, 2, 3)
-    said, heard = ["red fox", "", "", "home"], ["red box", "thank you", "", ""]  # as normalised
+    out = scoring.score(
+        ["red fox", "", "[noise]", "home", "sea"], ["red box", "thank you so", "", "", "sea"]
+    )
+    assert (out["substitutions"], out["insertions"], out["deletions"]) == (1, 3, 1)
+    assert (out["hallucinated"], out["empty_references"], out["words"]) == (3, 2, 4)
+    said = ["red fox", "", "", "home", "sea"]  # as normalised
+    heard = ["red box", "thank you so", "", "", "sea"]
     letters = sum(map(distance, said, heard))
     assert out["cer"] == pytest.approx(100 * letters / sum(map(len, said)))
 
@@ -148,6 +151,43 @@ def test_nothing_to_score_is_an_error():
 def test_lists_of_unequal_length_are_an_error():
     with pytest.raises(ValueError):
         scoring.score(["a", "b"], ["a"])
+
+
+def test_rates_of_a_single_word_or_letter():
+    out = scoring.score(["a"], [""])
+    assert out["wer"] == out["wer_raw"] == out["cer"] == out["wer_low"] == out["wer_high"] == 100
+    out = scoring.score([""], ["thank you"])  # no word to divide by
+    assert out["wer"] == out["wer_raw"] == out["wer_high"] == 200
+    assert scoring.interval([3], [10]) == (30.0, 30.0)
+
+
+def test_interval_and_difference_are_percentiles_of_resamples():
+    rng = np.random.default_rng(3)
+    words = rng.integers(3, 20, 500)
+    errors, others = rng.binomial(words, 0.2), rng.binomial(words, 0.19)
+
+    def middle(wrong, seed):  # without the 50 lowest and the 50 highest of 2,000
+        draws = np.random.default_rng(seed)
+        picked = [draws.integers(0, 500, 500) for _ in range(2000)]
+        rates = sorted(100 * wrong[rows].sum() / words[rows].sum() for rows in picked)
+        return pytest.approx([np.mean(rates[49:51]), np.mean(rates[1949:1951])], abs=0.02), rates
+
+    for seed in (0, 5):
+        expected, _ = middle(errors, seed)
+        assert scoring.interval(errors, words, seed) == expected
+        expected, rates = middle(others - errors, seed)
+        *ends, p = scoring.difference(errors, others, words, seed)
+        assert ends == expected
+        above = np.mean([rate > 0 for rate in rates]) + np.mean([rate == 0 for rate in rates]) / 2
+        assert p == pytest.approx(2 * min(above, 1 - above))
+    assert scoring.interval(errors, words) == scoring.interval(errors, words, 0)
+    assert scoring.interval(errors, words) != scoring.interval(errors, words, 5)
+    assert scoring.difference(errors, others, words) == scoring.difference(errors, others, words, 0)
+
+
+def test_the_smallest_p_value_is_one_in_all_resamples():
+    assert scoring.difference([5] * 20, [1] * 20, [10] * 20) == (-40, -40, 1 / scoring.RESAMPLES)
+    assert scoring.difference([0], [1], [1])[:2] == (100, 100)
 
 
 def test_interval_repeats_with_its_seed_and_shrinks_with_more_data():
