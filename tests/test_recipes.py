@@ -139,7 +139,11 @@ def test_the_other_presets():
     assert [source.path.rsplit("/", 2)[1:] for source in dutch.data.train] == [
         ["dutch", "train.jsonl"]
     ]
-    assert {**dutch.model, "ctc": True, "bridge": "posteriors"} == english.model
+    own = {"ctc": True, "bridge": "posteriors", "decoding": None, "tune": True}
+    assert {**dutch.model, **own} == english.model
+    characters, encoder = stage_configs(dutch)
+    assert characters.training.cache_encoder and not characters.training.encoder_learning_rate
+    assert encoder.training.encoder_learning_rate and not encoder.training.cache_encoder
 
 
 def test_the_presets_that_go_on_train_the_encoder_and_not_the_decoder():
