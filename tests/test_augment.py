@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import babble, tone, write_audio, write_manifest
 
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, normalise_level
@@ -118,42 +117,6 @@ def test_every_copy_of_a_clip_is_disturbed_anew_and_cached(build, tmp_path):
         frames = Frames(folder)[example.id]
         assert example.duration == pytest.approx(len(frames) * processor.frame_seconds)
     assert len({len(Frames(folder)[e.id]) for e in data.examples}) > 3
-
-
-def test_masks_are_bands_and_runs_of_the_mean():
-    features = torch.rand(400, 80, generator=torch.Generator().manual_seed(0)) + 1
-    shares = []
-    for seed in range(200):
-        masked = augment.spec_augment(features, np.random.default_rng(seed))
-        changed = masked != features
-        assert (masked[changed] == features.mean()).all()
-        channels, frames = changed.all(0), changed.all(1)
-        assert torch.equal(changed, channels | frames[:, None])
-        assert channels.sum() <= augment.BANDS * augment.WIDEST_BAND
-        assert frames.sum() <= 3 * augment.LONGEST_RUN  # 4 s hold three runs
-        shares.append(float(changed.float().mean()))
-    assert 0.2 < np.mean(shares) < 0.4 and min(shares) < 0.1 and max(shares) > 0.45
-    assert augment.spec_augment(features[:3], np.random.default_rng(1)).shape == (3, 80)
-    with pytest.raises(ValueError, match=r"data\.spec_augment masks log-mel"):
-        augment.spec_augment(torch.zeros(16_000), np.random.default_rng(0))
-
-
-def test_masks_differ_by_epoch_and_are_never_cached(build, tmp_path):
-    processor, model = build("whisper")
-    write_audio(tmp_path / "a.wav", babble(2.0, 1), SAMPLE_RATE, "pcm_s16le")
-    row = {"id": "a", "audio": "a.wav", "text": "go on", "duration": 2.0}
-    source = {"path": str(write_manifest(tmp_path / "m.jsonl", [row]))}
-    plain = SpeechDataset([source], processor, Dropped())
-    data = SpeechDataset([source], processor, Dropped(), spec_augment=True)
-    made = []
-    for epoch in (0, 1, 0):
-        data.set_epoch(epoch)
-        made.append(data[0]["features"])
-        assert made[-1].shape == plain[0]["features"].shape
-    assert torch.equal(made[0], made[2])
-    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], plain[0]["features"])
-    with pytest.raises(ValueError, match=r"spec_augment=false"):
-        cache_encoder_frames(model, data, tmp_path)
 
 
 def test_the_level_of_the_speech_is_the_same_whatever_it_was():

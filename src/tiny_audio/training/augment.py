@@ -1,11 +1,10 @@
-"""Augmentation: pauses, noise, music, rooms and telephones; masks in log-mel features.
+"""Waveform augmentation: pauses, noise, music, rooms and telephones.
 
 `disturb` changes one clip at random. Samples are mono at 16 kHz, (n,) float32. Noise and music are
 synthesized, so no recordings are needed. All randomness comes from the generator passed in.
 """
 
 import numpy as np
-import torch
 
 from ..asr.asr_processing import SAMPLE_RATE
 
@@ -25,8 +24,6 @@ DECAY = (0.15, 0.6)  # seconds until the echo falls by 60 dB
 DIRECT = (0.2, 0.7)  # level of the echo relative to the direct sound
 SNR = (3.0, 30.0)  # dB
 OVERDRIVE = (2.0, 10.0)  # gain before clipping
-BANDS, WIDEST_BAND = 2, 20  # masked bands of mel channels
-RUN_EVERY, LONGEST_RUN = 150, 30  # masked runs of frames, 10 ms each
 
 
 def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -55,26 +52,6 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         limit = peak / rng.uniform(*OVERDRIVE)
         samples = np.clip(samples, -limit, limit)
     return samples.astype(np.float32)
-
-
-def spec_augment(features: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Mask bands of channels and runs of frames of log-mel features (t, mels) by their mean.
-
-    SpecAugment without time warping (Park et al. 2019, arXiv 1904.08779).
-
-    Raises:
-        ValueError: for samples (n,), the features of a waveform encoder.
-    """
-    if features.ndim != 2:
-        raise ValueError("data.spec_augment masks log-mel features, and this encoder reads samples")
-    masked = features.clone()
-    bands = [(masked.T, WIDEST_BAND)] * BANDS
-    runs = [(masked, LONGEST_RUN)] * (1 + len(features) // RUN_EVERY)
-    for rows, widest in bands + runs:
-        width = int(rng.integers(min(widest, len(rows)) + 1))
-        start = int(rng.integers(len(rows) - width + 1))
-        rows[start : start + width] = features.mean()
-    return masked
 
 
 def draw_timing(rng: np.random.Generator) -> tuple[float, float, float]:

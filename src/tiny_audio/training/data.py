@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import BatchFeature
 
 from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
-from .augment import disturb, draw_timing, spec_augment
+from .augment import disturb, draw_timing
 from .batches import LengthBatchSampler
 from .manifests import DataError, Example, Reader
 
@@ -127,7 +127,6 @@ class Clips:
         channel_drop: share of the channels of cached encoder frames that are zeroed.
         time_mask: longest run of cached encoder frames that is zeroed.
         disturb: share of the clips that `augment.disturb` changes.
-        spec_augment: mask log-mel features, see `augment.spec_augment`; for a trained encoder.
         seed: seed of the augmentation, together with the epoch and the example's id.
     """
 
@@ -141,7 +140,6 @@ class Clips:
     channel_drop: float = 0.0
     time_mask: int = 0
     disturb: float = 0.0
-    spec_augment: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -212,10 +210,7 @@ class Clips:
         if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
             detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
             return {"id": example.id, "reason": "not as long as stated", "detail": detail}
-        features = self.processor.features(self.disturbed(samples, example))
-        if self.spec_augment:
-            features = spec_augment(features, self.rng(f"{example.id} masks", self.epoch))
-        return {**item, "features": features}
+        return {**item, "features": self.processor.features(self.disturbed(samples, example))}
 
     def rng(self, example_id: str, epoch: int) -> np.random.Generator:
         """A generator seeded by (seed, epoch, id), so a resumed run repeats its numbers."""

@@ -61,14 +61,10 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
     gives the same frames in every epoch, and computing them dominates the time of a small recipe.
 
     Raises:
-        ValueError: if the encoder is trained, or its features are masked.
+        ValueError: if the encoder is trained.
     """
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
-    if data.spec_augment:
-        raise ValueError(
-            "training.cache_encoder needs data.spec_augment=false: masks vary by epoch"
-        )
     made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]
     made_of += [str(next(model.encoder.parameters()).dtype)]
     made_of += [data.processor.tail_seconds, data.processor.min_seconds]
