@@ -20,7 +20,7 @@ from tiny_audio.asr.asr_decoding import (  # fmt: skip
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
-from tiny_audio.asr.asr_search import PrefixSearch
+from tiny_audio.asr.asr_search import Lexicon, PrefixSearch
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.training.manifests import DataError
@@ -28,6 +28,7 @@ from tiny_audio.training.vocabulary import blend, read_counts
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})
+LONG_WORDS = build_ngram([["aab", "b"], ["aab"], ["bab", "aab"]])  # "a", "aa", "ba" are no words
 WHOLE = {  # nothing is pruned
     **DECODING_DEFAULTS, "beams": 400, "temperature": 1.0, "candidates": 3, "ngram": 0.7,
     "word": 0.3, "open_character": 0.9,
@@ -71,7 +72,9 @@ def by_brute_force(log_probs, ngram):
     return sorted(((score, text) for text, score in scores.items()), reverse=True)
 
 
-@pytest.mark.parametrize("ngram", [NGRAM, None], ids=["words", "characters"])
+@pytest.mark.parametrize(
+    "ngram", [NGRAM, LONG_WORDS, None], ids=["words", "long words", "characters"]
+)
 def test_the_search_finds_what_all_paths_add_up_to(ngram):
     """Clips of unequal lengths in one batch: what lies behind their ends does not matter."""
     log_probs, lengths = random_log_probs(3, 5, 4), torch.tensor([5, 3, 4])
@@ -79,8 +82,36 @@ def test_the_search_finds_what_all_paths_add_up_to(ngram):
     for row, n, proposals in zip(log_probs, lengths.tolist(), found, strict=True):
         wanted = by_brute_force(row[:n], ngram)
         assert len(proposals) == len(wanted)
-        assert [p.score for p in proposals] == pytest.approx([s for s, _ in wanted], abs=1e-6)
+        assert [p.score for p in proposals] == pytest.approx([s for s, _ in wanted], abs=1e-5)
         assert [p.text for p in proposals[:6]] == [text for _, text in wanted[:6]]
+
+
+@pytest.mark.parametrize("ngram", [NGRAM, LONG_WORDS])
+def test_a_narrow_search_keeps_what_scores_best(ngram):
+    """12 of all texts in each frame: the n-gram's part of the score decides which."""
+    log_probs, lengths = random_log_probs(12, 5, 4), torch.full((12,), 5)
+    found = PrefixSearch(ALPHABET, ngram, {**WHOLE, "beams": 12})(log_probs, lengths)
+    best = [by_brute_force(row, ngram)[0] for row in log_probs]
+    same = [p[0].text == text for p, (_, text) in zip(found, best, strict=True)]
+    assert sum(same) >= 11
+
+
+def test_temperature_flattens_the_posteriors():
+    log_probs, lengths = random_log_probs(2, 5, 4), torch.tensor([5, 4])
+    flat = (log_probs / 2).log_softmax(-1)
+    wanted = PrefixSearch(ALPHABET, NGRAM, WHOLE)(flat, lengths)
+    found = PrefixSearch(ALPHABET, NGRAM, {**WHOLE, "temperature": 2.0})(log_probs, lengths)
+    for some, others in zip(found, wanted, strict=True):
+        assert [p.text for p in some[:6]] == [p.text for p in others[:6]]
+        assert some[0].score == pytest.approx(others[0].score, abs=1e-5)
+
+
+def test_the_lexicon_leaves_out_words_with_letters_that_the_head_lacks():
+    ngram = build_ngram([["ab", "cab", "s"], ["ba"]])
+    lexicon = Lexicon(ngram, ALPHABET)
+    assert len(lexicon.child) == 6  # the root, a, ab, b, ba, and no word
+    known = {ngram.words[i] for i in lexicon.word.tolist()}
+    assert known == {"ab", "ba", ngram.words[ngram.unknown]}
 
 
 def test_sure_blanks_cost_nothing_and_change_nothing():
