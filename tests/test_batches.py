@@ -137,7 +137,7 @@ def test_the_number_of_batches_suits_the_number_of_processes(lengths, multiple):
     assert len(long_ones) == 20 // multiple * multiple  # each alone, where processes allow it
 
 
-def test_a_little_more_batches_than_needed_so_that_all_epochs_have_as_many(lengths):
-    """A batch over the number needed is halved from another; too many would be small ones."""
+def test_few_more_batches_are_made_than_the_clips_need(lengths):
+    """All epochs have as many batches as the one that needs most, and a few to spare."""
     natural = len(list(LengthBatchSampler(lengths, 120, shuffle=False)))
     assert natural <= len(LengthBatchSampler(lengths, 120)) <= 1.04 * natural + 2

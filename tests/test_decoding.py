@@ -73,16 +73,18 @@ def by_brute_force(log_probs, ngram):
 
 
 @pytest.mark.parametrize(
-    "ngram", [NGRAM, LONG_WORDS, None], ids=["words", "long words", "characters"]
+    ("ngram", "rounding"),
+    [(NGRAM, 1e-6), (LONG_WORDS, 2e-6), (None, 1e-6)],  # unknown long words cost up to 19
+    ids=["words", "long words", "characters"],
 )
-def test_the_search_finds_what_all_paths_add_up_to(ngram):
+def test_the_search_finds_what_all_paths_add_up_to(ngram, rounding):
     """Clips of unequal lengths in one batch: what lies behind their ends does not matter."""
     log_probs, lengths = random_log_probs(3, 5, 4), torch.tensor([5, 3, 4])
     found = PrefixSearch(ALPHABET, ngram, WHOLE)(log_probs, lengths)
     for row, n, proposals in zip(log_probs, lengths.tolist(), found, strict=True):
         wanted = by_brute_force(row[:n], ngram)
         assert len(proposals) == len(wanted)
-        assert [p.score for p in proposals] == pytest.approx([s for s, _ in wanted], abs=1e-5)
+        assert [p.score for p in proposals] == pytest.approx([s for s, _ in wanted], abs=rounding)
         assert [p.text for p in proposals[:6]] == [text for _, text in wanted[:6]]
 
 
