@@ -98,6 +98,18 @@ def test_a_narrow_search_keeps_what_scores_best(ngram):
     assert sum(same) >= 11
 
 
+def test_a_common_word_is_not_pruned_before_it_ends():
+    """The audio says "a" first, slightly; a single beam must expect what the n-gram says later."""
+    ngram = build_ngram([["ba"]] * 20 + [["ab"]])
+    log_probs = torch.full((1, 2, 4), 0.02)
+    log_probs[0, 0, 2:] = torch.tensor([0.5, 0.46])
+    log_probs[0, 1, 2:] = torch.tensor([0.5, 0.46])
+    log_probs = log_probs.log()
+    one_beam = PrefixSearch(ALPHABET, ngram, {**WHOLE, "beams": 1})
+    assert by_brute_force(log_probs[0], ngram)[0][1] == "ba"
+    assert one_beam(log_probs, torch.tensor([2]))[0][0].text == "ba"
+
+
 def test_temperature_flattens_the_posteriors():
     log_probs, lengths = random_log_probs(2, 5, 4), torch.tensor([5, 4])
     flat = (log_probs / 2).log_softmax(-1)

@@ -50,8 +50,9 @@ class Lexicon:
     """Words as a prefix tree over character classes.
 
     `child` (nodes + 1, c) is the next node for each class, `OPEN` for none. `word` (nodes + 1,) is
-    the n-gram's id of the word that ends at a node, its `<unk>` for none. Node 0 is the root; the
-    last row belongs to `OPEN`.
+    the n-gram's id of the word that ends at a node, its `<unk>` for none. `best` (nodes + 1,) is
+    the log-probability of the most common word at or below a node. Node 0 is the root; the last
+    row belongs to `OPEN`.
     """
 
     def __init__(self, ngram: NGram, alphabet: Sequence[int], device: Any = "cpu") -> None:
@@ -73,8 +74,12 @@ class Lexicon:
         child = np.full((len(children) + 1, len(alphabet) + 1), OPEN, np.int32)
         for node, after in enumerate(children):
             child[node, list(after)] = list(after.values())
+        best = [ngram.unigrams[word] for word in words]
+        for node in reversed(range(len(children))):  # a node's children come after it
+            best[node] = max([best[node], *(best[after] for after in children[node].values())])
         self.child = torch.from_numpy(child).to(device)
         self.word = torch.tensor([*words, ngram.unknown], device=device)
+        self.best = torch.tensor([*best, ngram.unigrams[ngram.unknown]], device=device)
 
 
 @dataclass
@@ -179,13 +184,15 @@ class PrefixSearch:
         log_probs, new = frame[:, 1:].topk(min(self.settings["candidates"], frame.shape[1] - 1))
         new = new + 1  # (b, n)
         ended, word = self.end_word(beams) if self.lexicon else (beams.prior, beams.before)
-        label, prior = self.extend(beams, new, log_probs, merged, ended)
+        label, prior, node = self.extend(beams, new, log_probs, merged, ended)
         score = torch.cat([stay.score, (label + prior).flatten(1)], 1)  # (b, k + k n)
-        best = score.topk(k, 1).indices
+        node = torch.cat([beams.node, node.flatten(1)], 1)
+        best = (score + self.look_ahead(node)).topk(k, 1).indices
         grows = best >= k
         origin = torch.where(grows, (best - k) // new.shape[1], best)
         gained = new.gather(1, (best - k).clamp(min=0) % new.shape[1]).masked_fill(~grows, 0)
         beams = self.grow(stay.take(origin), gained, word.gather(1, origin))
+        beams.node = node.gather(1, best)
         beams.blank = beams.blank.masked_fill(grows, IMPOSSIBLE)
         beams.label = torch.cat([stay.label, label.flatten(1)], 1).gather(1, best)
         beams.prior = torch.cat([stay.prior, prior.flatten(1)], 1).gather(1, best)
@@ -218,7 +225,7 @@ class PrefixSearch:
 
     def extend(
         self, beams: Beams, new: Tensor, log_probs: Tensor, merged: Tensor, ended: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Score each hypothesis with each of the characters `new` (b, n) added to its text.
 
         Args:
@@ -227,7 +234,7 @@ class PrefixSearch:
             ended: the prior (b, k) if the current word ended here.
 
         Returns:
-            `label` and `prior` (b, k, n) of the extensions.
+            `label`, `prior` and `node` (b, k, n) of the extensions.
         """
         total = torch.logaddexp(beams.blank, beams.label)
         new = new[:, None].expand(-1, beams.last.shape[1], -1)
@@ -235,37 +242,39 @@ class PrefixSearch:
         label = torch.where(double, beams.blank[..., None], total[..., None]) + log_probs[:, None]
         forbidden = merged.gather(2, new)
         prior = beams.prior[..., None].expand_as(label)
+        node = beams.node[..., None].expand_as(new)
         if self.lexicon:
-            unknown = self.lexicon.child[beams.node].gather(2, new) == OPEN
+            node = self.lexicon.child[beams.node].gather(2, new).long()
             price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
             as_unknown = beams.prior - self.settings["open_character"] * price
-            prior = torch.where(unknown, as_unknown[..., None], prior)
+            prior = torch.where(node == OPEN, as_unknown[..., None], prior)
             is_space = new == self.space
             prior = torch.where(is_space, ended[..., None], prior)
+            node = node.masked_fill(is_space, 0)
             forbidden = forbidden | (is_space & (beams.depth == 0)[..., None])
-        return label.masked_fill(forbidden, IMPOSSIBLE), prior
+        return label.masked_fill(forbidden, IMPOSSIBLE), prior, node
+
+    def look_ahead(self, node: Tensor) -> Tensor | float:
+        """Score what the word at each node can become, so that all words are pruned alike.
+
+        Until a word ends, the most common word at or below its node stands for it (Steinbiss, Tran
+        and Ney 1994, "Improvements in beam search").
+        """
+        return self.settings["ngram"] * self.lexicon.best[node] if self.lexicon else 0.0
 
     def grow(self, beams: Beams, gained: Tensor, word: Tensor) -> Beams:
         """Add the character `gained` (b, k), 0 for none, to the text of each hypothesis.
 
-        `word` (b, k) is the n-gram's id of the word that a space would end. No score changes.
+        `word` (b, k) is the n-gram's id of the word that a space would end.
         """
-        grows = gained > 0
-        node, depth, before = beams.node, beams.depth + grows, beams.before
-        if self.lexicon:
-            child = self.lexicon.child[node, gained].long()
-            node = torch.where(grows, child, node)
-            is_space = gained == self.space
-            node, depth = node.masked_fill(is_space, 0), depth.masked_fill(is_space, 0)
-            before = torch.where(is_space, word, before)
+        grows, is_space = gained > 0, gained == self.space
         return replace(
             beams,
             hash=torch.where(grows, _hash(beams.hash, gained), beams.hash),
             parent=torch.where(grows, beams.hash, beams.parent),
             last=torch.where(grows, gained, beams.last),
-            node=node,
-            depth=depth,
-            before=before,
+            depth=(beams.depth + grows).masked_fill(is_space, 0),
+            before=torch.where(is_space, word, beams.before),
         )
 
     def end_word(self, beams: Beams) -> tuple[Tensor, Tensor]:
