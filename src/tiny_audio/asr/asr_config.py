@@ -23,13 +23,13 @@ LORA_DEFAULTS: dict[str, Any] = {
 DECODING_DEFAULTS: dict[str, Any] = {
     "beams": 48,  # hypotheses that the CTC search keeps
     "candidates": 12,  # most likely characters that it tries in each frame
-    "temperature": 2.0,  # flattens the posteriors: sharp ones hide the correct word
+    "temperature": 3.0,  # flattens the posteriors: sharp ones hide the correct word
     "lexicon": True,  # False: search characters, without words
-    "ngram": 0.5,  # weight of the n-gram of the training transcripts
+    "ngram": 0.6,  # weight of the n-gram of the training transcripts
     "word": 0.0,  # bonus for each word
     "open_character": 4.0,  # cost of each character of a word that the lexicon lacks
     "words": [],  # names and terms to prefer; the lexicon may lack them
-    "proposals": 8,  # maximum number of texts that the decoder scores
+    "proposals": 12,  # maximum number of texts that the decoder scores
     "margin": 6.0,  # maximum distance of a text's score from the best one
     "prior": 0.4,  # weight of n-gram, word bonus and character costs when the decoder scores
     "decoder": 0.5,  # weight of log p(text | audio) from the trained decoder

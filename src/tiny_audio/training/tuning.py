@@ -22,8 +22,8 @@ from .data import SpeechDataset
 # first text better makes its other proposals worse.
 TRIED = {
     "prior": (0.2, 0.4, 0.6, 0.8, 1.0),
-    "decoder": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25),
-    "language_model": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25),
+    "decoder": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5),
+    "language_model": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5),
     "decoder_word": (0.0, 0.5, 1.0, 1.5, 2.0),
 }
 
