@@ -255,10 +255,10 @@ class PrefixSearch:
         return label.masked_fill(forbidden, IMPOSSIBLE), prior, node
 
     def look_ahead(self, node: Tensor) -> Tensor | float:
-        """Score what the word at each node can become, so that all words are pruned alike.
+        """Score each node by the most common word that it can still become.
 
-        Until a word ends, the most common word at or below its node stands for it (Steinbiss, Tran
-        and Ney 1994, "Improvements in beam search").
+        Otherwise the n-gram would count only when a word ends, and until then rare words could push
+        out common ones (Steinbiss, Tran and Ney 1994, "Improvements in beam search").
         """
         return self.settings["ngram"] * self.lexicon.best[node] if self.lexicon else 0.0
 
