@@ -14,13 +14,12 @@ those of padding, with a multiplication of two large matrices on the same core.
 
 import argparse
 import contextlib
-import json
-import os
 import random
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,7 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
     from tiny_audio.training.vocabulary import ctc_vocabulary
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     changes = [f"model.encoder_model_name={encoder}"] if encoder else []
     cfg = compose_recipe(["+experiments=quickstart", *changes])
     processor = build_processor(cfg)
@@ -134,19 +134,12 @@ def main() -> None:
     )
     parser.add_argument("--clips", type=int, default=64, help="number of clips to train on")
     parser.add_argument("--encoder", default="", help="folder; default: the quickstart's")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps(measure(VARIANTS[args.only], args.encoder, args.clips)))
-        return
-    options = ["--clips", str(args.clips), "--encoder", args.encoder]
     encoder = Path(args.encoder).name or "quickstart"
-    rows: dict[str, dict[str, float]] = {}
-    for name in VARIANTS:
-        command = [sys.executable, __file__, "--only", name, *options]
-        one = {**os.environ, "OMP_NUM_THREADS": "1"}
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one).stdout
-        rows[name] = json.loads(out.splitlines()[-1])
+    each = {"max_workers": 1, "max_tasks_per_child": 1, "mp_context": get_context("spawn")}
+    with ProcessPoolExecutor(**each) as pool:
+        one_by_one = partial(measure, encoder=args.encoder, clips=args.clips)
+        rows = dict(zip(VARIANTS, pool.map(one_by_one, VARIANTS.values()), strict=True))
     base = next(iter(rows.values()))["speed"]
     lines = [
         f"Training speed, {date.today()}, CPU, fp32, one thread; "

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tiny_audio.training import data as data_module
 from tiny_audio.training import frames
 from tiny_audio.training.batches import LengthBatchSampler
-from tiny_audio.training.data import Dropped, SpeechDataset, prepare_text
+from tiny_audio.training.data import Dropped, SpeechDataset, prepare_text, read_log
 from tiny_audio.training.frames import Frames, cache_encoder_frames
 from tiny_audio.training.manifests import DataError, Example, Reader, header_seconds, read_source
 
@@ -313,29 +313,29 @@ def augmented(corpus, processor):
 def test_augmentation_is_drawn_from_seed_epoch_and_id(augmented):
     frames = torch.randn(50, 32)
     original = frames.clone()
-    first = augmented.augment(frames, "a")
+    first = augmented.perturb(frames, "a")
     torch.manual_seed(99)  # the global generator has no part in it
-    assert torch.equal(first, augmented.augment(frames, "a"))
+    assert torch.equal(first, augmented.perturb(frames, "a"))
     assert torch.equal(frames, original)
-    assert not torch.equal(first, augmented.augment(frames, "b"))
+    assert not torch.equal(first, augmented.perturb(frames, "b"))
     augmented.epoch = 1
-    assert not torch.equal(first, augmented.augment(frames, "a"))
+    assert not torch.equal(first, augmented.perturb(frames, "a"))
     augmented.epoch, augmented.seed = 0, 4
-    assert not torch.equal(first, augmented.augment(frames, "a"))
+    assert not torch.equal(first, augmented.perturb(frames, "a"))
     augmented.seed = 3
-    assert torch.equal(first, augmented.augment(frames, "a"))
+    assert torch.equal(first, augmented.perturb(frames, "a"))
 
 
 def test_augmentation_is_of_the_size_that_was_asked_for(augmented):
     frames = torch.ones(400, 500)
-    out = augmented.augment(frames, "a")
+    out = augmented.perturb(frames, "a")
     masked = (out == 0).all(1)
     assert masked.sum() <= 8
     dropped = (out[~masked] * 0.8 < 0.5).float().mean(0) > 0.5
     assert dropped.float().mean() == pytest.approx(0.2, abs=0.05)
     noise = out[~masked][:, ~dropped] - 1 / 0.8
     assert noise.std() == pytest.approx(0.1, rel=0.05)
-    assert augmented.augment(torch.ones(3, 500), "b").shape == (3, 500)  # shorter than the mask
+    assert augmented.perturb(torch.ones(3, 500), "b").shape == (3, 500)  # shorter than the mask
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -410,13 +410,30 @@ def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monke
     assert "no such clip" not in Frames(folder)
 
 
+def test_why_a_clip_has_no_cached_frames_is_told_to_every_stage(tmp_path, build, processor):
+    """The second stage finds the cache made, and still says what was wrong with the file."""
+    _, model = build("whisper", ctc=False)
+    rows = []
+    for name, samples in (("good", babble(1.0, 1)), ("silent", np.zeros(16_000, np.float32))):
+        write_audio(tmp_path / f"{name}.wav", samples, 16_000, "pcm_s16le")
+        rows.append({"id": name, "audio": f"{name}.wav", "text": "the cat", "duration": 1.0})
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    for stage in ("first", "second"):
+        dropped = Dropped(tmp_path / f"{stage}.jsonl", allowed=0.5)
+        data = SpeechDataset([{"path": str(manifest)}], processor, dropped)
+        cache_encoder_frames(model, data, tmp_path)
+        assert [example.id for example in data.examples] == ["good"]
+        (row,) = read_log(tmp_path / f"{stage}.jsonl")
+        assert row == {"id": "silent", "reason": "silent", "detail": "every sample is zero"}
+
+
 def test_threads_do_not_take_each_others_lengths(tmp_path, build, corpus, monkeypatch):
     """The group norm of the smaller HuBERT models keeps the lengths of the batch at hand."""
     processor, model = build("hubert-group", ctc=False)
     data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
     plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(frames, "TOGETHER", 1)
+    monkeypatch.setattr(frames, "CLIPS_PER_TASK", 1)
     cache_encoder_frames(model, data, tmp_path)
     (folder,) = glob_frames(tmp_path)
     for clip, features in plain.items():

@@ -14,6 +14,7 @@ from tiny_audio.asr.asr_decoding import (  # fmt: skip
     TextTree,
     read_prompts,
     score_trees,
+    spell_terms,
     transcribe,
     write_terms,
 )
@@ -360,6 +361,15 @@ def test_names_are_written_as_they_were_given(build):
     text = "a new york. Newest new, mcx dashwood o'hara o'haras"
     written = "a New York. Newest new, McX dashwood O'Hara o'haras"
     assert write_terms(processor, [text, "no name"], terms) == [written, "no name"]
+
+
+def test_names_with_hyphens_are_preferred_as_transcripts_spell_them(build):
+    """Lower-case transcripts have a space for a hyphen, others drop it; both write ’ as '."""
+    processor, _ = build("whisper")
+    terms = ["Jean-Luc", "O’Hara"]
+    assert spell_terms(processor, terms) == ["jean", "jeanluc", "luc", "o'hara"]
+    texts = ["jean luc and jeanluc", "o'hara"]
+    assert write_terms(processor, texts, terms) == ["Jean-Luc and Jean-Luc", "O’Hara"]
 
 
 def test_words_that_are_named_are_preferred(build, caplog):

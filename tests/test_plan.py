@@ -204,7 +204,7 @@ def test_batches_of_five_on_forty_gigabytes(planned):
         (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["lerning_rate=1"], "Could not override 'lerning_rate'"),
         (["training.x=["], "no viable alternative"),
-        (["training.learning_rate=1"], "overruled by stage projector"),
+        (["training.learning_rate=1"], "overridden by stage projector"),
         (["model.encoder_model_name=/no/folder"], "no such folder; `make quickstart` fetches"),
         (["+training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["model.encoder_model_name=no/such", "price=x"], "could not convert"),

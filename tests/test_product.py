@@ -258,7 +258,7 @@ def test_readme_remote_overrides_are_accepted():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.learning_rate=1", "overruled by stage characters: set stages.0.training"),
+        ("training.learning_rate=1", "overridden by stage characters: set stages.0.training"),
         ("training.lerning_rate=1", "did you mean 'learning_rate'"),
     ],
 )

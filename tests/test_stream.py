@@ -201,7 +201,7 @@ def test_what_is_wrong_with_a_stream_is_said_at_once(two_sources, processor):
         stream_of([{**two_sources[0], "text_column": "words"}], processor)
     with pytest.raises(DataError, match="weight must be above 0"):
         stream_of([two_sources[0], {**two_sources[1], "weight": 0}], processor)
-    with pytest.raises(DataError, match=r"batch_seconds=6\.0 is below data\.max_seconds=30"):
+    with pytest.raises(DataError, match=r"batch_seconds=6\.0 is shorter than data\.max_seconds=30"):
         SpeechStream(two_sources, processor, Dropped(), 6.0)
 
 

@@ -110,9 +110,9 @@ class ASRConfig(PreTrainedConfig):
         text_config: the decoder's own config.
         stack: number of encoder frames concatenated into one projected frame.
         projector_hidden: width of the SwiGLU projector.
-        projector_scale: initial RMS of the projector's output, that of the token embeddings.
+        projector_scale: initial RMS of the projector's output; set to that of the token embeddings.
         bridge: input of the decoder: "frames" (the projected frames) or "posteriors" (the
-            CTC-weighted sum of its own token embeddings plus a learned residual).
+            CTC-weighted sum of the decoder's token embeddings plus a learned residual).
         encoder_lora: LoRA on the encoder, see `lora_settings`.
         decoder_lora: LoRA on the decoder.
         ctc_token_ids: decoder token ids of the CTC head's classes 1, 2, ...; class 0 is the
@@ -124,7 +124,7 @@ class ASRConfig(PreTrainedConfig):
             the encoder is first loaded.
         decoding: settings of the search for text, see `DECODING_DEFAULTS`.
         ngram_file: ARPA file beside the weights, the n-gram of the training transcripts.
-        writing_file: JSON file beside the weights, how the training transcripts are written.
+        writing_file: JSON file beside the weights: the transcripts' capitals and punctuation.
         prompt_prefix: text before the audio tokens, including special tokens of the chat format.
         prompt_suffix: text after the audio tokens.
         audio_token_id: id of the placeholder token of one projected frame.

@@ -238,15 +238,16 @@ def time_words(
     Args:
         log_probs: (t, c), as for `align`.
         spelled: classes of each of n words. A word without classes (only digits or punctuation)
-            shares the time between its neighbours and has no confidence.
+            gets the time between its neighbours and has no confidence.
         space: class that belongs to no word.
         step: seconds per frame.
         seconds: length of the clip.
 
     Returns:
-        Start and end of each word (n, 2) in seconds, non-decreasing; the confidence of each word,
-        the geometric mean of its letters' probabilities; and that of all letters together, which is
-        0.0 if the text does not fit into the frames, and None if there are no letters.
+        times: start and end of each word (n, 2) in seconds, non-decreasing.
+        confidences: of each word, the geometric mean of its letters' probabilities.
+        overall: the same over all letters; 0.0 if the text does not fit into the frames, and None
+            if there are no letters.
     """
     targets = np.array([c for word in spelled for c in word], int)
     owner = np.repeat(np.arange(len(spelled)), [len(word) for word in spelled])
@@ -260,8 +261,9 @@ def time_words(
             own = owner == k
             edges[k] = spans[own][0, 0] * step, spans[own][-1, 1] * step + LAG
             sure[k] = round(float(np.exp(scores[own].mean())), 3)
-    edges, at = edges.clip(0, seconds).reshape(-1), np.arange(edges.size)
-    on = np.isfinite(edges)
-    known = np.minimum(edges[on], [*edges[on][1:], seconds])  # no word overlaps the next
-    edges = np.interp(at, [-1, *at[on], edges.size], [0.0, *known, seconds])
+    edges, position = edges.clip(0, seconds).reshape(-1), np.arange(edges.size)
+    timed = np.isfinite(edges)
+    known = np.minimum(edges[timed], [*edges[timed][1:], seconds])  # no word overlaps the next
+    # Words without a time are spread evenly between their neighbours.
+    edges = np.interp(position, [-1, *position[timed], edges.size], [0.0, *known, seconds])
     return edges.reshape(-1, 2), [sure.get(k) for k in range(len(spelled))], confidence

@@ -22,7 +22,7 @@ from .asr_search import Proposal
 logger: Any = logging.get_logger(__name__)
 SILENT_BLANK = 0.9  # a clip has no speech if the blank is more likely than this in all its frames
 # The weights of `Candidate.score`, in the order of `Candidate.parts`.
-TERMS = ("prior", "decoder", "language_model", "decoder_word")
+SCORE_WEIGHTS = ("prior", "decoder", "language_model", "decoder_word")
 RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
 
 
@@ -169,15 +169,15 @@ class Candidate:
     language_model: float = 0.0
 
     def parts(self) -> tuple[float, ...]:
-        """The terms of the score: the CTC score, and one for each of `TERMS`."""
+        """The parts of the score: the CTC score, and one for each of `SCORE_WEIGHTS`."""
         words = len(self.proposal.text.split())
         first_pass = self.proposal.ctc, self.proposal.prior
         return *first_pass, self.decoder, self.language_model, float(words)
 
     def score(self, settings: dict[str, Any]) -> float:
         """Combine all terms with the weights of `ASRConfig.decoding`."""
-        ctc, *terms = self.parts()
-        return ctc + sum(settings[name] * x for name, x in zip(TERMS, terms, strict=True))
+        ctc, *others = self.parts()
+        return ctc + sum(settings[name] * x for name, x in zip(SCORE_WEIGHTS, others, strict=True))
 
 
 @dataclass
@@ -263,17 +263,25 @@ def spell_terms(processor: Any, terms: Sequence[str]) -> list[str]:
     """
     words = set[str]()
     for term in terms:
-        spelled = processor.spoken(term)
-        if sum(map(str.isalnum, spelled)) == sum(map(str.isalnum, term)):
-            words |= {*spelled.split()}
-        else:
-            logger.warning_once(f"{term!r} is not preferred: not all of its letters are known")
+        letters = sum(map(str.isalnum, term))
+        for spelled in spellings(processor, term):
+            if sum(map(str.isalnum, spelled)) == letters:
+                words |= {*spelled.split()}
+            else:
+                logger.warning_once(f"{term!r} is not preferred: not all of its letters are known")
     return sorted(words)
+
+
+def spellings(processor: Any, term: str) -> list[str]:
+    """Return how transcripts may spell a term: "Jean-Luc" is "jeanluc" or "jean luc" to them."""
+    term = term.replace("’", "'")
+    return sorted({processor.spoken(term), processor.spoken(re.sub(r"[^\w']+", " ", term))})
 
 
 def write_terms(processor: Any, texts: list[str], terms: Sequence[str]) -> list[str]:
     """Write terms with capitals as they were given, wherever the texts have their words."""
-    given = {processor.spoken(term): term for term in terms if term != term.lower()}
+    capitals = [term for term in terms if term != term.lower()]
+    given = {spelled: term for term in capitals for spelled in spellings(processor, term)}
     if words := sorted(filter(None, given), key=len, reverse=True):  # the longest term wins
         found = re.compile(rf"(?i)\b(?:{'|'.join(map(re.escape, words))})\b")
         texts = [found.sub(lambda m: given.get(m[0].lower(), m[0]), text) for text in texts]
@@ -315,15 +323,15 @@ def rescore(
             inputs = processor.prompt(steps[clips].tolist()).to(hidden.device)
             embeds, mask, _ = model.prompts(hidden[clips, :width], steps[clips], **inputs)
             prompts = read_prompts(model.decoder, embeds, mask)
-            scores = score_trees(model.decoder, prompts, [TextTree(some) for some in texts])
+            scores = score_trees(model.decoder, prompts, [TextTree(of_clip) for of_clip in texts])
             _set_scores(rows, "decoder", scores)
         if settings["language_model"]:
-            together = [text for some in texts for text in some]  # one tree: the prompt is the same
+            together = [text for of_clip in texts for text in of_clip]  # one prompt, one tree
             prompts = read_text_prompt(model, processor)
             with model.decoder_without_lora():
                 (scores,) = score_trees(model.decoder, prompts, [TextTree(together)])
-            of_clip = iter(scores)
-            by_clip = [[next(of_clip) for _ in row] for row in rows]
+            remaining = iter(scores)
+            by_clip = [[next(remaining) for _ in row] for row in rows]
             _set_scores(rows, "language_model", by_clip)
     return kept
 

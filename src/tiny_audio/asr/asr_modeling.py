@@ -159,15 +159,15 @@ class ASRModel(SavedModel, GenerationMixin):
                 f"{slots.sum(1).tolist()} audio placeholders for {lengths.tolist()} frames: "
                 "input_ids and input_features come from different clips or processors"
             )
-        index = (slots.cumsum(1) - 1).clamp(min=0)  # (b, s): the frame of each placeholder
-        picked = audio.gather(1, index[..., None].expand(-1, -1, audio.shape[-1]))
+        frame_of_slot = (slots.cumsum(1) - 1).clamp(min=0)  # (b, s)
+        picked = audio.gather(1, frame_of_slot[..., None].expand(-1, -1, audio.shape[-1]))
         embeds = torch.where(slots[..., None], picked.to(embeds.dtype), embeds)
-        mask = attention_mask * (~slots | keep.gather(1, index))
+        mask = attention_mask * (~slots | keep.gather(1, frame_of_slot))
         width = int(mask.sum(1).max())
-        order = mask.argsort(dim=1, stable=True)[:, -width:]  # (b, s'): masked ones go left
-        embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
+        padding_first = mask.argsort(dim=1, stable=True)[:, -width:]  # (b, s')
+        embeds = embeds.gather(1, padding_first[..., None].expand(-1, -1, embeds.shape[-1]))
         labels = torch.full_like(input_ids, IGNORE) if labels is None else labels
-        return embeds, mask.gather(1, order), labels.gather(1, order)
+        return embeds, mask.gather(1, padding_first), labels.gather(1, padding_first)
 
     def forward(
         self,
@@ -200,7 +200,7 @@ class ASRModel(SavedModel, GenerationMixin):
             decoder_loss_weight: 0 skips the decoder (the cheap alignment stage).
             ctc_loss_weight: weight of the CTC loss per label.
             ctc_negatives: see `CTCHead.loss`.
-            character_loss_weight: weight of the character head's loss per label.
+            character_loss_weight: weight of the character head's loss per label (a token).
             encoded: see `encode`.
 
         Returns:
@@ -229,7 +229,7 @@ class ASRModel(SavedModel, GenerationMixin):
             embeds, attention_mask, moved = self.embed(
                 input_ids, attention_mask, audio, lengths, keep, labels
             )
-            hidden = self.decoder.base_model(
+            states = self.decoder.base_model(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
@@ -238,8 +238,8 @@ class ASRModel(SavedModel, GenerationMixin):
             targets = moved[:, 1:]
             at = targets != IGNORE
             if labels is not None:
-                hidden = hidden[:, :-1][at]  # (label positions, d)
-            logits = self.decoder.get_output_embeddings()(hidden)
+                states = states[:, :-1][at]  # (label positions, d)
+            logits = self.decoder.get_output_embeddings()(states)
             if labels is not None:
                 nll = F.cross_entropy(logits.float(), targets[at], reduction="sum")
                 losses.append(decoder_loss_weight * nll)
@@ -340,7 +340,8 @@ class ASRModel(SavedModel, GenerationMixin):
         proposals = self.search(settings)(log_probs, steps)
         if self.writing is None:
             return proposals
-        return [[replace(p, text=self.writing.write(p.text)) for p in some] for some in proposals]
+        write = self.writing.write
+        return [[replace(p, text=write(p.text)) for p in of_clip] for of_clip in proposals]
 
     @torch.no_grad()
     def ctc_greedy(self, hidden: Tensor, steps: Tensor) -> list[list[int]]:
@@ -362,7 +363,8 @@ class ASRModel(SavedModel, GenerationMixin):
         finally:
             for layer in layers:
                 layer.enable_adapters(True)  # which also makes the LoRA trainable
-            nn.ParameterList(frozen).requires_grad_(False)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     # -- modes, parts --------------------------------------------------------------------------
 
@@ -372,16 +374,15 @@ class ASRModel(SavedModel, GenerationMixin):
         return any(p.requires_grad for n, p in self.encoder.named_parameters() if ".lora_" in n)
 
     def train(self, mode: bool = True) -> "ASRModel":
-        """Set the mode of all parts but a frozen encoder, which stays in evaluation mode.
+        """Set training or evaluation mode, as `nn.Module.train` does.
 
-        The encoder then uses no dropout, layer drop or time masking. The decoder follows `mode`,
-        because gradients flow through it.
+        A frozen encoder always stays in evaluation mode, so it applies no dropout, layer drop or
+        time masking. In a trained one, batch norms and the feature extractor stay in it.
         """
         super().train(mode)
-        # Batch norms stay in evaluation mode, because checkpoints do not save their statistics.
-        # Feature extractors of waveform encoders do too: they have no LoRA, and in training mode
-        # they request gradients of their input.
-        frozen = ("feature_extractor",) if self.encoder_is_trained else ("",)
+        # Checkpoints do not save the statistics of batch norms. Feature extractors of waveform
+        # encoders have no LoRA, and in training mode they request gradients of their input.
+        frozen = "feature_extractor" if self.encoder_is_trained else ""  # "" begins every name
         for name, module in self.encoder.named_modules():
             if name.startswith(frozen) or isinstance(module, nn.BatchNorm1d):
                 module.eval()

@@ -144,9 +144,9 @@ def build_ngram(
 def _discounted(
     counts: Mapping[str, int], total: int, discount: float, shares: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Return the probability of each word, and the part that the discount took.
+    """Return the probability of each word, and the probability that the discount has freed.
 
-    That part is given out by `shares`, which may leave some of it.
+    `shares` hands the freed part out; if the shares sum to less than 1, some of it is left over.
     """
     kept = {word: (count - discount) / total for word, count in counts.items()}
     left = 1 - sum(kept.values())
@@ -157,10 +157,10 @@ def _discounted(
 def _shares_elsewhere(
     seen: set[str], counts: Mapping[str, float]
 ) -> tuple[list[str], dict[str, float], dict[str, dict[str, float]]]:
-    """Return the vocabulary, the share of each word in other text, and those of words after a word.
+    """Return the vocabulary, each word's share of other text, and the shares of its followers.
 
-    The shares of all words sum to 1, those after a word to `PAIRED` at most, so that any other word
-    can follow.
+    The words' shares sum to 1. Those of the followers of a word sum to `PAIRED` at most, which
+    leaves some probability for every other word.
     """
     unigrams = {word: count for word, count in counts.items() if " " not in word}
     words = sorted(seen | unigrams.keys() | {END, UNKNOWN})

@@ -51,6 +51,7 @@ FLAGS = {
 }
 # PyTorch on a GPU and on a CPU.
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")
+# Up to 8 words four times in a row, or up to 8 letters six times.
 LOOP = re.compile(r"(?i)(?<!\S)(\S+(?:\s+\S+){0,7}?)(?:\s+\1(?!\S)){3,}|([^\W\d_]{1,8}?)\2{5,}")
 # A subtitle ends at a pause, at the end of a sentence, or at its maximum length (seconds).
 PAUSE, LONGEST_SEGMENT = 0.5, 6.0
@@ -116,11 +117,12 @@ def split_blocks(
     limit, margin = int(max_seconds * SAMPLE_RATE), PAUSE_WINDOW * HOP
     held: list[np.ndarray] = []
     size = at = 0
-    for block in chain(blocks, [None]):
+    for block in chain(blocks, [None]):  # None after the last block
         if block is not None:
             held.append(block)
             size += len(block)
-        while size > limit + (margin if block is not None else 0):
+        slack = 0 if block is None else margin
+        while size > limit + slack:
             samples = np.concatenate(held)
             cut = _quietest(samples[: limit + margin], limit)
             yield at, samples[:cut]
@@ -150,7 +152,8 @@ def loud_span(samples: np.ndarray) -> tuple[int, int]:
 
 def _quietest(samples: np.ndarray, limit: int) -> int:
     """Return where to cut in the second half of the first `limit` samples."""
-    energy = np.pad(_energy(samples), (PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1), mode="edge")
+    around = PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1  # centres the window on each step
+    energy = np.pad(_energy(samples), around, mode="edge")
     smooth = np.convolve(energy, np.ones(PAUSE_WINDOW) / PAUSE_WINDOW, mode="valid")
     low, high = limit // 2 // HOP, limit // HOP
     return (low + int(smooth[low:high].argmin())) * HOP
@@ -210,7 +213,7 @@ class ASRPipeline(Pipeline):
         return tuple({**a, **b} for a, b in zip(own, given, strict=True))
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Transcribe one input to a dict, or a list, generator or column to a list."""
+        """Transcribe one input to a dict; several (list, generator, column) to a list of dicts."""
         column = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
         column = column and not isinstance(inputs, ONE_INPUT)
         several = column or (isinstance(inputs, Iterator) and not hasattr(inputs, "read"))
@@ -349,10 +352,13 @@ class ASRPipeline(Pipeline):
         ):
             piece.text = transcript.text
             self._time(piece, log_probs, *span)
-            piece.flags = ["truncated"] if transcript.truncated else []
-            sure = piece.confidence or 0.0
-            piece.flags += ["repetition"] if sure < PLAUSIBLE and LOOP.search(piece.text) else []
-            piece.flags += ["no_speech"] if piece.heard < UNSUPPORTED or not piece.text else []
+            unsure = (piece.confidence or 0.0) < PLAUSIBLE
+            applies = {
+                "truncated": transcript.truncated,
+                "repetition": unsure and LOOP.search(piece.text),
+                "no_speech": piece.heard < UNSUPPORTED or not piece.text,
+            }
+            piece.flags = [flag for flag, holds in applies.items() if holds]
 
     def _emissions(
         self, hidden: torch.Tensor, steps: torch.Tensor, found: list[Transcript]

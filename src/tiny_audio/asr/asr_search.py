@@ -49,10 +49,10 @@ class Proposal:
 class Lexicon:
     """Words as a prefix tree over character classes.
 
-    `child` (nodes + 1, c) is the next node for each class, `OPEN` for none. `word` (nodes + 1,) is
-    the n-gram's id of the word that ends at a node, its `<unk>` for none. `best` (nodes + 1,) is
-    the log-probability of the most common word at or below a node. Node 0 is the root; the last
-    row belongs to `OPEN`.
+    Node 0 is the root. `child[node, class]` is the next node, or `OPEN` if no word goes on so.
+    `word[node]` is the n-gram's id of the word that ends at the node, or of `<unk>` if none does.
+    `best[node]` is the log-probability of the most common word at or below the node. The last row
+    of each is that of `OPEN`, which is -1.
     """
 
     def __init__(self, ngram: NGram, alphabet: Sequence[int], device: Any = "cpu") -> None:
@@ -165,11 +165,11 @@ class PrefixSearch:
             label=torch.full_like(blank, IMPOSSIBLE),
             prior=torch.zeros_like(blank),
             hash=torch.where(blank == 0.0, 0, NO_TEXT),
-            parent=zero + NO_PARENT,
+            parent=torch.full_like(zero, NO_PARENT),
             last=zero,
-            node=zero if self.lexicon else zero + OPEN,
+            node=zero if self.lexicon else torch.full_like(zero, OPEN),
             depth=zero,
-            before=zero + (self.ngram.start if self.ngram else 0),
+            before=torch.full_like(zero, self.ngram.start if self.ngram else 0),
         )
 
     def step(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor, Tensor]:
@@ -187,16 +187,17 @@ class PrefixSearch:
         label, prior, node = self.extend(beams, new, log_probs, merged, ended)
         score = torch.cat([stay.score, (label + prior).flatten(1)], 1)  # (b, k + k n)
         node = torch.cat([beams.node, node.flatten(1)], 1)
-        best = (score + self.look_ahead(node)).topk(k, 1).indices
-        grows = best >= k
-        origin = torch.where(grows, (best - k) // new.shape[1], best)
-        gained = new.gather(1, (best - k).clamp(min=0) % new.shape[1]).masked_fill(~grows, 0)
+        # Columns 0 to k - 1 keep a text; column k + i n + j adds the j-th character to text i.
+        picked = (score + self.look_ahead(node)).topk(k, 1).indices
+        grows, extension = picked >= k, (picked - k).clamp(min=0)
+        origin = torch.where(grows, extension // new.shape[1], picked)
+        gained = new.gather(1, extension % new.shape[1]).masked_fill(~grows, 0)
         beams = self.grow(stay.take(origin), gained, word.gather(1, origin))
-        beams.node = node.gather(1, best)
+        beams.node = node.gather(1, picked)
         beams.blank = beams.blank.masked_fill(grows, IMPOSSIBLE)
-        beams.label = torch.cat([stay.label, label.flatten(1)], 1).gather(1, best)
-        beams.prior = torch.cat([stay.prior, prior.flatten(1)], 1).gather(1, best)
-        dead = score.gather(1, best) < IMPOSSIBLE / 2
+        beams.label = torch.cat([stay.label, label.flatten(1)], 1).gather(1, picked)
+        beams.prior = torch.cat([stay.prior, prior.flatten(1)], 1).gather(1, picked)
+        dead = score.gather(1, picked) < IMPOSSIBLE / 2
         beams.hash = beams.hash.masked_fill(dead, NO_TEXT)
         beams.parent = beams.parent.masked_fill(dead, NO_PARENT)
         return beams, origin, gained
@@ -211,8 +212,8 @@ class PrefixSearch:
         """
         total = torch.logaddexp(beams.blank, beams.label)
         again = frame.gather(1, beams.last)
-        found, at = (beams.parent[:, :, None] == beams.hash[:, None]).byte().max(2)
-        found = found.bool()
+        is_parent = beams.parent[:, :, None] == beams.hash[:, None]  # (b, k, k)
+        found, at = is_parent.any(2), is_parent.byte().argmax(2)
         double = beams.last.gather(1, at) == beams.last  # needs a blank in between
         reached = torch.where(double, beams.blank.gather(1, at), total.gather(1, at))
         reached = reached.masked_fill(~found, IMPOSSIBLE)

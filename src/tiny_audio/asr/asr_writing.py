@@ -94,7 +94,9 @@ class Writing:
             reached: dict[str, tuple[float, list[str]]] = {}
             for form, own in self.choices(word):
                 style = style_of(form, word)
-                score, before = max((s + self.after(b, style), b) for b, (s, _) in best.items())
+                score, before = max(
+                    (so_far + self.after(last, style), last) for last, (so_far, _) in best.items()
+                )
                 if style not in reached or score + own > reached[style][0]:
                     reached[style] = score + own, [*best[before][1], form]
             best = reached

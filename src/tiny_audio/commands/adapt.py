@@ -119,7 +119,7 @@ def run(args: Any) -> int:
     mark = args.out / "adapt.json"  # what this folder was made from
     asked = json.dumps([vars(args), fingerprint([args.data])], default=str)
     if mark.exists() and mark.read_text() != asked:
-        raise ValueError(f"{args.out} has other clips or options: name a new folder with --out")
+        raise ValueError(f"{args.out} is of other clips or options: name a new folder with --out")
     mark.write_text(asked)
     own = write_clips(kept, args.out / "train.jsonl")
     old = recipe_of(args.model)

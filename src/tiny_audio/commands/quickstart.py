@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers.utils import logging
 
-from ..asr.asr_decoding import TERMS, transcribe
+from ..asr.asr_decoding import SCORE_WEIGHTS, transcribe
 from ..evaluation.recognisers import load_recogniser
 from ..evaluation.scoring import score
 from ..hub import git_hash, model_card
@@ -50,7 +50,7 @@ def row_options(model: Path) -> dict[str, dict[str, Any]]:
     }
     if (model / TUNING).exists():  # missing if nothing was evaluated
         found = json.loads((model / TUNING).read_text())
-        chosen = {name: {k: found[name][k] for k in TERMS} for name in chosen}
+        chosen = {name: {k: found[name][k] for k in SCORE_WEIGHTS} for name in chosen}
     return {
         "greedy": {"decode": "ctc", "decoding": {"lexicon": False, "beams": 1}},
         "lexicon": {"decode": "ctc", "decoding": {"ngram": 0.0}},
@@ -65,7 +65,7 @@ def score_all(model: Path, assets: Assets) -> dict[str, dict[str, dict[str, Any]
     out: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in ROWS}
     pipe = load_recogniser(str(model))
     options = row_options(model)
-    own = {term: pipe.model.config.decoding[term] for term in TERMS}
+    own = {term: pipe.model.config.decoding[term] for term in SCORE_WEIGHTS}
     others = {row: way for row, way in options.items() if way.get("decoding") != own}
     for name, manifest in {"test": assets.test, "librivox": assets.librivox}.items():
         about = {"model": "model", "dataset": f"quickstart {name}"}

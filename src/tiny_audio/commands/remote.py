@@ -300,9 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for key in ("host", "user", "run"):
         if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):
-            raise RemoteError(f"--{key}: {value!r} is not a valid name")
+            raise RemoteError(f"--{key}: {value!r} may contain only letters, digits, . : _ and -")
     if args.folder.startswith(("-", "~")):
-        raise RemoteError("--folder must be absolute, or relative to the remote home directory")
+        raise RemoteError("--folder must be absolute, or relative to the home directory, without ~")
     return TASKS[args.task][0](Machine(args), args) or 0
 
 

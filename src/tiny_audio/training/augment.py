@@ -21,7 +21,7 @@ SPEED = (0.88, 1.14)  # playback speed; changes the pitch too
 PAUSE_SECONDS = 0.7  # mean of an exponential distribution
 LONGEST_PAUSE = 6.0  # seconds
 DECAY = (0.15, 0.6)  # seconds until the echo falls by 60 dB
-DIRECT = (0.2, 0.7)  # level of the echo relative to the direct sound
+ECHO_LEVEL = (0.2, 0.7)  # level of the echo relative to the direct sound
 SNR = (3.0, 30.0)  # dB
 OVERDRIVE = (2.0, 10.0)  # gain before clipping
 
@@ -116,7 +116,7 @@ def reverberate(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Convolve with the impulse response of a random room: decaying noise."""
     n = int(rng.uniform(*DECAY) * SAMPLE_RATE)
     echo = rng.standard_normal(n) * np.exp(-np.log(1000) * np.arange(n) / n)
-    echo *= rng.uniform(*DIRECT) / np.sqrt(np.square(echo).sum())
+    echo *= rng.uniform(*ECHO_LEVEL) / np.sqrt(np.square(echo).sum())
     echo[0] = 1.0
     size = len(samples) + n
     product = np.fft.rfft(samples, size) * np.fft.rfft(echo, size)

@@ -58,23 +58,27 @@ class LengthBatchSampler(Sampler[list[int]]):
         first = np.asarray(self.lengths(0))
         self.most, self.largest_first = most or len(first), largest_first
         if (longest := first.max()) > batch_seconds:
-            below = f"is below the longest clip ({longest:.1f} s): raise it"
-            raise DataError(f"training.batch_seconds={batch_seconds} {below}")
+            raise DataError(
+                f"training.batch_seconds={batch_seconds} is shorter than the longest clip "
+                f"({longest:.1f} s): raise it, or lower data.max_seconds"
+            )
         self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
-        self.epoch = self.count = 0
+        self.epoch = 0
+        self.count = 0  # batches in every epoch, once it is known
         if shuffle:
-            most_batches = max(len(self._make(epoch)) for epoch in range(8))
-            wanted = most_batches + most_batches // 50 + 1
-            wanted += -wanted % multiple
-            self.count = min(wanted, len(first) // multiple * multiple)
-        self.count = len(self._make(0))
+            most_batches = max(len(self.batches_of(epoch)) for epoch in range(8))
+            with_reserve = most_batches + most_batches // 50 + 1
+            with_reserve += -with_reserve % multiple
+            self.count = min(with_reserve, len(first) // multiple * multiple)
+        self.count = len(self.batches_of(0))
         self.batch_size = None  # accelerate reads it; batches have no fixed size
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration's shuffle."""
         self.epoch = epoch
 
-    def _make(self, epoch: int) -> list[list[int]]:
+    def batches_of(self, epoch: int) -> list[list[int]]:
+        """Cut and shuffle the batches of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         seconds = np.asarray(self.lengths(epoch))
         jitter = rng.uniform(0.97, 1.03, len(seconds)) if self.shuffle else 1.0
@@ -100,4 +104,4 @@ class LengthBatchSampler(Sampler[list[int]]):
         return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self._make(self.epoch)
+        yield from self.batches_of(self.epoch)

@@ -87,7 +87,9 @@ class Dropped:
 
 
 def prepare_text(text: str, lowercase: bool = False) -> str:
-    """Replace annotation marks (see `MARKS`), fold white space, and lower-case ALL CAPS.
+    """Replace annotation marks (see `MARKS`), and join words by single spaces.
+
+    A text written entirely in capitals is lower-cased.
 
     Case, digits and punctuation are kept for the model to learn. `lowercase`, for small recipes,
     removes case and all punctuation except the apostrophe.
@@ -200,7 +202,7 @@ class Clips:
         item = {"id": example.id, "seconds": example.duration, "target": example.target}
         item["characters"] = self.processor.spell(example.text)
         if self.encoded is not None:
-            return {**item, "features": self.augment(self.encoded[example.id], example.id)}
+            return {**item, "features": self.perturb(self.encoded[example.id], example.id)}
         try:
             samples = load_audio(example.audio)
         except AudioError as error:
@@ -240,8 +242,8 @@ class Clips:
         """Set the epoch that seeds the augmentation; the trainer calls this."""
         self.epoch = epoch
 
-    def augment(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
-        """Add noise to encoder frames (t, d) and zero some channels and a run of frames.
+    def perturb(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
+        """Add noise to cached encoder frames (t, d), and zero some channels and a run of frames.
 
         Seeded by (seed, epoch, id), so a resumed run repeats it.
         """
@@ -344,7 +346,7 @@ class SpeechDataset(Clips, Dataset):
     def serve_encoded(self, encoded: Any) -> None:
         """Serve cached encoder frames: `encoded` maps an example's id to (t, d_encoder).
 
-        Examples without cached frames could not be read when the cache was made; they are dropped.
+        Examples without cached frames are dropped: they could not be read when the cache was made.
         """
         self.encoded = encoded
         for example in self.examples:

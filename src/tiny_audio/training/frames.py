@@ -18,10 +18,11 @@ from ..asr.asr_encoder import MaskedGroupNorm
 from ..asr.asr_modeling import ASRModel
 from ..progress import progress_bar
 from .batches import cut_batches
-from .data import SpeechDataset
+from .data import SpeechDataset, read_log
 
-TOGETHER = 128  # clips in one unit of work of a thread
+CLIPS_PER_TASK = 128
 BATCH_SECONDS = 64.0  # padded audio in a batch; limits the memory of attention
+UNREAD = "dropped.jsonl"  # the clips of a cache that could not be read
 MAX_THREADS = 4  # each thread holds a batch in memory
 
 
@@ -83,18 +84,20 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
         unfinished.folder.mkdir(parents=True)
         encode_all(model, data, unfinished)
         unfinished.folder.replace(folder)
+    for row in read_log(folder / UNREAD):  # also known to the stages that find the cache made
+        data.dropped.add(**row)
     data.serve_encoded(Frames(folder))
 
 
 def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     """Encode every example once into `frames`, longest first.
 
-    Each of several threads takes `TOGETHER` clips at a time and computes on one core. That is
-    faster than computing one batch on all cores, and it overlaps reading with encoding.
+    Several threads each encode `CLIPS_PER_TASK` clips at a time on one core. That is faster than
+    one batch on all cores, and it overlaps reading with encoding.
     """
     order = list({example.id: i for i, example in enumerate(data.examples)}.values())
     order.sort(key=lambda i: -data.examples[i].duration)
-    parts = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
+    parts = [order[i : i + CLIPS_PER_TASK] for i in range(0, len(order), CLIPS_PER_TASK)]
     cores = torch.get_num_threads()
     # MaskedGroupNorm stores the lengths of the current batch, so threads cannot share it.
     stateful = any(isinstance(module, MaskedGroupNorm) for module in model.encoder.modules())
@@ -104,8 +107,8 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     with ThreadPoolExecutor(threads, **one_core) as pool, bar:
         work = [pool.submit(encode_some, model, data, rows, frames) for rows in parts]
         for rows, part in zip(parts, work, strict=True):
-            for item in part.result():
-                data.dropped.add(item["id"], item["reason"], item["detail"])
+            with (frames.folder / UNREAD).open("a") as file:
+                file.writelines(json.dumps(item) + "\n" for item in part.result())
             bar.update(len(rows))
             return_freed_memory()
     torch.set_num_threads(cores)

@@ -64,7 +64,7 @@ def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
         group, _, name = key.partition(".")
         for i, stage in enumerate(cfg.stages):
             if name and name in (stage.get(group) or {}):
-                raise ValueError(f"{key} is overruled by stage {stage.name}: set stages.{i}.{key}")
+                raise ValueError(f"{key} is overridden by stage {stage.name}: set stages.{i}.{key}")
 
 
 def allow_unknown_keys(overrides: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ the batches. Each batch carries the position after it: the state of the sources 
 block, and the number of batches emitted since. A resumed run therefore reads only one block again.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -51,10 +52,11 @@ class SpeechStream(Clips, IterableDataset):
         **options: Any,
     ) -> None:
         super().__init__(processor, dropped, **options)
-        self.max_train_samples = self.max_train_samples and -(-self.max_train_samples // world)
+        if self.max_train_samples:
+            self.max_train_samples = math.ceil(self.max_train_samples / world)
         if self.max_seconds > batch_seconds:
             raise DataError(
-                f"training.batch_seconds={batch_seconds} is below data.max_seconds="
+                f"training.batch_seconds={batch_seconds} is shorter than data.max_seconds="
                 f"{self.max_seconds}"
             )
         self.sources, self.start = sources, START

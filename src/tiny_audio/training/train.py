@@ -26,7 +26,7 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from ..asr.asr_config import ASRConfig
-from ..asr.asr_decoding import TERMS
+from ..asr.asr_decoding import SCORE_WEIGHTS
 from ..asr.asr_modeling import ASRModel
 from ..asr.asr_processing import ASRProcessor
 from ..asr.asr_saving import NGRAM, WEIGHTS
@@ -366,7 +366,7 @@ def finish(cfg: DictConfig, start: str, output: Path) -> None:
         found = tune(model, processor, clips, cfg.training.language)
         for name, choice in found.items():
             print(f"{name}: expected WER {choice['expected_wer']:.2f} %")
-        print({name: model.config.decoding[name] for name in TERMS})
+        print({name: model.config.decoding[name] for name in SCORE_WEIGHTS})
         (output / TUNING).write_text(json.dumps(found, indent=2) + "\n")
     model.save_pretrained(output)
     processor.save_pretrained(output)

@@ -268,41 +268,42 @@ class Preempted(RuntimeError):
 class Preemption(TrainerCallback):
     """Saves and stops after the current step on SIGTERM (spot preemption) or Ctrl-C.
 
-    A second Ctrl-C stops at once. `signal` is the number of the received signal, or 0.
+    A second Ctrl-C stops at once. `received` is the number of the signal, or 0.
     """
 
     def __init__(self, trainer: ASRTrainer) -> None:
-        self.trainer, self.signal, self.before = trainer, 0, {}
+        self.trainer, self.received, self.before = trainer, 0, {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Install the signal handlers; refuse to train if FSDP was requested but not applied."""
         wrapped = self.trainer.model_wrapped
         if self.trainer.is_fsdp_enabled and not isinstance(wrapped, FSDPModule):
-            raise ValueError(f"FSDP was requested, but the model is a {type(wrapped).__name__}")
+            kind = type(wrapped).__name__
+            raise ValueError(f"FSDP was requested but not applied: the model is a {kind}")
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.signal == signal.SIGINT == number:
+        if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.received = number
         print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if any process received a signal."""
         if args.world_size > 1:
-            received = torch.tensor(self.signal, device=args.device)
+            received = torch.tensor(self.received, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            self.signal = int(received)
-        if self.signal:
+            self.received = int(received)
+        if self.received:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the signal handlers; raise `Preempted` if a signal came."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal:
-            raise Preempted(self.signal)
+        if self.received:
+            raise Preempted(self.received)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..asr.asr_decoding import TERMS, Candidate, rescore
+from ..asr.asr_decoding import SCORE_WEIGHTS, Candidate, rescore
 from ..evaluation.scoring import count, normalizer
 from .data import SpeechDataset
 
@@ -51,23 +51,23 @@ def tune(
     with torch.inference_mode():
         scored = list(candidates(model, processor, clips, settings))
     wrong = [
-        np.array([count(references[row], normal(c.proposal.text)).errors for c in some])
-        for row, some in scored
+        np.array([count(references[row], normal(c.proposal.text)).errors for c in of_clip])
+        for row, of_clip in scored
     ]
-    parts = [np.array([c.parts() for c in some]) for _, some in scored]
+    parts = [np.array([c.parts() for c in of_clip]) for _, of_clip in scored]
 
     def with_cost(trial: tuple[float, ...]) -> dict[str, float]:
         by_weight = np.array([1.0, *trial])
         found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
-        return {**dict(zip(TERMS, trial, strict=True)), "expected_wer": 100 * found / total}
+        return {**dict(zip(SCORE_WEIGHTS, trial, strict=True)), "expected_wer": 100 * found / total}
 
     choices = {}
     for name, ruled_out in (("language_model", "decoder"), ("decoder", "language_model")):
         values = {**TRIED, ruled_out: (0.0,)}
-        trials = map(with_cost, product(*(values[term] for term in TERMS)))
+        trials = map(with_cost, product(*(values[term] for term in SCORE_WEIGHTS)))
         choices[name] = min(trials, key=lambda trial: trial["expected_wer"])
     chosen = min(choices.values(), key=lambda choice: choice["expected_wer"])
-    settings.update({name: chosen[name] for name in TERMS})
+    settings.update({name: chosen[name] for name in SCORE_WEIGHTS})
     return choices
 
 
