@@ -13,7 +13,7 @@ PACKAGE = ROOT / "src" / "tiny_audio"
 # A room may import from itself and from those before it. Files without a room are shared tools.
 ROOMS = ["asr", "shared", "evaluation", "training", "commands"]
 # Code lines: neither blank nor comment nor docstring. The aims are in docs/architecture.md.
-READING_PATH, EVERYTHING, LONGEST_FILE, LONGEST_FUNCTION = 4297, 7579, 350, 60
+READING_PATH, EVERYTHING, LONGEST_FILE, LONGEST_FUNCTION = 4297, 7621, 350, 60
 PASSIVE = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 
 

@@ -104,6 +104,7 @@ def test_the_page(page, driver, pipe, tmp_path, screen):
         wait.until(lambda d: status in text(".status"))
 
     talk = write_audio(tmp_path / "talk.wav", babble(6.0, 5), 16_000, "pcm_s16le")
+    shutil.copy(talk, tmp_path / "said.wav")  # the microphone hears it
     give(talk, "times real time")
     words = pipe(str(talk), return_timestamps="word")
     assert text(".words").split() == words["text"].split()
@@ -126,6 +127,11 @@ def test_the_page(page, driver, pipe, tmp_path, screen):
     inside = "const e = document.querySelector('.words'); return e.scrollWidth <= e.clientWidth"
     assert driver.execute_script(inside)
     assert driver.find_element(By.CSS_SELECTOR, ".status").get_attribute("role") == "status"
+    driver.get(page)
+    wait.until(lambda d: d.find_element(By.CSS_SELECTOR, "#live button")).click()
+    speak = "#live .record-button"
+    wait.until(lambda d: d.find_element(By.CSS_SELECTOR, speak)).click()
+    wait.until(lambda d: text(".status") == "Listening ..." and text(".words").strip())
     broken = tmp_path / "broken.wav"
     broken.write_text("this is no audio")
     give(broken, "Error: broken.wav")

@@ -1,5 +1,7 @@
 """The endpoint, driven by OpenAI's own client and by clients that misbehave; the page; load."""
 
+import html
+import re
 import socket
 import threading
 import time
@@ -12,7 +14,7 @@ import openai
 import psutil
 import pytest
 import uvicorn
-from conftest import babble, write_audio
+from conftest import babble, write_audio, write_manifest
 
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import demo, transcribe
@@ -276,9 +278,6 @@ def twenty(tmp_path_factory) -> list[Path]:
 
 def page_text(source: Path, model: str) -> str:
     """The text that the page ends with."""
-    import html
-    import re
-
     *_, (last, _) = demo.transcribe(str(source), model)
     return " ".join(html.unescape(w) for w in re.findall(r"<span [^>]*>(.*?)</span>", last, re.S))
 
@@ -308,6 +307,46 @@ def test_the_page_says_what_is_wrong(model_folder, tmp_path):
     assert "Error: a&lt;b&gt;.wav: not readable" in last and str(tmp_path) not in last
     assert "Choose a file" in list(demo.transcribe(None, str(model_folder)))[-1][0]
     demo.build([str(model_folder)], [])
+
+
+def test_text_appears_as_one_speaks(model_folder, pipe):
+    """What is finished is what the pipeline says of that stretch, and nothing is lost between."""
+    whole, said, finished, done = babble(23.0, 4), None, [], 0
+    for start in range(0, len(whole), 32_000):
+        heard = whole[: start + 32_000]
+        said, shown = demo.listen((16_000, heard[start:]), said, str(model_folder))
+        text, unfinished = said
+        if len(heard) - len(unfinished) > done:
+            begin, done = done, len(heard) - len(unfinished)
+            finished.append(pipe(whole[begin:done])["text"])
+        assert text == " ".join(filter(None, finished))
+        assert np.array_equal(unfinished, heard[done:])
+        words = html.unescape(re.sub("<.*?>", " ", shown)).removeprefix(" ").split()
+        assert words[2:] == f"{text} {pipe(unfinished)['text']}".split()  # after "Listening ..."
+    assert len(finished) > 1
+    assert demo.listen(None, said, str(model_folder))[0] is said  # the end of the recording
+
+
+def test_words_that_are_unsure_are_marked():
+    words = [{"text": "a<b", "timestamp": (0, 1.5), "confidence": 0.25},
+             {"text": "7", "timestamp": (2, 3), "confidence": None}]  # fmt: skip
+    shown = demo.page("done", words)
+    assert 'data-end="1.5" title="25% sure" style="--doubt: 0.75">a&lt;b</span>' in shown
+    assert 'title="100% sure" style="--doubt: 0.00">7</span>' in shown
+
+
+def test_the_page_names_its_models_and_offers_clips(tmp_path, monkeypatch):
+    model, cache = tmp_path / "mine", tmp_path / "cache"
+    model.mkdir()
+    assert demo.describe(str(model)) == "mine"
+    (model / "summary.json").write_text('{"wer": 8.73, "utterances": 110}')
+    assert demo.describe(str(model)) == "mine: 8.7 % WER on 110 clips"
+    monkeypatch.setenv("TINY_AUDIO_CACHE", str(cache))
+    assert demo.held_out_clips() == []
+    (cache / "speech").mkdir(parents=True)
+    rows = [{"id": i, "audio": f"{i}.wav", "text": "one", "duration": 1.0} for i in range(3)]
+    write_manifest(cache / "speech" / "test.jsonl", rows)
+    assert demo.held_out_clips() == [str(cache / "speech" / f"{i}.wav") for i in range(2)]
 
 
 def test_corrections_become_a_manifest(tmp_path):

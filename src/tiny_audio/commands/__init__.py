@@ -1,10 +1,16 @@
 """The verbs of `tiny-audio`, one file each; `cli.py` lists them."""
 
 import csv
+import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
+
+
+def cache_dir() -> Path:
+    """The cache folder: $TINY_AUDIO_CACHE or ~/.cache/tiny-audio."""
+    return Path(os.environ.get("TINY_AUDIO_CACHE", "~/.cache/tiny-audio")).expanduser()
 
 
 def home_path(text: str) -> Path:

@@ -50,6 +50,7 @@ from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 from ..asr.asr_processing import SAMPLE_RATE, load_audio
 from ..errors import UserError
 from ..progress import progress_bar, quiet_libraries
+from . import cache_dir
 from .ctranslate2 import read_ctranslate2, whisper_state_dict
 
 KNOWN_WORDS = 80_000  # the most common words; twice as many gained nothing
@@ -106,11 +107,6 @@ class Assets:
     librivox: Path
     synthetic: Path
     words: Path
-
-
-def cache_dir() -> Path:
-    """The cache folder: $TINY_AUDIO_CACHE or ~/.cache/tiny-audio."""
-    return Path(os.environ.get("TINY_AUDIO_CACHE", "~/.cache/tiny-audio")).expanduser()
 
 
 def prepare(cache: Path | None = None, synthetic: bool = True, baseline: bool = True) -> Assets:

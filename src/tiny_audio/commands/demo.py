@@ -1,4 +1,6 @@
-"""`tiny-audio demo [MODEL ...]`: serve a web page that transcribes uploads and recordings.
+"""`tiny-audio demo [MODEL ...]`: serve a web page that transcribes uploads and speech as you speak.
+
+Words that the model is less sure of are redder; a click on a word plays it.
 
 Uploads are limited in size and length, deleted later, and never sent to another machine. With
 `--corrections FOLDER`, visitors can correct a text and keep it with its recording in that folder.
@@ -7,28 +9,36 @@ Uploads are limited in size and length, deleted later, and never sent to another
 import base64
 import functools
 import html
+import json
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from ..asr.asr_config import DECODE
-from ..asr.asr_pipeline import Recording
-from ..asr.asr_processing import AudioError
+from ..asr.asr_pipeline import Recording, split_blocks
+from ..asr.asr_processing import AudioError, load_audio
 from ..loading import load_pipeline
-from . import append_row, home_path, parser_of
+from ..training.manifests import read_source
+from . import append_row, cache_dir, home_path, parser_of
 from .formats import render
 from .transcribe import DECODE_HELP
 
 MAX_SIZE, MAX_SECONDS = "200mb", 3600.0
 KEEP = 7200  # seconds until an upload is deleted
+LISTEN_EVERY = 2.0  # seconds between two looks at the microphone
+LIVE_SECONDS = 10.0  # what was said longer ago than this is not decoded again
 CSS = """
 .result { overflow-wrap: anywhere } .result audio { width: 100% }
 .result a { margin-right: 1rem; text-decoration: underline }
-.words { font-size: 1.2rem; line-height: 1.9 } .words .now { background: #ffd54a; color: #000 }
+.words { font-size: 1.2rem; line-height: 1.9 }
+.words span { background: rgb(211 47 47 / calc(var(--doubt) * 0.5)) }
+.words .now { background: #ffd54a; color: #000 }
 """
 # Highlights the current word during playback; a click on a word plays from there.
 JS = """
@@ -45,11 +55,13 @@ element.addEventListener('click', ({target: {dataset: {start}}}) => {
 
 def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "") -> str:
     """Render a result as HTML: a status for screen readers too, then `more`, then timed words."""
-    spans = [
-        f'<span data-start="{word["timestamp"][0]}" data-end="{word["timestamp"][1]}">'
-        f"{html.escape(word['text'])}</span>"
-        for word in words or []
-    ]
+    spans = []
+    for word in words or []:
+        (start, end), sure = word["timestamp"], word["confidence"]
+        sure = 1.0 if sure is None else sure
+        about = f'data-start="{start}" data-end="{end}" title="{sure:.0%} sure"'
+        style = f'style="--doubt: {1 - sure:.2f}"'
+        spans.append(f"<span {about} {style}>{html.escape(word['text'])}</span>")
     status = f'<p role="status" class="status"><b>{html.escape(status)}</b></p>'
     return f'<div class="result">{status}{more}<p class="words">{" ".join(spans)}</p></div>'
 
@@ -88,6 +100,48 @@ def transcribe(source: str | None, model: str, decode: str | None = None) -> Ite
     yield page(status + none, done, player(result, Path(source))) + notes, result["text"]
 
 
+def listen(
+    chunk: tuple[int, np.ndarray] | None, said: Any, model: str, decode: str | None = None
+) -> tuple[Any, Any]:
+    """Add what the microphone heard since the last call to what was said, and show its text.
+
+    Args:
+        chunk: rate (Hz) and samples (n,) or (n, channels); None after the last one.
+        said: the result of the last call: the text that is finished, and the samples of what may
+            still change. None at the start.
+        model, decode: see `load`.
+
+    Returns:
+        The next `said`, and the page's HTML.
+    """
+    text, samples = said or ("", np.zeros(0, np.float32))
+    if chunk is None:
+        return said, gr.skip()
+    pipe, (rate, heard) = load(model, decode), chunk
+    samples = np.concatenate([samples, load_audio(heard, rate)])
+    *finished, (_, samples) = split_blocks([samples], LIVE_SECONDS)
+    for _, piece in finished:
+        text = f"{text} {pipe(piece)['text']}".strip()
+    now = pipe(samples, return_timestamps="word")["chunks"]
+    return (text, samples), page("Listening ...", now, html.escape(text))
+
+
+def describe(model: str) -> str:
+    """A model's name, and its WER where the quickstart has measured it."""
+    name, summary = Path(model).resolve().name, Path(model) / "summary.json"
+    if not summary.is_file():
+        return name
+    measured = json.loads(summary.read_text())
+    return f"{name}: {measured['wer']:.1f} % WER on {measured['utterances']} clips"
+
+
+def held_out_clips() -> list[str]:
+    """Two clips that the quickstart was not trained on, if they were fetched."""
+    manifest = cache_dir() / "speech" / "test.jsonl"
+    clips = read_source({"path": str(manifest)}) if manifest.is_file() else []
+    return [clip.audio for clip in islice(clips, 2)]
+
+
 def keep(source: str | None, text: str, folder: Path) -> str:
     """Add a recording and its corrected text to the manifest in `folder`."""
     if not source or not text.strip():
@@ -111,8 +165,9 @@ def build(
     """Build the page for some models and example recordings; corrections are kept in `folder`."""
     with gr.Blocks(title="tiny-audio", delete_cache=(300, KEEP)) as blocks:
         gr.Markdown("# tiny-audio\nUpload or record speech; the text appears as it is decoded.")
+        names = [(describe(model), model) for model in models]
+        choice = gr.Dropdown(names, value=models[0], label="Model", elem_id="model")
         audio = gr.Audio(type="filepath", label="Recording", elem_id="recording", buttons=[])
-        choice = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
         button = gr.Button("Transcribe", variant="primary", elem_id="go")
         out = gr.HTML(elem_id="result", js_on_load=JS)
         text = gr.Textbox(label="Correct the text", lines=2, elem_id="text", visible=bool(folder))
@@ -120,6 +175,12 @@ def build(
         kept = gr.HTML(elem_id="kept")
         if examples:
             gr.Examples(examples, audio, cache_examples=False)
+        with gr.Accordion("Or watch the text appear as you speak", open=False, elem_id="live"):
+            microphone = gr.Audio(sources=["microphone"], streaming=True, label="Microphone")
+        said = gr.State()
+        hear = functools.partial(listen, decode=decode)
+        microphone.stream(hear, [microphone, said, choice], [said, out], stream_every=LISTEN_EVERY)
+        microphone.start_recording(lambda: None, None, said)
         button.click(functools.partial(transcribe, decode=decode), [audio, choice], [out, text])
         audio.change(lambda: ("", ""), None, [text, kept])  # the text of another recording
         if folder:
@@ -131,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     """Serve the page until interrupted."""
     parser = parser_of("demo", __doc__)
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
-    parser.add_argument("--examples", nargs="*", default=[], help="recordings to show as examples")
+    parser.add_argument("--examples", nargs="*", default=held_out_clips(),
+                        help="recordings to offer; default: two held-out clips")  # fmt: skip
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--corrections", type=home_path, metavar="FOLDER",
                         help="keep corrected texts and their recordings here")  # fmt: skip

@@ -26,8 +26,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..progress import clock
 from ..training.recipe import compose_recipe
-from . import parser_of
-from .assets import cache_dir
+from . import cache_dir, parser_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
