@@ -1,0 +1,118 @@
+"""Draw the figures of docs/decoding.md: how the character head learns to spell.
+
+    python bench/figures.py                            # draw them, as `make docs` does
+    python bench/figures.py --measure outputs/figures  # first take their data from a run
+
+The run is the quickstart's first stage with frequent evaluations and checkpoints:
+
+    python src/train.py +experiments=quickstart run.output_dir=outputs/figures model.tune=false \\
+        stages.0.training.eval_steps=100 stages.0.training.save_steps=100 \\
+        training.save_total_limit=null
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from tiny_audio.asr.asr_modeling import ASRModel
+from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.commands.assets import cache_dir
+from tiny_audio.training.data import read_log
+from tiny_audio.training.manifests import read_source
+from tiny_audio.training.run_log import LOG
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
+DATA = "learning.json"
+CLIP = "conf-waitforleader"  # of the evaluation clips
+STEPS = (100, 300, 600, 2000)  # checkpoints to show
+BATCH_SECONDS = 64  # of the stage
+# The same data gives the same bytes, so that a test can compare them.
+matplotlib.rcParams |= {"svg.hashsalt": "tiny-audio", "svg.fonttype": "none", "font.size": 9}
+
+
+def learning(log: Path) -> list[tuple[float, float]]:
+    """Seconds of training, without evaluations, and WER in percent at each evaluation."""
+    points: list[tuple[float, float]] = []
+    seconds, step = 0.0, 0
+    for row in read_log(log):
+        if "eval_wer" in row:
+            points.append((round(seconds, 1), round(row["eval_wer"], 2)))
+        elif "loss" in row:
+            audio = (row["step"] - step) * BATCH_SECONDS * (1 - row["padding"])
+            seconds += audio / row["audio_seconds_per_second"]
+            step = row["step"]
+    return points
+
+
+@torch.no_grad()
+def heard(checkpoint: Path, audio: Any) -> list[tuple[str, float]]:
+    """The most probable letter of each frame ("" for a blank) and its probability."""
+    model, processor = (
+        ASRModel.from_pretrained(checkpoint),
+        ASRProcessor.from_pretrained(checkpoint),
+    )
+    batch = processor.collate([processor.features(load_audio(audio))])
+    hidden, _ = model.encode(batch["input_features"], batch["input_features_mask"])
+    sure, best = model.characters(hidden)[0].exp().max(-1)
+    letters = ["", *map(chr, processor.alphabet)]
+    return [(letters[c], round(p, 3)) for c, p in zip(best.tolist(), sure.tolist(), strict=True)]
+
+
+def measure(run: Path) -> dict[str, Any]:
+    """Take the data of both figures from a run."""
+    dev = read_source({"path": str(cache_dir() / "speech" / "dev.jsonl")})
+    clip = next(clip for clip in dev if clip.id == CLIP)
+    stage = run / "characters"
+    frames = {step: heard(stage / f"checkpoint-{step}", clip.audio) for step in STEPS}
+    return {"text": clip.text, "seconds": clip.duration, "learning": learning(stage / LOG),
+            "heard": frames}  # fmt: skip
+
+
+def draw(data: dict[str, Any], folder: Path) -> None:
+    """Write alignment.svg and learning.svg."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(len(data["heard"]), 1, sharex=True)
+    for axes, (step, frames) in zip(panels, data["heard"].items(), strict=True):
+        times = [data["seconds"] * i / len(frames) for i in range(len(frames))]
+        heights = [sure if letter else 0.0 for letter, sure in frames]
+        axes.bar(times, heights, width=data["seconds"] / len(frames), align="edge")
+        for time, height, (letter, _), (before, _) in zip(
+            times, heights, frames, [("", 0.0), *frames[:-1]], strict=True
+        ):
+            if letter not in ("", before):
+                axes.text(time, height + 0.05, letter.replace(" ", "_"), family="monospace")
+        axes.set(ylim=(0, 1.3), ylabel="probability", title=f"after {step} steps")
+    panels[-1].set_xlabel(f"seconds; the speaker says: {data['text']}")
+    save(figure, folder / "alignment.svg")
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*data["learning"], strict=True), "o-", markersize=3)
+    axes.set(xlabel="seconds of training", ylabel="WER % on 58 unseen clips", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    save(figure, folder / "learning.svg")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure without the date."""
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Draw, and measure before it if asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measure", type=Path, metavar="RUN", help="folder of a run")
+    args = parser.parse_args()
+    if args.measure:
+        (FOLDER / DATA).write_text(json.dumps(measure(args.measure)) + "\n")
+    draw(json.loads((FOLDER / DATA).read_text()), FOLDER)
+
+
+if __name__ == "__main__":
+    main()
