@@ -39,7 +39,8 @@ size: install
 bench: install
 	$(BIN)/python bench/training_speed.py
 
-docs: install  # the documentation as a site, in site/
+docs: install  # the figures, and the documentation as a site, in site/
+	$(BIN)/python bench/figures.py
 	$(BIN)/zensical build
 
 clean:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TEXTS, babble, write_audio, write_manifest
+from datasets import Audio, Dataset
 from torch.utils.data import DataLoader
 
 from tiny_audio.training import data as data_module
@@ -246,13 +247,27 @@ def test_changed_transcripts_are_counted(corpus, tmp_path, processor):
 def test_a_folder_of_audio_is_read_by_its_table(corpus, tmp_path, processor):
     for i in range(3):
         (tmp_path / f"{i}.wav").write_bytes((corpus.parent / f"wav/{i}.wav").read_bytes())
-    with pytest.raises(DataError, match=r"no metadata\.csv or \.jsonl"):
+    with pytest.raises(DataError, match=r"no \.parquet, and no metadata\.csv"):
         SpeechDataset([{"path": str(tmp_path)}], processor, Dropped())
     rows = [f"{i}.wav,{TEXTS[i]}" for i in range(3)]
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + "\n".join(rows) + "\n")
     data = SpeechDataset([{"path": str(tmp_path)}], processor, Dropped())
     assert [example.text for example in data.examples] == list(TEXTS[:3])
     assert all("features" in data[i] for i in range(3))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_downloaded_dataset_is_read_from_its_folder(corpus, tmp_path, processor, streaming):
+    """Shards of Parquet in a folder data/, as the Hub has them."""
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        audio = {"bytes": (corpus.parent / f"wav/{i}.wav").read_bytes(), "path": f"{i}.wav"}
+        row = {"id": str(i), "audio": audio, "text": TEXTS[i]}
+        path = tmp_path / f"data/train-{i:05d}-of-00004.parquet"
+        Dataset.from_list([row]).cast_column("audio", Audio()).to_parquet(path)
+    data = SpeechDataset([{"path": str(tmp_path)}], processor, Dropped(), streaming=streaming)
+    assert sorted(example.text for example in data.examples) == sorted(TEXTS[:4])
+    assert all("features" in data[i] for i in range(4))
 
 
 def test_nothing_usable_is_an_error(tmp_path, corpus, processor):

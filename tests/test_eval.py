@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tiny_audio.commands import assets, cli, leaderboard
+from tiny_audio.commands import eval as eval_command
 from tiny_audio.commands.eval import evaluate
 from tiny_audio.evaluation import scoring
 from tiny_audio.evaluation.recognisers import load_recogniser, recognise
@@ -142,6 +143,21 @@ def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
     assert [r["prediction"] for r in read(out)[1].values()] != [
         r["prediction"] for r in greedy.values()
     ]
+
+
+def test_results_of_other_code_are_not_used(model, tmp_path, monkeypatch, capsys):
+    """Not even of changes that are not committed; those of the same code are, and it says so."""
+    manifest = make_set(tmp_path / "set", 4)
+    args = ["eval", str(model), "--dataset", str(manifest), "--out", str(tmp_path / "out")]
+    code = tmp_path / "package"
+    code.mkdir()
+    monkeypatch.setattr(eval_command, "PACKAGE", code)
+    for text, known in (("one", 0), ("one", 4), ("two", 0)):
+        (code / "decoding.py").write_text(text)
+        capsys.readouterr()
+        assert cli.main(args) == 0
+        said = capsys.readouterr().out
+        assert ("4 of 4 clips were transcribed before" in said) == bool(known)
 
 
 def test_evaluations_do_not_overwrite_one_another(model, tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "tiny_audio"
 # A room may import from itself and from those before it. Files without a room are shared tools.
 ROOMS = ["asr", "shared", "evaluation", "training", "commands"]
-# Code lines: neither blank nor comment nor docstring. The aims are in docs/architecture.md.
-READING_PATH, EVERYTHING, LONGEST_FILE, LONGEST_FUNCTION = 4297, 7621, 350, 60
+# Code lines: neither blank nor comment nor docstring. The aims are in docs/architecture.md. There
+# is room for a change of some dozens of lines; a release should use less of it, not more.
+READING_PATH, EVERYTHING, LONGEST_FILE, LONGEST_FUNCTION = 4350, 7750, 350, 60
 PASSIVE = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LORAS, TEXTS, build_asr
+from conftest import LORAS, TEXTS, babble, build_asr
 from transformers import LlamaConfig, WhisperConfig, WhisperModel
 
 from tiny_audio.asr.asr_config import WAVEFORM_ENCODERS, ASRConfig
@@ -53,6 +53,18 @@ def compare_texts(processor, model, clips, **options):
         assert rows[0] == rows[1]
         said.append(tuple(rows[0]))
     return said
+
+
+@pytest.mark.parametrize("encoder", ["whisper", *WAVEFORM_ENCODERS, "hubert-group", "parakeet"])
+def test_frames_have_the_seconds_of_the_audio(build, encoder):
+    """Word times and the check for too much text depend on it."""
+    processor, model = build(encoder)
+    seconds = 8.0
+    batch = processor.collate([processor.features(babble(seconds, 1))])
+    _, steps = model.encode(batch["input_features"], batch["input_features_mask"])
+    counted = processor.frames_for_seconds(seconds) * processor.stack
+    assert int(steps) * processor.frame_seconds == pytest.approx(seconds, abs=0.1)
+    assert counted == pytest.approx(int(steps), abs=processor.stack)
 
 
 @pytest.mark.parametrize("bridge", ["frames", "posteriors"])
@@ -169,7 +181,7 @@ def test_alignment_stage_trains_without_the_decoder(build, clips):
     batch = processor(clips, TEXTS[:4])
     model.decoder.base_model.register_forward_hook(lambda *_: pytest.fail("the decoder was run"))
     model(**batch, decoder_loss_weight=0.0, ctc_loss_weight=1.0).loss.backward()
-    assert model.projector.gate_proj.weight.grad.abs().sum() > 0
+    assert model.projector.output_norm.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("encoder", ["whisper", "hubert"])

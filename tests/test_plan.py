@@ -173,7 +173,7 @@ def test_the_plan_of_the_page_is_what_the_command_prints(planned):
     done = planned(*command.split()[2:])
     assert done.returncode == 0, done.stderr[-3000:]
     clean = [[line.rstrip() for line in text.strip().splitlines()] for text in (done.stdout, said)]
-    assert clean[0] == clean[1]
+    assert clean[0] == clean[1], f"docs/price.md: write what `{command}` prints between its marks"
 
 
 @pytest.mark.long

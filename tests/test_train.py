@@ -110,7 +110,7 @@ def test_the_second_stage_starts_where_the_first_ended(compose, monkeypatch):
     cfg.stages[1].training.decoder_learning_rate = 1e-12
     output = runner.train(cfg)
     first, second = (load_file(output / s / "final" / WEIGHTS) for s in ("align", "decoder"))
-    for name in ("projector.gate_proj.weight", "ctc.blank.weight", "residual.weight"):
+    for name in ("projector.output_norm.weight", "ctc.blank.weight", "residual.weight"):
         assert torch.allclose(first[name], second[name], atol=1e-9), name
 
 

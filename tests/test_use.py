@@ -400,6 +400,8 @@ def test_formats():
         "WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\nhello\n\n2\n01:01"
     )
     assert json.loads(render(result, "json"))["chunks"][1]["text"] == "there"
+    with pytest.raises(ValueError, match="one of txt, srt, vtt, json, not 'lrc'"):
+        render(result, "lrc")
 
 
 @pytest.fixture

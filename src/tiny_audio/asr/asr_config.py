@@ -109,7 +109,7 @@ class ASRConfig(PreTrainedConfig):
         audio_config: the encoder's own config.
         text_config: the decoder's own config.
         stack: number of encoder frames concatenated into one projected frame.
-        projector_hidden: width of the SwiGLU projector.
+        projector_hidden: width of the projector.
         projector_scale: initial RMS of the projector's output; set to that of the token embeddings.
         bridge: input of the decoder: "frames" (the projected frames) or "posteriors" (the
             CTC-weighted sum of the decoder's token embeddings plus a learned residual).

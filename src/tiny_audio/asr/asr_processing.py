@@ -16,7 +16,7 @@ import torch
 from av.stream import Disposition
 from transformers import BatchFeature, ProcessorMixin
 
-from .asr_config import IGNORE, encoder_frames
+from .asr_config import IGNORE, WAVEFORM_ENCODERS, encoder_frames
 
 logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # Hz
@@ -341,15 +341,20 @@ class ASRProcessor(ProcessorMixin):
         """Number of projected frames for a clip of `seconds`."""
         samples = int(max(seconds, self.min_seconds) * SAMPLE_RATE)
         samples += round(self.tail_seconds * SAMPLE_RATE)
-        hop = getattr(self.feature_extractor, "hop_length", 1)  # waveform encoders have none
-        return self.frames(samples // hop)
+        return self.frames(samples // self.hop)
+
+    @property
+    def hop(self) -> int:
+        """Samples in a step of the encoder's input: 1 of a waveform, or the hop of mel frames."""
+        waveform = self.encoder["model_type"] in WAVEFORM_ENCODERS
+        return 1 if waveform else self.feature_extractor.hop_length
 
     @property
     def frame_seconds(self) -> float:
         """Seconds between two encoder frames."""
-        hop, steps = getattr(self.feature_extractor, "hop_length", 1), 1_000_000
+        steps = 1_000_000
         frames = encoder_frames(SimpleNamespace(**self.encoder), steps)
-        return round(steps * hop / frames) / SAMPLE_RATE
+        return round(steps * self.hop / frames) / SAMPLE_RATE
 
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.

@@ -225,7 +225,10 @@ class SavedModel(PreTrainedModel):
         }
         for kind, bad in found.items():
             if bad:
-                raise ValueError(f"{source}: {len(bad)} {kind} tensors, first {sorted(bad)[:3]}")
+                raise ValueError(
+                    f"{source}: {len(bad)} {kind} tensors, first {sorted(bad)[:3]}: it was saved "
+                    "with another config or by other code"
+                )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 expected[name].copy_(shard_like(tensor, expected[name]))

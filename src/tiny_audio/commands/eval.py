@@ -40,6 +40,7 @@ from . import home_path, parser_of
 from .transcribe import DECODE_HELP
 
 Row = dict[str, Any]  # a row of results.jsonl, options, or a summary
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = ["torch", "transformers", "datasets", "jiwer", "whisper-normalizer", "numpy"]
 # Datasets by name: the short-form English sets of the Open ASR Leaderboard, and the default.
 OPEN_ASR = {"path": "hf-audio/esb-datasets-test-only-sorted", "duration_column": "audio_length_s"}
@@ -54,8 +55,8 @@ NO_REFERENCE = "ignore time segment in scoring"  # TED-LIUM's mark for segments 
 
 
 def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
-    """Transcribe a batch; yield rows of results.jsonl, with `error` instead of `wer` on failure."""
-    started, normal = time.perf_counter(), normalizer(pipe.language)
+    """Transcribe a batch; yield a row of results.jsonl for each clip, with `error` on failure."""
+    started = time.perf_counter()
     clips: dict[str, Any] = {}
     answers: dict[str, Row] = {}
     for example in batch:
@@ -71,13 +72,17 @@ def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
         answer = answers[example.id]
         row = {"id": example.id, "duration": len(clips.get(example.id, ())) / SAMPLE_RATE}
         row |= {"reference": example.text, "prediction": answer.pop("text"), **answer}
-        row["decode_seconds"] = round(spent, 4)
-        if "error" not in row:
-            row["normalized"] = [normal(row["reference"]), normal(row["prediction"])]
-            c = count(*row["normalized"])
-            row |= {"word_errors": c.errors, "words": c.words}
-            row["wer"] = 100 * c.errors / max(1, c.words)
-        yield row
+        yield row | {"decode_seconds": round(spent, 4)}
+
+
+def with_errors(row: Row, language: str) -> Row:
+    """Add the normalised texts of a row, its word errors and its WER, unless it failed."""
+    if "error" in row:
+        return row
+    texts = [normalizer(language)(row[key]) for key in ("reference", "prediction")]
+    c = count(*texts)
+    wer = 100 * c.errors / max(1, c.words)
+    return row | {"normalized": texts, "word_errors": c.errors, "words": c.words, "wer": wer}
 
 
 def peak_memory() -> float:
@@ -157,6 +162,7 @@ def settings_of(pipe: Any, options: Row, about: Row) -> Row:
         "normalizer": f"whisper {'english' if pipe.language == 'en' else 'basic'}",
         "options": {key: value for key, value in options.items() if key != "batch_seconds"},
         "git_hash": git_hash(),
+        "code": fingerprint(sorted(PACKAGE.rglob("*.py"))),  # also of changes not committed yet
         "versions": {name: version(name) for name in packages},
     }
 
@@ -169,7 +175,9 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
     text = work.read_text() if work.exists() else ""
     work.write_text(text[: text.rfind("\n") + 1])  # drop the partial line of a killed run
     done = {row["id"]: row for row in read_log(work) if "error" not in row}
-    rows = {clip.id: done[clip.id] for clip in clips if clip.id in done}
+    rows = {c.id: with_errors(done[c.id], pipe.language) for c in clips if c.id in done}
+    if rows:
+        print(f"{len(rows)} of {len(clips)} clips were transcribed before, see {work}")
     left = [clip for clip in clips if clip.id not in rows]
     lengths = np.array([max(1.0, clip.duration) for clip in left])
     order = np.argsort(-lengths, kind="stable")
@@ -178,7 +186,7 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
     with work.open("a") as file, bar:
         for batch in cuts:
             for row in decode(pipe, [left[i] for i in batch], options):
-                rows[row["id"]] = row
+                rows[row["id"]] = with_errors(row, pipe.language)
                 file.write(json.dumps(row) + "\n")
             file.flush()
             wrong = sum(row.get("word_errors", 0) for row in rows.values())

@@ -19,6 +19,8 @@ def render(result: dict[str, Any], kind: str) -> str:
         return result["text"] + "\n"
     if kind == "json":
         return json.dumps(result, ensure_ascii=False, indent=1) + "\n"
+    if kind not in ("srt", "vtt"):
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {kind!r}")
     point = "," if kind == "srt" else "."
     cues = []
     for i, chunk in enumerate(result["chunks"], 1):

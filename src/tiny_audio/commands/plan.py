@@ -25,8 +25,8 @@ from ..asr.asr_config import ASRConfig, check_keys
 from ..asr.asr_modeling import ASRModel
 from ..hub import one_line
 from ..training.plan import GPUS, PARTS, Cost, count, describe, table, without_weights
-from ..training.recipe import compose_recipe, stage_configs
-from ..training.train import MODEL_KEYS, lora_from
+from ..training.recipe import compose_recipe, model_settings, stage_configs
+from ..training.train import lora_from
 from ..training.trainer import freeze_idle
 from . import parser_of
 
@@ -89,7 +89,7 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
         decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
         ctc_token_ids=list(range(bases[1].vocab_size)) if cfg.model.ctc else [],
         ctc_alphabet=list(range(LETTERS)) if cfg.model.ctc_characters else [],
-        **{key: cfg.model[key] for key in MODEL_KEYS},
+        **model_settings(cfg),
     )
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     meta = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))

@@ -337,9 +337,13 @@ def complete(source: Any) -> dict[str, Any]:
     source = {**SOURCE, **dict(source), "path": str(dict(source).get("path"))}
     folder = Path(source["path"]).expanduser()
     if folder.is_dir():  # an AudioFolder of `datasets`
+        if any(folder.rglob("*.parquet")):  # a Hub dataset that was downloaded
+            return source
         tables = list(folder.glob("metadata.csv")) + list(folder.glob("metadata.jsonl"))
         if not tables:
-            raise DataError(f"{folder}: no metadata.csv or .jsonl with file_name and text in it")
+            raise DataError(
+                f"{folder}: no .parquet, and no metadata.csv or .jsonl with file_name and text"
+            )
         if source["audio_column"] == "audio":
             source["audio_column"] = "file_name"
         source["path"] = str(tables[0])

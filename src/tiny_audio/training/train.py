@@ -56,9 +56,6 @@ from .tuning import tune
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
 FINISHED, TUNING = "finished.json", "tuning.json"
-# Keys of the model group that `ASRConfig` takes by the same name.
-MODEL_KEYS = "stack projector_hidden bridge ctc_hidden decoding prompt_prefix prompt_suffix".split()
-MODEL_KEYS += ["encoder_revision", "decoder_revision"]
 
 
 def build_processor(cfg: DictConfig) -> ASRProcessor:
@@ -129,7 +126,7 @@ def build_model(
         ctc_alphabet=ctc[1],
         audio_token_id=processor.audio_token_id,
         end_token_id=processor.end_token_id,
-        **{key: cfg.model[key] for key in MODEL_KEYS},
+        **recipe.model_settings(cfg),
     )
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
