@@ -6,7 +6,7 @@
 The run is the quickstart's first stage with frequent evaluations and checkpoints:
 
     python src/train.py +experiments=quickstart run.output_dir=outputs/figures model.tune=false \\
-        stages.0.training.eval_steps=100 stages.0.training.save_steps=100 \\
+        stages.0.training.eval_steps=100 stages.0.training.save_steps=20 \\
         training.save_total_limit=null
 """
 
@@ -29,7 +29,7 @@ from tiny_audio.training.run_log import LOG
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
 DATA = "learning.json"
 CLIP = "conf-waitforleader"  # of the evaluation clips
-STEPS = (100, 300, 600, 2000)  # checkpoints to show
+STEPS = (40, 60, 80, 100, 2000)  # checkpoints to show
 BATCH_SECONDS = 64  # of the stage
 # The same data gives the same bytes, so that a test can compare them.
 matplotlib.rcParams |= {"svg.hashsalt": "tiny-audio", "svg.fonttype": "none", "font.size": 9}
@@ -78,15 +78,15 @@ def draw(data: dict[str, Any], folder: Path) -> None:
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     panels = figure.subplots(len(data["heard"]), 1, sharex=True)
     for axes, (step, frames) in zip(panels, data["heard"].items(), strict=True):
-        times = [data["seconds"] * i / len(frames) for i in range(len(frames))]
-        heights = [sure if letter else 0.0 for letter, sure in frames]
-        axes.bar(times, heights, width=data["seconds"] / len(frames), align="edge")
-        for time, height, (letter, _), (before, _) in zip(
-            times, heights, frames, [("", 0.0), *frames[:-1]], strict=True
-        ):
+        width, before, text = data["seconds"] / len(frames), "", ""
+        for i, (letter, sure) in enumerate(frames):
+            if letter:
+                axes.bar(i * width, sure, width, align="edge", color="tab:blue")
             if letter not in ("", before):
-                axes.text(time, height + 0.05, letter.replace(" ", "_"), family="monospace")
-        axes.set(ylim=(0, 1.3), ylabel="probability", title=f"after {step} steps")
+                text += letter
+                axes.text(i * width, sure + 0.05, letter.replace(" ", "_"), family="monospace")
+            before = letter
+        axes.set(ylim=(0, 1.3), ylabel="probability", title=f"after {step} steps: {text}")
     panels[-1].set_xlabel(f"seconds; the speaker says: {data['text']}")
     save(figure, folder / "alignment.svg")
     figure = Figure(figsize=(6, 3), layout="constrained")
@@ -108,10 +108,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="default: docs/figures")
     args = parser.parse_args()
     if args.measure:
         (FOLDER / DATA).write_text(json.dumps(measure(args.measure)) + "\n")
-    draw(json.loads((FOLDER / DATA).read_text()), FOLDER)
+    draw(json.loads((FOLDER / DATA).read_text()), args.out)
 
 
 if __name__ == "__main__":

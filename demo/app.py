@@ -6,6 +6,7 @@ The `requirements.txt` beside this file installs the package with its `demo` ext
 import os
 import sys
 
-from tiny_audio.commands.demo import main
+from tiny_audio.commands.cli import main
 
-sys.exit(main([os.environ.get("TINY_AUDIO_MODEL", "outputs/quickstart"), "--host", "0.0.0.0"]))
+model = os.environ.get("TINY_AUDIO_MODEL", "outputs/quickstart")
+sys.exit(main(["demo", model, "--host", "0.0.0.0"]))

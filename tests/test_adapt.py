@@ -54,7 +54,7 @@ def test_the_model_is_measured_before_and_after(trained, own, tmp_path, capsys):
     assert learned and all(name.startswith("encoder.") for name in learned)
     assert adapt.main(arguments) == 0  # nothing is trained twice
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="is of other clips or options: name a new folder with"):
+    with pytest.raises(SystemExit, match="was made from other clips or options"):
         adapt.main([*arguments[:-1], "2"])
 
 

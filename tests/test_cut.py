@@ -88,7 +88,7 @@ def test_every_kind_of_subtitles_is_read(tmp_path, suffix, text):
 
 def test_the_clips_are_a_manifest(talk, model_folder, tmp_path, monkeypatch, capsys):
     """A random model hears nothing, so it is told to accept everything."""
-    monkeypatch.setattr(cut, "LEAST", 0.0)
+    monkeypatch.setattr(cut, "MIN_CONFIDENCE", 0.0)
     talk.with_suffix(".srt").write_text(SRT)
     out = tmp_path / "clips"
     assert cut.main([str(talk), "--model", str(model_folder), "--out", str(out)]) == 0
@@ -146,7 +146,7 @@ def test_unreadable_subtitles_are_one_line(
 
 def test_nothing_is_overwritten(talk, model_folder, tmp_path, monkeypatch, capsys):
     """Two recordings may have one name; a folder that holds clips is refused."""
-    monkeypatch.setattr(cut, "LEAST", 0.0)
+    monkeypatch.setattr(cut, "MIN_CONFIDENCE", 0.0)
     (tmp_path / "other").mkdir()
     other = shutil.copy(talk, tmp_path / "other" / talk.name)
     for path in (talk, other):
@@ -159,6 +159,9 @@ def test_nothing_is_overwritten(talk, model_folder, tmp_path, monkeypatch, capsy
         cut.main(run)
     assert "holds clips already: name another folder" in capsys.readouterr().err
     assert written(tmp_path / "clips", "clips.csv") == rows
+    (tmp_path / "clips/clips.csv").rename(tmp_path / "clips/refused.csv")
+    with pytest.raises(SystemExit):  # nor are refused ones written twice
+        cut.main(run)
 
 
 def test_what_is_cut_before_an_interruption_is_kept(talk, model_folder, tmp_path, monkeypatch):
@@ -205,13 +208,13 @@ def test_texts_are_found_where_they_are_spoken(real, real_bases, tmp_path):  # n
         at += (len(clip) + len(pause)) / SAMPLE_RATE
     samples = np.concatenate(parts)
     found = [cut.locate(real, samples, cue) for cue in cues]
-    kept = np.array([sure >= cut.LEAST for *_, sure in found])
+    kept = np.array([sure >= cut.MIN_CONFIDENCE for *_, sure in found])
     errors = np.abs([[f[0] - t[0], f[1] - t[1]] for f, t in zip(found, true, strict=True)])
     assert (~kept).mean() <= 0.02
     assert np.median(errors[kept], axis=0).max() <= 0.1
     half = len(cues) // 2
     others = [Cue(c.start, c.end, cues[i - half].text) for i, c in enumerate(cues)]
     wrong = [c for c, cue in zip(others, cues, strict=True) if c.text != cue.text]
-    assert np.mean([cut.locate(real, samples, cue)[2] >= cut.LEAST for cue in wrong]) <= 0.03
+    assert np.mean([cut.locate(real, samples, cue)[2] >= cut.MIN_CONFIDENCE for cue in wrong]) <= 0.03
     late = [Cue(c.start + 10, c.end + 10, c.text) for c in cues if c.end < at - 12]
-    assert np.mean([cut.locate(real, samples, cue)[2] >= cut.LEAST for cue in late]) <= 0.02
+    assert np.mean([cut.locate(real, samples, cue)[2] >= cut.MIN_CONFIDENCE for cue in late]) <= 0.02

@@ -270,6 +270,37 @@ def test_a_downloaded_dataset_is_read_from_its_folder(corpus, tmp_path, processo
     assert all("features" in data[i] for i in range(4))
 
 
+def test_a_downloaded_dataset_is_found_in_the_home_folder(corpus, tmp_path, monkeypatch):
+    audio = {"bytes": (corpus.parent / "wav/0.wav").read_bytes(), "path": "0.wav"}
+    rows = Dataset.from_list([{"id": 0, "audio": audio, "text": "one"}])
+    (tmp_path / "mine").mkdir()
+    rows.cast_column("audio", Audio()).to_parquet(tmp_path / "mine/train.parquet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (example,) = read_source({"path": "~/mine"})
+    assert (example.id, example.text) == ("0", "one")  # 0 is an id
+
+
+@pytest.mark.parametrize("first", ["1", "null", "[]", "{"])
+def test_a_first_line_that_is_no_object_is_named(first, tmp_path):
+    (tmp_path / "m.jsonl").write_text(first + "\n")
+    with pytest.raises(DataError, match=r"m\.jsonl.*(line 1 is not a JSON object|no column)"):
+        list(read_source({"path": str(tmp_path / "m.jsonl")}))
+
+
+def test_copies_of_a_clip_count_like_clips(tmp_path, corpus, processor):
+    """One silent clip of ten is a tenth, also if each is there eight times."""
+    write_audio(tmp_path / "silent.wav", np.zeros(16_000, np.float32), 16_000, "pcm_s16le")
+    rows = [{"audio": str(corpus.parent / "wav/0.wav"), "text": TEXTS[0]}] * 9
+    rows += [{"audio": str(tmp_path / "silent.wav"), "text": "the cat", "duration": 1.0}]
+    path = write_manifest(tmp_path / "m.jsonl", [{"id": str(i), **r} for i, r in enumerate(rows)])
+    dropped = Dropped(allowed=0.15)
+    sources = [{"path": str(path), "repeat": 8}]
+    data = SpeechDataset(sources, processor, dropped, disturb=0.5)
+    assert sum(len(items) for items in data.batches(60.0)) == 72
+    assert (dropped.counts.total(), data.total) == (8, 80)
+    dropped.check(data.total)
+
+
 def test_nothing_usable_is_an_error(tmp_path, corpus, processor):
     audio = str(corpus.parent / "wav/3.wav")
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": audio, "text": ""}])
@@ -456,6 +487,16 @@ def test_threads_do_not_take_each_others_lengths(tmp_path, build, corpus, monkey
         with torch.no_grad():
             expected, _ = model.encode(inputs["input_features"], inputs["input_features_mask"])
         assert torch.allclose(Frames(folder)[clip].float(), expected[0], atol=2e-3)
+
+
+def test_another_limit_of_disturbed_clips_is_encoded_anew(tmp_path, build, corpus, processor):
+    """Disturbances that make a clip too long are not applied, so the limit decides its frames."""
+    _, model = build("whisper", ctc=False)
+    for longest in (4.0, 30.0):
+        options = {"max_seconds": longest, "disturb": 1.0}
+        data = SpeechDataset([{"path": str(corpus)}], processor, Dropped(allowed=1.0), **options)
+        cache_encoder_frames(model, data, tmp_path)
+    assert len(glob_frames(tmp_path)) == 2
 
 
 def test_a_file_that_was_replaced_is_encoded_anew(tmp_path, build, processor):

@@ -206,6 +206,11 @@ def test_pairs_from_elsewhere_are_expected_as_far_as_transcripts_do_not_know_bet
     assert "gone" not in ngram.id_of  # a pair brings no word of its own
 
 
+def test_a_list_of_words_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    (tmp_path / "words.tsv").write_text("the\t5\n", encoding="utf-8-sig")
+    assert read_counts(tmp_path / "words.tsv") == {"the": 5.0}
+
+
 def test_a_list_of_words_is_checked(tmp_path):
     path = tmp_path / "words.tsv"
     path.write_text("muted\t30\nbluetooth\t7\nis muted\t3\n")

@@ -145,6 +145,21 @@ def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
     ]
 
 
+def test_a_mended_reference_is_scored_anew(model, tmp_path):
+    """A folder of audio: what was heard is known, what was said has changed."""
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    write_audio(folder / "0.wav", babble(0.8, 0), 16_000, "pcm_s16le")
+    args = ["eval", str(model), "--dataset", str(folder), "--out", str(out)]
+    found = []
+    for reference in ("entirely other words", None):
+        reference = reference or next(iter(read(out)[1].values()))["prediction"]
+        (folder / "metadata.csv").write_text(f'file_name,text\n0.wav,"{reference}"\n')
+        assert cli.main(args) == 0
+        found.append(read(out)[0]["wer"])
+    assert found[0] >= 100 and found[1] == 0
+
+
 def test_results_of_other_code_are_not_used(model, tmp_path, monkeypatch, capsys):
     """Not even of changes that are not committed; those of the same code are, and it says so."""
     manifest = make_set(tmp_path / "set", 4)
@@ -241,10 +256,10 @@ def test_bad_input_is_one_line(change, expected, model, tiny_bases, tmp_path, ca
     line = [args.pop("model"), *(part for pair in args.items() for part in pair)]
     try:
         code = cli.main(["eval", *(part.format(**places) for part in line)])
-        said = capsys.readouterr().err
-    except SystemExit as stop:
-        code, said = 2, str(stop.code)
+    except SystemExit as stop:  # of argparse
+        code = stop.code
     assert code == 2
+    said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and expected in errors[0]
     assert "Traceback" not in said
@@ -390,7 +405,8 @@ def submission(folder: Path, wrong: int = 60, n: int = 600, **changed) -> Path:
     said = {f"c{i}": "the red fox ran home" for i in range(n)}
     heard = {k: "the red fox ran" if i < wrong else t for i, (k, t) in enumerate(said.items())}
     facts = {"dataset": leaderboard.DATASET, "source": {"split": "test"}, "errors": 0,
-             "git_hash": "0123456789ab", "model": "some/model", "date": "2026-11-23"}  # fmt: skip
+             "git_hash": "0123456789ab", "model": "some/model", "date": "2026-11-23",
+             "language": "en"}  # fmt: skip
     return results(folder, said, heard, **{**facts, **changed})
 
 
@@ -424,6 +440,7 @@ def test_the_leaderboard_adds_in_order(clone):
         ({"git_hash": "unknown"}, "is not a commit"),
         ({"dataset": "ami"}, "not on speechbrain/LoquaciousSet"),
         ({"source": {"split": "dev"}}, "not on speechbrain/LoquaciousSet"),
+        ({"language": "de"}, r"not of Whisper.s English normaliser \(de\)"),
     ],
 )
 def test_the_leaderboard_refuses(changed, why, clone):

@@ -467,6 +467,14 @@ def test_paths_and_links_of_the_docs_exist(page):
         assert (page.parent / link).exists(), link
 
 
+def test_the_figures_are_drawn_from_their_data(tmp_path):
+    subprocess.run([sys.executable, "bench/figures.py", "--out", tmp_path], cwd=ROOT, check=True)
+    figures = sorted((ROOT / "docs/figures").glob("*.svg"))
+    assert [path.name for path in figures] == ["alignment.svg", "learning.svg"]
+    for path in figures:
+        assert path.read_text() == (tmp_path / path.name).read_text(), f"{path}: run `make docs`"
+
+
 def test_the_site_holds_every_page_and_no_broken_link(tmp_path):
     for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
@@ -476,7 +484,7 @@ def test_the_site_holds_every_page_and_no_broken_link(tmp_path):
     built = {str(page.parent.relative_to(tmp_path / "site")) for page in pages}
     assert {f"docs/{page.stem}" for page in (ROOT / "docs").glob("*.md")} <= built
     for page, text in pages.items():
-        for href in re.findall(r'href="?([^" >]+)', text):
+        for href in re.findall(r'(?:href|src)="?([^" >]+)', text):
             if not href.startswith(("http", "data:")):
                 path, _, anchor = href.partition("#")
                 there = (page.parent / path).resolve() if path else page

@@ -26,6 +26,7 @@ from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, r
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.transcribe import main as transcribe
+from tiny_audio.errors import UserError
 from tiny_audio.training import train as runner
 from tiny_audio.training.data import Clips, Dropped
 from tiny_audio.training.manifests import DataError, Reader
@@ -141,7 +142,7 @@ def test_damaged_weights_are_one_line(model_folder, tmp_path, content, capsys):
     (folder / WEIGHTS).write_bytes(content)
     with pytest.raises(OSError, match=r"is not a valid weights file.*git lfs pull"):
         ASRModel.from_pretrained(folder)
-    with pytest.raises(SystemExit, match="not a valid weights file"):
+    with pytest.raises(UserError, match="not a valid weights file"):
         transcribe(["a.wav", "--model", str(folder)])
 
 
@@ -152,7 +153,7 @@ def test_a_device_that_is_not_there_is_one_line(model_folder):
     for device in ("cuda", "gpu0"):
         if device == "cuda" and torch.cuda.is_available():
             continue
-        with pytest.raises(SystemExit, match=f"no device '{device}' here"):
+        with pytest.raises(UserError, match=f"no device '{device}' here"):
             transcribe(["a.wav", "--model", str(model_folder), "--device", device])
 
 

@@ -31,6 +31,7 @@ from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, r
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render
+from tiny_audio.errors import UserError
 from tiny_audio.progress import progress_bar
 
 # -- reading in blocks, damage -------------------------------------------------------------------
@@ -476,7 +477,7 @@ def test_command_line_reads_stdin(model_folder, files, capsys, monkeypatch, pipe
 
 
 def test_a_wrong_model_folder_is_named(tmp_path, files):
-    with pytest.raises(SystemExit, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         transcribe.main([files[0], "--model", str(tmp_path)])
 
 

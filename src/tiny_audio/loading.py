@@ -1,6 +1,5 @@
 """Load a trained model for the commands, the web page, the endpoint and the evaluation."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ from transformers.utils import logging
 
 from .asr.asr_config import ASRConfig
 from .asr.asr_pipeline import ASRPipeline
+from .errors import UserError
 from .hub import one_line
 from .progress import quiet_libraries
 
 
 def check_device(device: str | None) -> None:
-    """Exit with a one-line error if this machine does not have the device."""
+    """Raise UserError if this machine does not have the device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: no device {device!r} here: {one_line(error)}")
+        raise UserError(f"no device {device!r} here: {one_line(error)}") from error
 
 
 def load_pipeline(
@@ -35,15 +35,15 @@ def load_pipeline(
     prefer) apply only to tiny-audio models, see `asr_decoding.transcribe`.
 
     Raises:
-        SystemExit: with a one-line error, if `model` does not exist or cannot be loaded.
+        UserError: if `model` does not exist or cannot be loaded.
     """
     logging.set_verbosity_error()
     quiet_libraries()
     check_device(device)
     folder = Path(model).exists() or model.startswith((".", "/", "outputs/"))  # or a Hub id
     if folder and not (Path(model) / "config.json").is_file():
-        sys.exit(
-            f"error: {model} has no config.json, so it is no finished model; see make quickstart"
+        raise UserError(
+            f"{model} has no config.json, so it is no finished model; see make quickstart"
         )
     options: Any = {"decode": decode} if decode else {}
     options |= {"decoding": {"words": list(terms)}} if terms else {}
@@ -61,4 +61,4 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         where = "cannot be loaded" if folder else "is not a folder; loading it from the Hub failed"
-        sys.exit(f"error: {model} {where}: {reason}")
+        raise UserError(f"{model} {where}: {reason}") from error

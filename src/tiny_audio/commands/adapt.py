@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..asr.asr_config import ASRConfig
-from ..evaluation.recognisers import fingerprint, load_recogniser
+from ..evaluation.recognisers import load_recogniser
 from ..training.manifests import DataError, Example, read_source
 from ..training.plan import without_weights
 from ..training.recipe import CONFIGS
@@ -28,8 +28,8 @@ from .compare import compared, paired, read_rows
 from .eval import evaluate
 
 HELD_OUT = 0.2  # share of the clips
-MIN_CLIPS, MIN_SPEAKERS = 10, 5  # fewer held-out clips say nothing; fewer speakers are not split
-MOST_COPIES, COPIES_SECONDS = 8, 1200.0  # clips are repeated, disturbed anew, up to so much audio
+MIN_CLIPS, MIN_SPEAKERS = 10, 5  # fewest clips to measure on; fewest speakers to split by
+MOST_COPIES, COPIES_SECONDS = 8, 1200.0  # clips are repeated up to this much audio
 KEPT_CLIPS = 150  # of each source of the old training data
 
 
@@ -116,11 +116,12 @@ def run(args: Any) -> int:
     kept, held_out = (clips, list(read_source({"path": str(args.dev)}))) if args.dev else (
         hold_out(clips, args.seed))  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    mark = args.out / "adapt.json"  # what this folder was made from
-    asked = json.dumps([vars(args), fingerprint([args.data])], default=str)
-    if mark.exists() and mark.read_text() != asked:
-        raise ValueError(f"{args.out} is of other clips or options: name a new folder with --out")
-    mark.write_text(asked)
+    made_from = args.out / "adapt.json"  # the options and clips of this folder's adaptation
+    said = [[(clip.id, clip.text) for clip in part] for part in (kept, held_out)]
+    request = json.dumps([vars(args), said], default=str)
+    if made_from.exists() and made_from.read_text() != request:
+        raise ValueError(f"{args.out} was made from other clips or options: choose another --out")
+    made_from.write_text(request)
     own = write_clips(kept, args.out / "train.jsonl")
     old = recipe_of(args.model)
     keep = [{"path": str(args.keep)}] if args.keep else existing(old.data.train)
@@ -129,7 +130,8 @@ def run(args: Any) -> int:
         print("warning: none of the old training data is here: the model may forget (see --keep)")
     sets = {"your held-out clips": held_out}
     for source in existing(old.data.eval):
-        sets[f"old clips ({Path(source['path']).name})"] = [*read_source(source)]
+        name = "/".join(Path(source["path"]).parts[-2:])
+        sets[f"old clips ({name})"] = [*read_source(source)]
     cfg = adapted_recipe(args.model, own, sum(c.duration for c in kept), keep, args)
 
     def measure(model: Path, when: str) -> None:

@@ -29,7 +29,7 @@ from . import append_row, home_path, parser_of
 SUFFIXES = (".srt", ".vtt", ".ass", ".TextGrid", ".txt")
 MARGIN = 1.0  # seconds around a subtitle in which its text is searched
 EDGE = 0.1  # seconds of a clip before and after its text
-LEAST = 0.1  # confidence of a text; nearly all wrong texts have less, see docs/log.md
+MIN_CONFIDENCE = 0.1  # nearly all wrong texts have less, see docs/log.md
 # Marks of subtitles: [music], (laughs), <c>, notes, a dialogue's dash, a speaker's NAME:
 NOT_SPOKEN = re.compile(r"\[[^]]*]|\([^)]*\)|<[^>]*>|♪|^[\s>-]*(?:[A-Z][A-Z .']+:)?", re.M)
 
@@ -106,8 +106,8 @@ def locate(pipe: Any, samples: np.ndarray, cue: Cue) -> tuple[float, float, floa
     return at + start * step, at + end * step + LAG, float(np.exp(scores[1:-1].mean()))
 
 
-def unusable(pipe: Any, cue: Cue, seconds: float) -> str:
-    """Why a cue cannot be searched for in a recording of `seconds`; empty if it can."""
+def why_unusable(pipe: Any, cue: Cue, seconds: float) -> str:
+    """Explain why a cue cannot be located in a recording of `seconds`; "" if it can."""
     longest = pipe.processor.max_seconds - 2 * MARGIN
     if not 0 <= cue.start <= cue.end or cue.start >= seconds:
         return "outside the recording"
@@ -129,9 +129,9 @@ def cut(pipe: Any, recording: Path, out: Path, number: int) -> Iterator[dict[str
     bar = progress_bar(iterable=cues, desc=recording.name, unit="subtitle")
     for i, cue in enumerate(bar, number):
         start, end, sure = cue.start, cue.end, 0.0
-        if not (why := unusable(pipe, cue, len(samples) / SAMPLE_RATE)):
+        if not (why := why_unusable(pipe, cue, len(samples) / SAMPLE_RATE)):
             start, end, sure = locate(pipe, samples, cue)
-            why = "" if sure >= LEAST else "not heard there"
+            why = "" if sure >= MIN_CONFIDENCE else "not heard there"
         row = {"audio": "", "text": cue.text, "recording": recording, "refused": why}
         row |= {"start": f"{start:.2f}", "end": f"{end:.2f}", "confidence": f"{sure:.2f}"}
         if not why:
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=home_path, default=Path("clips"), help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best one available")
     args = parser.parse_args(argv)
-    if (args.out / "clips.csv").exists():
+    if [*args.out.glob("*.csv")]:
         parser.error(f"{args.out} holds clips already: name another folder with --out")
     pipe = load_pipeline(args.model, args.device)
     if getattr(pipe.model, "characters", None) is None:
@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
             failed = True
             print(f"error: {error}", file=sys.stderr)
     clips, refused = done["clips.csv"], done["refused.csv"]
-    print(f"{clips} clips in {args.out / 'clips.csv'}, {refused} subtitles in refused.csv")
+    found = f"{clips} clips in {args.out / 'clips.csv'}" if clips else "no clips"
+    print(f"{found}, {refused} subtitles in refused.csv")
     if refused > clips:
         print("most are refused: are these the subtitles of this recording?", file=sys.stderr)
     return int(failed)

@@ -73,7 +73,7 @@ def check(cfgs: Sequence[Any]) -> None:
             padded = sum(len(batch) * max(seconds[i] for i in batch) for batch in batches)
             print(
                 f"stage {stage.stages[0].name}: {len(batches):,} batches an epoch, "
-                f"{1 - sum(seconds) / padded:.1%} of them padding"
+                f"{1 - sum(seconds) / padded:.1%} of the audio is padding"
             )
 
 

@@ -31,8 +31,8 @@ from .transcribe import DECODE_HELP
 
 MAX_SIZE, MAX_SECONDS = "200mb", 3600.0
 KEEP = 7200  # seconds until an upload is deleted
-LISTEN_EVERY = 2.0  # seconds between two looks at the microphone
-LIVE_SECONDS = 10.0  # what was said longer ago than this is not decoded again
+LISTEN_EVERY = 2.0  # seconds between two updates of the live text
+LIVE_SECONDS = 10.0  # each update decodes only this much of the latest speech again
 CSS = """
 .result { overflow-wrap: anywhere } .result audio { width: 100% }
 .result a { margin-right: 1rem; text-decoration: underline }
@@ -93,11 +93,11 @@ def transcribe(source: str | None, model: str, decode: str | None = None) -> Ite
         return
     spent = time.perf_counter() - began
     result = pipe.postprocess(recording, return_timestamps=True)
-    seconds, none = result["duration"], "" if result["text"] else "No speech was found."
+    seconds, hint = result["duration"], "" if result["text"] else "No speech was found."
     status = f"{seconds:.1f} s of audio in {spent:.1f} s: {seconds / spent:.1f} times real time. "
     notes = result.get("warnings", []) + result.get("missing", [])
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    yield page(status + none, done, player(result, Path(source))) + notes, result["text"]
+    yield page(status + hint, done, player(result, Path(source))) + notes, result["text"]
 
 
 def listen(
@@ -200,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, local only")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
-    models = args.models or [str(p.parent) for p in sorted(Path("outputs").glob("*/config.json"))]
+    outputs = Path("outputs")
+    finished = sorted([*outputs.glob("*/config.json"), *outputs.glob("*/model/config.json")])
+    models = args.models or [str(config.parent) for config in finished]
     if not models:
         parser.error("no model in outputs: name a folder or Hub id")
     load(models[0], args.decode)

@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 def refuse_if(folder: Path, reasons: dict[str, bool]) -> None:
-    """Exit and name the reasons that hold, if any."""
+    """Exit with an error if any reason holds; the error names those that do."""
     if holding := [reason for reason, holds in reasons.items() if holds]:
         sys.exit(f"error: {folder} is refused: {'; '.join(holding)}")
 
@@ -42,6 +42,7 @@ def evaluation_entry(folder: Path) -> dict[str, Any]:
     reasons = {
         f"it is not on {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) != (DATASET, SPLIT),
         f"{s['errors']} clips failed": s["errors"] > 0,
+        f"its WER is not of Whisper's English normaliser ({s['language']})": s["language"] != "en",
         f"{s['utterances']} samples, {MIN_SAMPLES} are needed": s["utterances"] < MIN_SAMPLES,
         f"its code {s['git_hash']} is not a commit": not is_committed(s["git_hash"]),
     }

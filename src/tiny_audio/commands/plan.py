@@ -108,15 +108,15 @@ def report(own: dict[str, Any], stages: list[Stage]) -> None:
     rate = 1e3 * gpu["tflops"] * own["utilisation"]  # GFLOP/s
     hours = [stage.audio * stage.gflop / rate for stage in stages]
     longest = hours.index(max(hours))
-    main, full = stages[longest], max(stage.gb for stage in stages)
+    main_stage, largest = stages[longest], max(stages, key=lambda stage: stage.gb)
 
     def dollars(hours: float) -> str:
         return "" if price is None else f"${hours * price:,.2f}"
 
     def fits(memory: float) -> str:
-        return "fits" if full <= memory * (1 - MARGIN) else "too big"
+        return "fits" if largest.gb <= memory * (1 - MARGIN) else "too big"
 
-    print(f"\n{describe(main.model)}\n\nGFLOP for a second of audio, forward and backward")
+    print(f"\n{describe(main_stage.model)}\n\nGFLOP for a second of audio, forward and backward")
     work, bill = [["stage", *PARTS, "all"]], [["stage", "steps", "audio h", "hours", "GB", ""]]
     for stage, takes in zip(stages, hours, strict=True):
         name, steps = stage.cfg.stages[0].name, stage.cfg.training.max_steps
@@ -126,12 +126,13 @@ def report(own: dict[str, Any], stages: list[Stage]) -> None:
         bill.append([name, *needs, dollars(takes)])
     bill.append(["all", "", "", f"{sum(hours):.1f}", "", dollars(sum(hours))])
     print(f"{table(*work)}\n\n{table(*bill)}\n")
-    memory = " + ".join(f"{v / 1e9:.1f} {k}" for k, v in main.cost.memory.items() if v > 5e7)
-    print(f"memory with {main.clips} clips of {own['seconds']:g} s: {memory} = {main.gb:.1f} GB,")
+    parts = [f"{n / 1e9:.1f} {part}" for part, n in largest.cost.memory.items() if n > 5e7]
+    clips = f"{largest.clips} clips of {own['seconds']:g} s"
+    print(f"memory with {clips}: {' + '.join(parts)} = {largest.gb:.1f} GB,")
     print(f"of {gpu['memory']} GB, {MARGIN:.0%} left to driver and gaps: {fits(gpu['memory'])}")
     if bought := own["hours"]:
-        audio = bought * rate / main.gflop
-        steps = audio / main.audio * main.cfg.training.max_steps
+        audio = bought * rate / main_stage.gflop
+        steps = audio / main_stage.audio * main_stage.cfg.training.max_steps
         print(f"{bought:g} hours {dollars(bought)} buy {steps:,.0f} steps, {audio:,.0f} h of audio")
     rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
     for name, other in GPUS.items():

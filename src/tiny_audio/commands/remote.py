@@ -242,7 +242,7 @@ def follow(machine: Machine, args: argparse.Namespace, start: str) -> int:
         print("\nthe run continues; `tiny-audio remote attach` follows it again")
         return 0
     state = machine.facts(STATUS, args.run)["state"]
-    print(state if state != "killed" else "killed: the same command continues")
+    print(state if state != "killed" else "killed: remote-train continues it")
     return 0 if state == "ended with code 0" else 1
 
 

@@ -31,7 +31,7 @@ from .transcribe import DECODE_HELP, TERMS_HELP, read_terms
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
-PIECES = 3  # pieces of a round that the requests share, in addition to one of each
+PIECES = 3  # a round takes one piece of each request, and this many more, shared among them
 
 
 class Worker:

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_pipeline import ASRPipeline
 from ..asr.asr_processing import SAMPLE_RATE
+from ..errors import UserError
 from ..hub import one_line
 from ..loading import check_device, load_pipeline
 
@@ -49,8 +50,7 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         on the Hub, or the SHA-256 of a folder's weights).
 
     Raises:
-        SystemExit: with a one-line message, if the model does not exist or is not a speech
-            recogniser.
+        UserError: if the model does not exist or is not a speech recogniser.
     """
     check_device(device)
     pipe: Any
@@ -59,12 +59,12 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         config = AutoConfig.from_pretrained(name)
     if (Path(name) / "model.bin").is_file():
         if find_spec("faster_whisper") is None:
-            sys.exit(f"error: {name}: CTranslate2 needs pip install 'tiny-audio[faster-whisper]'")
+            raise UserError(f"{name}: CTranslate2 needs pip install 'tiny-audio[faster-whisper]'")
         pipe = FasterWhisper(name, device, language)
     elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
-        sys.exit(f"error: {name} is a speech LLM, which needs a prompt of its own: not supported")
+        raise UserError(f"{name} is a speech LLM, which needs a prompt of its own: not supported")
     elif config is not None and not any(type(config) in kind for kind in RECOGNISERS):
-        sys.exit(f"error: {name} is no speech recogniser: it is of type {config.model_type}")
+        raise UserError(f"{name} is no speech recogniser: it is of type {config.model_type}")
     else:
         pipe = load_pipeline(name, device)
         if pipe.tokenizer.pad_token is None:  # transformers needs one to batch
@@ -102,7 +102,7 @@ def recognise(pipe: Any, clips: Sequence[np.ndarray], options: dict[str, Any]) -
         if pipe.type == "seq2seq_whisper":  # it pads every clip to 30 s
             size = max(1, int(options.get("batch_seconds", 60.0) / 30))
             long = max(map(len, clips)) > 30 * SAMPLE_RATE
-        if pipe.type == "ctc" or long:  # in a batch, the pipeline would decode the padding of CTC
+        if pipe.type == "ctc" or long:  # a batch's padding would be decoded as speech
             size = 1
         raw = [{"raw": clip, "sampling_rate": SAMPLE_RATE} for clip in clips]
         answers = pipe(raw, batch_size=size, **({"return_timestamps": True} if long else {}))

@@ -219,7 +219,7 @@ class Clips:
         return np.random.default_rng([self.seed, epoch, zlib.crc32(example_id.encode())])
 
     def disturbed_seconds(self, example: Example, epoch: int) -> float:
-        """The length of an example in an epoch, after `disturbed`."""
+        """Predict the seconds that `disturbed` makes of an example, from the same numbers."""
         if not self.disturb or self.encoded is not None:
             return example.duration
         rng = self.rng(example.id, epoch)
@@ -303,6 +303,7 @@ class SpeechDataset(Clips, Dataset):
         ids = [
             f"{example.id}#{i}" if i and self.disturb else example.id for i in range(example.repeat)
         ]
+        self.total += len({*ids}) - 1  # each is dropped by itself, too
         return [replace(example, id=id) for id in ids]
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:

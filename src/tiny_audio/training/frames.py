@@ -68,7 +68,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
     made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]
     made_of += [str(next(model.encoder.parameters()).dtype)]
-    made_of += [data.processor.tail_seconds, data.processor.min_seconds]
+    made_of += [data.processor.tail_seconds, data.processor.min_seconds, data.max_seconds]
     made_of += [data.disturb, data.disturb and data.seed]
     lora = [p for name, p in model.encoder.named_parameters() if ".lora_B" in name]
     made_of += [crc32(p.detach().cpu().numpy().tobytes()) for p in lora if p.any()]
@@ -84,7 +84,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
         unfinished.folder.mkdir(parents=True)
         encode_all(model, data, unfinished)
         unfinished.folder.replace(folder)
-    for row in read_log(folder / UNREAD):  # also known to the stages that find the cache made
+    for row in read_log(folder / UNREAD):  # a stage that reuses the cache reports them too
         data.dropped.add(**row)
     data.serve_encoded(Frames(folder))
 

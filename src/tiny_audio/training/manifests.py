@@ -45,7 +45,7 @@ USUAL_COLUMNS = {
     "text": ("sentence", "transcription", "transcript", "normalized_text", "raw_text"),
 }
 SHARDS_AT_ONCE = 8  # shards of a stream that are open at a time
-AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # relative to the manifest; searched for its files
+AUDIO_FOLDERS = ("", "clips", "wavs", "audio")  # where a manifest's audio may be, relative to it
 
 
 class DataError(UserError):
@@ -121,7 +121,7 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
     if path.suffix == ".jsonl":
         try:
             return list(json.loads(first)), {"encoding": "utf-8-sig"}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DataError(f"{path}, line 1 is not a JSON object: {error}") from error
     separator = max(SEPARATORS, key=first.count)
     columns = next(csv.reader([first], delimiter=separator), [])
@@ -265,10 +265,12 @@ class Reader:
         if isinstance(audio, str):
             places = [self.folder / folder / audio for folder in AUDIO_FOLDERS]
             audio = str(next((place for place in places if place.is_file()), places[0]))
-        speaker = row.get(source["speaker_column"])
+        speaker, name = row.get(source["speaker_column"]), row.get(source["id_column"])
+        if name in (None, ""):
+            name = f"{Path(source['path']).stem}-{self.count}"
         self.count += 1
         return Example(
-            id=str(row.get(source["id_column"]) or f"{Path(source['path']).stem}-{self.count - 1}"),
+            id=str(name),
             audio=audio,
             text=str(row[source["text_column"]] or ""),
             duration=self.seconds(row, audio),
@@ -338,7 +340,7 @@ def complete(source: Any) -> dict[str, Any]:
     folder = Path(source["path"]).expanduser()
     if folder.is_dir():  # an AudioFolder of `datasets`
         if any(folder.rglob("*.parquet")):  # a Hub dataset that was downloaded
-            return source
+            return {**source, "path": str(folder)}
         tables = list(folder.glob("metadata.csv")) + list(folder.glob("metadata.jsonl"))
         if not tables:
             raise DataError(

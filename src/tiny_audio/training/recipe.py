@@ -64,7 +64,7 @@ def stage_configs(cfg: DictConfig) -> list[Any]:
 
 
 def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse `training.x=...` on the command line if a stage sets the same key."""
+    """Refuse an override of `training.x` or `data.x` if a stage sets the same key."""
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         group, _, name = key.partition(".")

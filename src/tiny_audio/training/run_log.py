@@ -53,7 +53,7 @@ class StepLine(TrainerCallback):
         if "eval_loss" in logs:
             print(
                 f"step {state.global_step:>5}: evaluation loss {logs['eval_loss']:.3f}, "
-                f"WER {logs['eval_wer']:.1f} % of {logs['eval_clips']} clips",
+                f"WER {logs['eval_wer']:.1f} % on {logs['eval_clips']} clips",
                 flush=True,
             )
             return

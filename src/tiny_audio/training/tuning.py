@@ -18,8 +18,8 @@ from ..asr.asr_decoding import SCORE_WEIGHTS, Candidate, rescore
 from ..evaluation.scoring import count, normalizer
 from .data import SpeechDataset
 
-# The values to try for each weight. Those of the search itself stay as they are: what makes its
-# first text better makes its other proposals worse.
+# The values to try for each weight. The weights of the search are not tuned: values that improve
+# its first proposal make the others worse.
 TRIED = {
     "prior": (0.2, 0.4, 0.6, 0.8, 1.0),
     "decoder": (0.15, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5),

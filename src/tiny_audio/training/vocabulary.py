@@ -102,7 +102,7 @@ def read_counts(path: Path) -> dict[str, float]:
     if not path.is_file():
         raise DataError(f"data.words={path}: no such file")
     counts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         word, _, count = line.partition("\t")
         if not word or not count.strip().isdigit() or int(count) < 1:
             raise DataError(f"{path}, line {number} is not word<TAB>count: {line[:60]!r}")
