@@ -21,7 +21,7 @@ from tiny_audio.asr.asr_decoding import (  # fmt: skip
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
-from tiny_audio.asr.asr_search import Lexicon, PrefixSearch
+from tiny_audio.asr.asr_search import Lexicon, PrefixSearch, squeeze_blanks
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.training.manifests import DataError
@@ -141,6 +141,32 @@ def test_sure_blanks_cost_nothing_and_change_nothing():
     within = search(long, torch.tensor([long.shape[1]]))
     assert [p.text for p in within[0][:5]] == [p.text for p in alone[0][:5]]
     assert within[0][0].score == pytest.approx(alone[0][0].score, abs=1e-3)
+
+
+def test_a_run_of_sure_blanks_becomes_one_frame():
+    """A text keeps their log-probability; sure letters stay, frame by frame."""
+    blank = torch.tensor([0.99, 0.004, 0.003, 0.003]).log()
+    letter = blank[[2, 1, 0, 3]]
+    frames = torch.stack([blank, blank, blank, letter, letter, blank, blank]).repeat(2, 1, 1)
+    kept, dropped = squeeze_blanks(frames, torch.tensor([7, 5]))
+    assert dropped.tolist() == pytest.approx([3 * math.log(0.99), 2 * math.log(0.99)])
+    assert torch.equal(kept[0], torch.stack([blank, letter, letter, blank]))
+    assert torch.equal(kept[1, :3], torch.stack([blank, letter, letter]))
+    assert kept[1, 3].exp().tolist() == [1.0, 0.0, 0.0, 0.0]  # beyond the second clip
+    search = PrefixSearch(ALPHABET, NGRAM, WHOLE)
+    whole, short = (search(x[:1], torch.tensor([x.shape[1]]))[0] for x in (frames, kept))
+    assert [p.text for p in whole] == [p.text for p in short]
+    wanted = [p.ctc + float(dropped[0]) for p in short]
+    assert [p.ctc for p in whole] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_more_candidates_than_letters_are_all_letters():
+    log_probs, lengths = random_log_probs(2, 4, 4), torch.tensor([4, 3])
+    all_letters, more = (
+        PrefixSearch(ALPHABET, NGRAM, {**WHOLE, "candidates": n})(log_probs, lengths)
+        for n in (3, 9)
+    )
+    assert all_letters == more
 
 
 def test_an_unknown_word_is_dear_by_its_length():
