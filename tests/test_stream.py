@@ -222,7 +222,7 @@ def test_a_stream_is_continued_by_as_many_processes(compose, tmp_path):
     (tmp_path / "run/finished.json").unlink()
     shares = tmp_path / "run/align/checkpoint-4"
     shutil.copy(shares / "stream-0.json", shares / "stream-1.json")
-    with pytest.raises(ValueError, match="can only be continued by 2 processes"):
+    with pytest.raises(ValueError, match=r"was saved by 2 process\(es\): continue it with as many"):
         runner.train(cfg)
 
 

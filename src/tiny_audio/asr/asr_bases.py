@@ -56,7 +56,7 @@ def load_base(
     if "layerdrop" in vars(model.config):
         model.config.layerdrop = 0.0  # DDP fails if a dropped layer's LoRA has no gradient
     if missing := set(info["missing_keys"]) - OPTIONAL_WEIGHTS:
-        raise ValueError(f"{part} {name} lacks weights: {sorted(missing)[:5]}")
+        raise ValueError(f"{part} {name}: the checkpoint lacks weights: {sorted(missing)[:5]}")
     setattr(config, f"{part}_revision", revision)
     if base is None or not has_ctc_head(base):
         return model, None

@@ -70,7 +70,7 @@ class TextTree:
 
 @dataclass
 class Prompts:
-    """A batch of prompts that the decoder has read.
+    """A batch of prompts after the decoder has processed them.
 
     Attributes:
         mask: (b, s) attention mask; padding is on the left.

@@ -33,8 +33,8 @@ class WhisperEncoderHalf(WhisperEncoder):
 class MaskedGroupNorm(nn.GroupNorm):
     """Group norm over time, one channel per group, that ignores padding in its statistics.
 
-    With `lengths` (b,) in steps, a clip is normalised as it would be alone. The group norms of
-    transformers count padding as silence.
+    With `lengths` (b,) in steps, a clip is normalised as it would be alone. Those of
+    the transformers library count padding as silence.
     """
 
     lengths: Tensor | None = None

@@ -87,10 +87,10 @@ class NGram:
 
 
 def count_words(sentences: Iterable[Sequence[str]]) -> tuple[Counter[str], Counter[tuple]]:
-    """Count words and pairs of words, including sentence starts and ends.
+    """Count words and pairs of adjacent words, including sentence starts and ends.
 
-    If there are more than twice `MAX_PAIRS`, the rare ones are dropped (lossy counting, Manku and
-    Motwani 2002). This way 25,000 hours of transcripts fit into memory.
+    Above 2 x `MAX_PAIRS` pairs, only the `MAX_PAIRS` most frequent are kept (lossy counting, Manku
+    and Motwani 2002), so that 25,000 hours of transcripts fit into memory.
     """
     words: Counter[str] = Counter()
     pairs: Counter[tuple] = Counter()

@@ -151,7 +151,7 @@ def loud_span(samples: np.ndarray) -> tuple[int, int]:
 
 
 def _quietest(samples: np.ndarray, limit: int) -> int:
-    """Return where to cut in the second half of the first `limit` samples."""
+    """Return the index of the quietest 0.2 s in the second half of the first `limit` samples."""
     around = PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1  # centres the window on each step
     energy = np.pad(_energy(samples), around, mode="edge")
     smooth = np.convolve(energy, np.ones(PAUSE_WINDOW) / PAUSE_WINDOW, mode="valid")

@@ -31,7 +31,7 @@ def style_of(form: str, word: str) -> str:
 
 
 def in_style(style: str, word: str) -> str:
-    """Write a spoken word in a style whose case is one of `CASES`."""
+    """Write a spoken word in a style such as "Aa."; its case must be one of `CASES`."""
     case = next(name for name in CASES if name in style)
     return style.replace(case, CASES[case](word))
 

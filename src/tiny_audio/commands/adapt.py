@@ -91,7 +91,10 @@ def existing(sources: Any) -> list[dict[str, Any]]:
 def adapted_recipe(
     model: Path, own: str, seconds: float, keep: list[dict[str, Any]], args: Any
 ) -> DictConfig:
-    """The model's recipe, changed by `experiments/adapt.yaml` to train on `own` and `keep`."""
+    """Change the model's recipe by `experiments/adapt.yaml`, and set its data.
+
+    It trains on the manifest `own` (`seconds` of audio) and on the sources `keep`.
+    """
     old, change = recipe_of(model), OmegaConf.load(CONFIGS / "experiments/adapt.yaml")
     assert isinstance(change, DictConfig)
     del change["defaults"]

@@ -22,9 +22,9 @@ from .plan import recipe_stages
 
 
 def check_source(clips: Clips, source: Any, streaming: bool) -> None:
-    """Print the rows of one source."""
-    before, rewritten, started = clips.dropped.counts.copy(), clips.rewritten, time.monotonic()
-    total, seconds = clips.total, list[float]()
+    """Read and check one source, and print its rows of the table."""
+    dropped_before, rewritten_before = clips.dropped.counts.copy(), clips.rewritten
+    total_before, started, seconds = clips.total, time.monotonic(), list[float]()
     speakers, characters = set[str | None](), set[str]()
     for example in islice(clips.admitted(source, streaming), clips.max_train_samples):
         item = clips.read(example)
@@ -34,12 +34,12 @@ def check_source(clips: Clips, source: Any, streaming: bool) -> None:
         seconds.append(example.duration)
         speakers.add(example.speaker)
         characters |= set(example.text)
-    reasons, read = clips.dropped.counts - before, clips.total - total
+    reasons, read = clips.dropped.counts - dropped_before, clips.total - total_before
     rate = read / (time.monotonic() - started)
     named = len(speakers - {None}) or "-"
     print(
         f"{len(seconds):>9,}{sum(seconds) / 3600:>9.2f}{reasons.total():>9,}"
-        f"{clips.rewritten - rewritten:>11,}{named:>10}{rate:>9.0f}  {source['path']}"
+        f"{clips.rewritten - rewritten_before:>11,}{named:>10}{rate:>9.0f}  {source['path']}"
     )
     print(f"{'':<9}characters: {''.join(sorted(characters))}")
     for reason, count in reasons.items():

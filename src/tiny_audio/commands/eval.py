@@ -122,9 +122,9 @@ def evaluate(
     for clip in clips:  # make repeated ids unique
         seen[clip.id] += 1
         clip.id += f"#{seen[clip.id]}" if seen[clip.id] > 1 else ""
-    mark = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    work = out / f"results-{mark}.jsonl"  # keeps results of different settings apart
-    rows = transcribe_all(pipe, clips, work, options)
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    progress = out / f"results-{digest}.jsonl"  # an interrupted run continues from this file
+    rows = transcribe_all(pipe, clips, progress, options)
     scored = [row for row in rows if "error" not in row]
     failed = [row for row in rows if "error" in row]
     if not scored:
@@ -145,7 +145,7 @@ def evaluate(
     }
     worst = failed + sorted(scored, key=lambda row: -row["wer"])
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "results.txt").write_text("\n".join(map(lines, worst)))
+    (out / "results.txt").write_text("\n".join(map(as_text, worst)))
     write_report(out, summary, worst, {clip.id: clip.audio for clip in clips})
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -197,7 +197,7 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
     return [rows[clip.id] for clip in clips]
 
 
-def lines(row: Row) -> str:
+def as_text(row: Row) -> str:
     """Format one utterance for results.txt."""
     result = f"ERROR {row['error']}" if "error" in row else f"WER {row['wer']:.1f} %"
     texts = f"  ref: {row['reference']}\n  hyp: {row['prediction']}\n"

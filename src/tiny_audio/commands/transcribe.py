@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     pipe = load_pipeline(args.model, args.device, args.decode, args.terms)
     options = {"return_timestamps": kind != "txt" and ("word" if args.words else True)}
-    lines = len(targets) > 1 and kind == "json" and not folder
+    json_lines = len(targets) > 1 and kind == "json" and not folder
     failed = False
     sources = (spool() if name == "-" else name for name in todo)
     with tqdm(unit="s", unit_scale=True, desc="audio", disable=None) as bar:
         results = pipe.stream(sources, skip_errors=True, progress=bar.update, **options)
         for (name, target), result in zip(todo.items(), results, strict=True):
-            if lines:
+            if json_lines:
                 print(json.dumps({"file": name, **result}), flush=True)
             if "error" in result:
                 failed = True
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             for line in [*result.get("warnings", []), *result.get("missing", [])]:
                 tqdm.write(f"warning: {name}: {line}", sys.stderr)
-            if lines:
+            if json_lines:
                 continue
             text = render(result, kind)
             if target:

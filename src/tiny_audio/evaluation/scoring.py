@@ -82,8 +82,8 @@ def difference(
 
     Returns:
         Both ends of the 95 % interval of (WER of B - WER of A) in percentage points, and the
-        two-sided p-value. The p-value is twice the share of resamples on the rarer side of zero
-        (those at zero count half to either side), and at least 1 / RESAMPLES.
+        two-sided p-value: twice the share of resamples below zero or above zero, whichever is
+        smaller (those at zero count half on each side), and at least 1 / RESAMPLES.
     """
     sums = resample(np.stack([np.subtract(errors_b, errors_a), words], 1), seed)
     rates = 100 * sums[:, 0] / np.maximum(sums[:, 1], 1)

@@ -74,7 +74,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.batch_size = None  # accelerate reads it; batches have no fixed size
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration's shuffle."""
+        """Set the epoch that determines the next shuffle."""
         self.epoch = epoch
 
     def batches_of(self, epoch: int) -> list[list[int]]:

@@ -188,7 +188,7 @@ class Clips:
         return {"id": example.id, "reason": reasons[0], "detail": detail}
 
     def fits(self, example: Example) -> bool:
-        """Whether CTC can align the tokens: one frame each, plus a blank between equal ones."""
+        """Whether CTC can align the tokens: a frame each, and a blank between equal neighbours."""
         repeats = sum(a == b for a, b in pairwise(example.target))
         frames = self.processor.frames_for_seconds(example.duration)
         return len(example.target) + repeats <= frames
@@ -243,9 +243,9 @@ class Clips:
         self.epoch = epoch
 
     def perturb(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
-        """Add noise to cached encoder frames (t, d), and zero some channels and a run of frames.
+        """Add noise to cached encoder frames (t, d); zero some channels and one stretch of frames.
 
-        Seeded by (seed, epoch, id), so a resumed run repeats it.
+        Seeded by (seed, epoch, id), so resumed training repeats it.
         """
         key = f"{self.seed}/{self.epoch}/{example_id}"
         rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))

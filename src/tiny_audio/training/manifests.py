@@ -189,7 +189,7 @@ class Shards:
         return number, rows, iter(rows)
 
     def state(self) -> dict[str, Any]:
-        """The current position, in JSON types."""
+        """The current position, ready for JSON."""
         parts = [[number, rows.state_dict()] for number, rows, _ in self.parts]
         return {"opened": self.opened, "turn": self.turn, "parts": parts}
 
@@ -248,7 +248,7 @@ class Reader:
         self.iterator: Iterator[Any] = self.shards or iter(self.rows)
 
     def state(self) -> dict[str, Any]:
-        """The current position in a stream, in JSON types."""
+        """The current position in a stream, ready for JSON."""
         assert self.shards
         return {"rows": self.shards.state(), "path": self.source["path"], "count": self.count,
                 "over": self.over}  # fmt: skip

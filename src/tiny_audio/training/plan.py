@@ -49,8 +49,8 @@ class Cost:
 
     Attributes:
         gflop: GFLOP per second of audio, forward and backward, for each of `PARTS`.
-        memory: bytes at the peak: "weights", "optimizer", and for each of `PARTS` its activations
-            and gradients.
+        memory: bytes at the peak, by key: "weights", "optimizer", and each of `PARTS` (its
+            activations and gradients).
     """
 
     gflop: dict[str, float]
@@ -196,7 +196,7 @@ class _Step:
     def forward(
         self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int, prompt: int
     ) -> None:
-        """Run the parts; `cuts` keeps their outputs for the backward pass."""
+        """Run the model's parts one by one; `cuts` keeps each output for `backward`."""
         model, recorder, cuts = self.model, self.recorder, self.cuts
         audio, text = model.config.audio_config, model.config.text_config
         recorder.part = "encoder"

@@ -19,7 +19,7 @@ from .batches import cut_batches
 from .data import Clips, Dropped
 from .manifests import DataError, Example, Reader
 
-# `seen` counts the examples read during the first epoch; later it is the size of the data.
+# `seen`: examples read so far in the first epoch; from the second on, those of a whole epoch.
 START: dict[str, Any] = {"epoch": 0, "block": 0, "emitted": 0, "sources": None, "seen": 0}
 
 
@@ -81,7 +81,7 @@ class SpeechStream(Clips, IterableDataset):
 
     def __iter__(self) -> Iterator[BatchFeature]:
         position = {**START, **self.start}
-        dropped: list[dict[str, Any]] = []  # sent with the batches, since this may be a worker
+        dropped: list[dict[str, Any]] = []  # sent with the next batch: this may be a worker
         readers = self.open(position)
         useful = position["block"] or position["emitted"]  # whether this epoch yielded a batch
         with ThreadPoolExecutor(self.threads) as pool:

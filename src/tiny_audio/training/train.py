@@ -192,7 +192,10 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         print(f"{folder}: already finished, skipped")
         return final
     if cfg.training.start_share and not start:
-        raise ValueError("training.start_share needs model.pretrained_model_path or a prior stage")
+        raise ValueError(
+            "training.start_share averages with the weights that a stage starts from, and this one "
+            "starts from none: set model.pretrained_model_path, or start_share in a later stage"
+        )
     set_seed(cfg.run.seed)
     fit_device(cfg.training)
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
@@ -324,7 +327,9 @@ def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:
         dropped.add(**row)
     if isinstance(data, SpeechStream):
         if (shares := len(list(resume.glob("stream-*.json")))) != place.num_processes:
-            raise ValueError(f"{resume} can only be continued by {shares} processes, as before")
+            raise ValueError(
+                f"{resume} was saved by {shares} process(es): continue it with as many"
+            )
         data.start = json.loads((resume / f"stream-{place.process_index}.json").read_text())
 
 

@@ -139,8 +139,8 @@ class ASRTrainer(Trainer):
         outputs = model(**inputs, **settings, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(outputs.loss):
             raise DataError(
-                f"the loss is {outputs.loss.item()} at step {self.state.global_step}; clips of the "
-                f"batch: {', '.join(ids)}. No update was made"
+                f"the loss is {outputs.loss.item()} at step {self.state.global_step}; the weights "
+                f"were not updated. Clips of the batch: {', '.join(ids)}"
             )
         if model.training:
             mask = inputs["input_features_mask"]
@@ -157,10 +157,10 @@ class ASRTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and WER (percent) on the evaluation clips.
+        """Return loss and WER (percent) on the evaluation clips.
 
-        Stages that train the decoder decode with it; other stages use the CTC search. Uses no
-        random numbers, so training continues as if there were no evaluation.
+        A stage that trains the decoder also decodes with it; other stages use only the CTC search.
+        Uses no random numbers, so training continues as if there had been no evaluation.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -228,7 +228,7 @@ class ASRTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, but never past the last step.
 
-        Trainer itself takes one more step when it resumes from the checkpoint of the last one.
+        Trainer takes one step too many when it resumes from the checkpoint of the final step.
         """
         start = resume_from_checkpoint
         state = start and TrainerState.load_from_json(f"{start}/trainer_state.json")

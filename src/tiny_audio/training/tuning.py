@@ -57,8 +57,8 @@ def tune(
     parts = [np.array([c.parts() for c in of_clip]) for _, of_clip in scored]
 
     def with_cost(trial: tuple[float, ...]) -> dict[str, float]:
-        by_weight = np.array([1.0, *trial])
-        found = sum(expected(x @ by_weight, w) for x, w in zip(parts, wrong, strict=True))
+        weights = np.array([1.0, *trial])  # the CTC score always counts as it is
+        found = sum(expected(x @ weights, w) for x, w in zip(parts, wrong, strict=True))
         return {**dict(zip(SCORE_WEIGHTS, trial, strict=True)), "expected_wer": 100 * found / total}
 
     choices = {}

@@ -59,10 +59,10 @@ def grow(known: list[int], found: list[int]) -> list[int]:
     return [*known, *sorted({*found} - {*known})] if known else []
 
 
-def new_letters(new: set[int], texts: Iterable[Example]) -> str:
-    """List the letters of the transcripts that contain a byte of `new`, with their counts."""
-    letters = Counter(letter for example in texts for letter in example.text.lower())
-    counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new & {*x.encode()}]
+def new_letters(new_bytes: set[int], examples: Iterable[Example]) -> str:
+    """List the letters of the transcripts that need one of `new_bytes`, with their counts."""
+    letters = Counter(letter for example in examples for letter in example.text.lower())
+    counts = [f"{x} ({n}x)" for x, n in letters.most_common() if new_bytes & {*x.encode()}]
     return ", ".join(counts)
 
 
@@ -111,7 +111,7 @@ def read_counts(path: Path) -> dict[str, float]:
 
 
 def blend(known: NGram, new: NGram, share: float = 0.5) -> NGram:
-    """Mix two n-grams: each probability is `share` times the new one plus the rest of the known.
+    """Mix two n-grams: p = (1 - `share`) p(known) + `share` p(new).
 
     Linear interpolation (Jelinek and Mercer 1980), written as one backoff n-gram. Words of either
     are in the result.
