@@ -107,8 +107,9 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     with ThreadPoolExecutor(threads, **one_core) as pool, bar:
         work = [pool.submit(encode_some, model, data, rows, frames) for rows in parts]
         for rows, part in zip(parts, work, strict=True):
-            with (frames.folder / UNREAD).open("a") as file:
-                file.writelines(json.dumps(item) + "\n" for item in part.result())
+            for item in part.result():
+                with (frames.folder / UNREAD).open("a") as file:
+                    file.write(json.dumps(item) + "\n")
             bar.update(len(rows))
             return_freed_memory()
     torch.set_num_threads(cores)
