@@ -3,7 +3,8 @@
     python bench/figures.py                            # draw them, as `make docs` does
     python bench/figures.py --measure outputs/figures  # first take their data from a run
 
-The run is the quickstart's first stage with frequent evaluations and checkpoints:
+The run is a quickstart with frequent evaluations and checkpoints. Only its first stage is used; it
+may be stopped after that:
 
     python src/train.py +experiments=quickstart run.output_dir=outputs/figures model.tune=false \\
         stages.0.training.eval_steps=100 stages.0.training.save_steps=20 \\
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
-from tiny_audio.commands.assets import cache_dir
+from tiny_audio.commands import cache_dir
 from tiny_audio.training.data import read_log
 from tiny_audio.training.manifests import read_source
 from tiny_audio.training.run_log import LOG
@@ -52,10 +53,8 @@ def learning(log: Path) -> list[tuple[float, float]]:
 @torch.no_grad()
 def heard(checkpoint: Path, audio: Any) -> list[tuple[str, float]]:
     """The most probable letter of each frame ("" for a blank) and its probability."""
-    model, processor = (
-        ASRModel.from_pretrained(checkpoint),
-        ASRProcessor.from_pretrained(checkpoint),
-    )
+    model = ASRModel.from_pretrained(checkpoint)
+    processor = ASRProcessor.from_pretrained(checkpoint)
     batch = processor.collate([processor.features(load_audio(audio))])
     hidden, _ = model.encode(batch["input_features"], batch["input_features_mask"])
     sure, best = model.characters(hidden)[0].exp().max(-1)

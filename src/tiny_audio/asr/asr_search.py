@@ -49,7 +49,7 @@ class Proposal:
 class Lexicon:
     """Words as a prefix tree over character classes.
 
-    Node 0 is the root. `child[node, class]` is the next node, or `OPEN` if no word goes on so.
+    Node 0 is the root. `child[node, class]` is the next node, or `OPEN` if there is none.
     `word[node]` is the n-gram's id of the word that ends at the node, or of `<unk>` if none does.
     `best[node]` is the log-probability of the most common word at or below the node. The last row
     of each is that of `OPEN`, which is -1.

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=home_path, default=Path("clips"), help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best one available")
     args = parser.parse_args(argv)
-    if [*args.out.glob("*.csv")]:
+    if any((args.out / name).exists() for name in ("clips.csv", "refused.csv")):
         parser.error(f"{args.out} holds clips already: name another folder with --out")
     pipe = load_pipeline(args.model, args.device)
     if getattr(pipe.model, "characters", None) is None:

@@ -1,6 +1,6 @@
 """`tiny-audio demo [MODEL ...]`: serve a web page that transcribes uploads and speech as you speak.
 
-Words that the model is less sure of are redder; a click on a word plays it.
+Words that the model is unsure of are highlighted in red; a click on a word plays it.
 
 Uploads are limited in size and length, deleted later, and never sent to another machine. With
 `--corrections FOLDER`, visitors can correct a text and keep it with its recording in that folder.
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve the page until interrupted."""
     parser = parser_of("demo", __doc__)
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
-    parser.add_argument("--examples", nargs="*", default=held_out_clips(),
+    parser.add_argument("--examples", nargs="*",
                         help="recordings to offer; default: two held-out clips")  # fmt: skip
     parser.add_argument("--decode", choices=DECODE, help=DECODE_HELP)
     parser.add_argument("--corrections", type=home_path, metavar="FOLDER",
@@ -206,8 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     if not models:
         parser.error("no model in outputs: name a folder or Hub id")
     load(models[0], args.decode)
+    examples = held_out_clips() if args.examples is None else args.examples
     try:
-        build(models, args.examples, args.decode, args.corrections).launch(
+        build(models, examples, args.decode, args.corrections).launch(
             server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, css=CSS
         )
     except OSError as error:

@@ -175,8 +175,11 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
     text = work.read_text() if work.exists() else ""
     work.write_text(text[: text.rfind("\n") + 1])  # drop the partial line of a killed run
     done = {row["id"]: row for row in read_log(work) if "error" not in row}
-    known = {c.id: {**done[c.id], "reference": c.text} for c in clips if c.id in done}
-    rows = {clip: with_errors(row, pipe.language) for clip, row in known.items()}
+    rows = {
+        clip.id: with_errors({**done[clip.id], "reference": clip.text}, pipe.language)
+        for clip in clips
+        if clip.id in done
+    }
     if rows:
         print(f"{len(rows)} of {len(clips)} clips were transcribed before, see {work}")
     left = [clip for clip in clips if clip.id not in rows]

@@ -339,9 +339,9 @@ def complete(source: Any) -> dict[str, Any]:
     source = {**SOURCE, **dict(source), "path": str(dict(source).get("path"))}
     folder = Path(source["path"]).expanduser()
     if folder.is_dir():  # an AudioFolder of `datasets`
-        if any(folder.rglob("*.parquet")):  # a Hub dataset that was downloaded
-            return {**source, "path": str(folder)}
         tables = list(folder.glob("metadata.csv")) + list(folder.glob("metadata.jsonl"))
+        if not tables and any(folder.rglob("*.parquet")):  # a Hub dataset that was downloaded
+            return {**source, "path": str(folder)}
         if not tables:
             raise DataError(
                 f"{folder}: no .parquet, and no metadata.csv or .jsonl with file_name and text"
