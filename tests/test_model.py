@@ -184,6 +184,37 @@ def test_alignment_stage_trains_without_the_decoder(build, clips):
     assert model.projector.output_norm.weight.grad.abs().sum() > 0
 
 
+def test_the_start_of_all_prompts_is_read_once_and_changes_no_gradient(build, clips, monkeypatch):
+    processor, model = build("whisper", lora="both")
+    silence_dropout(model)
+    batch = processor(clips, TEXTS[:4])
+    shapes, grads = [], []
+    model.decoder.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])),
+        with_kwargs=True,
+    )
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(model, "common_start", lambda ids, mask: ids[0, :0])
+        model.zero_grad()
+        model.train()(**batch).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    once, remaining, whole = shapes
+    assert once == (1, len(processor.prefix_ids))
+    assert whole == (4, once[1] + remaining[1])
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], atol=1e-6), name
+
+
+def test_prompts_that_begin_differently_are_read_in_full(build, clips):
+    processor, model = build("whisper", lora="both")
+    batch = processor(clips, TEXTS[:4])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert model.common_start(ids, mask).tolist() == processor.prefix_ids
+    ids[2, (mask[2] == 0).sum()] += 1  # the first token of one prompt
+    assert not len(model.common_start(ids, mask))
+
+
 @pytest.mark.parametrize("encoder", ["whisper", "hubert"])
 def test_gradient_checkpointing_changes_no_gradient(build, clips, encoder):
     grads = []

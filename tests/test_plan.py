@@ -61,7 +61,7 @@ def real_step(model, processor, settings, clips=3, seconds=2.0, text="the cat sa
     """Loss of a real batch of equal clips, and the arguments of `plan.count` that describe it."""
     batch = processor([babble(seconds, i) for i in range(clips)], [text] * clips)
     tokens = len(processor.tokenize(text))
-    prompt = len(processor.prefix_ids) + len(processor.suffix_ids)
+    prompt = len(processor.prefix_ids), len(processor.suffix_ids)
     weights = {key: settings[key] for key in LOSS_KEYS}
     described = {"seconds": seconds, "tokens": tokens, "clips": clips, "prompt": prompt}
     return (lambda: model(**batch, **weights).loss), described

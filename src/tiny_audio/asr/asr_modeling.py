@@ -31,6 +31,11 @@ from .asr_writing import Writing
 SPARE_TOKENS = 8  # tokens that a clip may have beyond one per projected frame
 
 
+def checkpointed(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on, which transformers allows no keys and values beside."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 class ASRModel(SavedModel, GenerationMixin):
     """An audio encoder and a causal language model, connected by a trained projector.
 
@@ -226,15 +231,12 @@ class ASRModel(SavedModel, GenerationMixin):
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths)
-            embeds, attention_mask, moved = self.embed(
-                input_ids, attention_mask, audio, lengths, keep, labels
-            )
-            states = self.decoder.base_model(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
+            start = self.common_start(input_ids, attention_mask)
+            if labels is None or checkpointed(self.decoder):
+                start = start[:0]
+            remaining = attention_mask * (attention_mask.cumsum(1) > len(start))
+            embeds, mask, moved = self.embed(input_ids, remaining, audio, lengths, keep, labels)
+            states = self.run_decoder(start, embeds, mask)
             targets = moved[:, 1:]
             at = targets != IGNORE
             if labels is not None:
@@ -250,6 +252,34 @@ class ASRModel(SavedModel, GenerationMixin):
             total = (labels != IGNORE).sum().clamp(min=1)
         loss: Any = sum(part / total for part in losses)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def common_start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the tokens (n,) before the audio if all prompts (b, s) share them, else none."""
+        place = attention_mask.cumsum(1) * attention_mask  # from 1; 0 in the padding
+        audio = input_ids[0] == self.config.audio_token_id
+        n = max(0, int(place[0, audio.int().argmax()]) - 1)
+        starts = input_ids[(place > 0) & (place <= n)].view(len(input_ids), n)
+        shared = starts.eq(starts[:1]).all()
+        return starts[0, : n if shared else 0]
+
+    def run_decoder(self, start: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden states (b, s', d) of left-padded rows that follow `start` (n,).
+
+        The keys and values of `start` are computed once for all rows. The gradients are those of
+        rows that each begin with `start`.
+        """
+        before = None
+        if len(start):
+            tokens = self.get_input_embeddings()(start[None]).to(embeds.dtype)
+            before = self.decoder.base_model(inputs_embeds=tokens, use_cache=True).past_key_values
+            before.batch_repeat_interleave(len(embeds))
+        return self.decoder.base_model(
+            inputs_embeds=embeds,
+            attention_mask=F.pad(mask, (len(start), 0), value=1),
+            position_ids=(len(start) + mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=before,
+            use_cache=before is not None,
+        ).last_hidden_state
 
     # -- decoding ------------------------------------------------------------------------------
 

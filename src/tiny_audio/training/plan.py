@@ -32,7 +32,7 @@ from ..asr.asr_processing import SAMPLE_RATE
 
 PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
 MEL_RATE = 100  # mel frames per second (hop of 10 ms)
-PROMPT_TOKENS = 16  # tokens of the chat format around the audio
+PROMPT_TOKENS = 8, 8  # tokens of the chat format before and after the audio
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also runs on meta
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Count fused attention like plain attention, without the work it repeats to save memory.
@@ -145,7 +145,7 @@ def count(
     seconds: float,
     tokens: int,
     clips: int = 1,
-    prompt: int = PROMPT_TOKENS,
+    prompt: tuple[int, int] = PROMPT_TOKENS,
 ) -> Cost:
     """Count the cost of a training step on `clips` clips without padding.
 
@@ -158,7 +158,7 @@ def count(
         seconds: length of a clip.
         tokens: transcript tokens of a clip, without the end token.
         clips: clips in a step, which determine the memory.
-        prompt: tokens of the chat format around the audio.
+        prompt: tokens of the chat format before and after the audio.
     """
     if settings["gradient_checkpointing"]:
         meta.gradient_checkpointing_enable({"use_reentrant": False})
@@ -194,7 +194,7 @@ class _Step:
         return fresh
 
     def forward(
-        self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int, prompt: int
+        self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int, prompt: Any
     ) -> None:
         """Run the model's parts one by one; `cuts` keeps each output for `backward`."""
         model, recorder, cuts = self.model, self.recorder, self.cuts
@@ -225,10 +225,12 @@ class _Step:
         fed, _ = model.bridge(frames, lengths)
         fed = self.cut(fed if model.residual is None else fed[:, :tokens])
         recorder.part = "decoder"
-        words = torch.empty(clips, prompt + tokens + 1, text.hidden_size, dtype=rows.dtype)
+        start = 0 if settings["gradient_checkpointing"] else prompt[0]  # read once for all clips
+        own = sum(prompt) - start + tokens + 1
+        words = torch.empty(clips, own, text.hidden_size, dtype=rows.dtype)
         embeds = torch.cat([fed.to(rows.dtype), words], dim=1)
-        out = model.decoder.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        out = self.cut(out)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        out = self.cut(model.run_decoder(torch.zeros(start, dtype=torch.long), embeds, mask))
         recorder.part = "logits"
         logits = model.decoder.get_output_embeddings()(out[:, -tokens - 2 : -1].flatten(0, 1))
         targets = torch.empty(len(logits), dtype=torch.long)
