@@ -235,7 +235,7 @@ def test_batched_is_single(model, clips):
         ({"--dataset": "{set}", "--split": "dev"}, "is local: only Hub datasets have --split"),
         ({"--out": "{bad}"}, "File exists"),
         ({"--device": "abacus"}, "no device 'abacus' here"),
-        ({"model": "{decoder}"}, "is no speech recogniser: it is of type smollm3"),
+        ({"model": "{decoder}"}, "is not a speech recogniser: it is of type smollm3"),
         ({"model": "nobody/nothing"}, "nobody/nothing"),
     ],
 )

@@ -43,7 +43,7 @@ def load_pipeline(
     folder = Path(model).exists() or model.startswith((".", "/", "outputs/"))  # or a Hub id
     if folder and not (Path(model) / "config.json").is_file():
         raise UserError(
-            f"{model} has no config.json, so it is no finished model; see make quickstart"
+            f"{model} has no config.json, so it is not a finished model; see make quickstart"
         )
     options: Any = {"decode": decode} if decode else {}
     options |= {"decoding": {"words": list(terms)}} if terms else {}

@@ -34,11 +34,11 @@ def load_base(
 
     Returns:
         The model, and the encoder's own CTC head (see `read_ctc_head`). The head is None if the
-        model has none, or if `config.ctc_direct` is already decided.
+        model has none, or if `config.ctc_direct` is already set.
 
     Raises:
         OSError: if the model is not found.
-        ValueError: if weights are missing, or for another attention than `check_attention` allows.
+        ValueError: if weights are missing, or if `check_attention` refuses the attention.
     """
     check_attention(kwargs.get("attn_implementation"))
     hub = {k: v for k, v in kwargs.items() if k != "attn_implementation"}

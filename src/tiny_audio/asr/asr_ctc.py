@@ -215,7 +215,7 @@ def letters_heard(log_probs: np.ndarray, letters: int, space: int) -> float:
     Args:
         log_probs: (t, c), as for `align`.
         letters: the number of letters of the text.
-        space: class that is no letter.
+        space: class that is not a letter.
 
     Returns:
         The geometric mean of the probabilities of the best path's letters, times the share of

@@ -30,7 +30,7 @@ class TextTree:
     """A prefix tree of texts that a decoder scores in one pass.
 
     Each node is a token that follows its parent. A node sees the prompt, its ancestors and itself.
-    The last token of a text is no node: nothing follows it.
+    The last token of a text is not a node: nothing follows it.
 
     Attributes:
         tokens: token id of each node.
@@ -84,7 +84,7 @@ class Prompts:
 
 
 def read_prompts(decoder: Any, embeds: Tensor, attention_mask: Tensor) -> Prompts:
-    """Run a causal language model of transformers over prompts (b, s, d) with a mask (b, s)."""
+    """Run a transformers language model over prompts (b, s, d) with their mask (b, s)."""
     output = decoder.base_model(
         inputs_embeds=embeds,
         attention_mask=attention_mask,

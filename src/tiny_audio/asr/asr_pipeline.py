@@ -429,7 +429,7 @@ class ASRPipeline(Pipeline):
 
 
 def chunks(pieces: list[Piece], by_word: bool = False) -> list[dict[str, Any]]:
-    """Return the words of decoded pieces with times, or grouped into subtitles."""
+    """Return the words of decoded pieces with times; unless `by_word`, grouped into subtitles."""
     words = [word for piece in pieces for word in piece.words]
     if by_word:
         return words

@@ -345,7 +345,7 @@ class ASRProcessor(ProcessorMixin):
 
     @property
     def hop(self) -> int:
-        """Samples in a step of the encoder's input: 1 of a waveform, or the hop of mel frames."""
+        """Samples per step of the encoder's input: 1 for a waveform, the hop for mel frames."""
         waveform = self.encoder["model_type"] in WAVEFORM_ENCODERS
         return 1 if waveform else self.feature_extractor.hop_length
 

@@ -1,7 +1,7 @@
 """First pass of decoding: N-best search over the character head's posteriors.
 
-It is a prefix beam search with the words and the n-gram of the training transcripts. It cannot
-loop, and its text cannot be longer than the audio allows.
+It is a prefix beam search with the words and the n-gram of the training transcripts. Each frame
+adds at most one character, so it cannot loop and its text is no longer than the audio allows.
 
 Shapes: b clips, t encoder frames, k beams, c classes of characters (class 0 is the blank).
 """
@@ -303,7 +303,7 @@ class PrefixSearch:
     ) -> list[list[Proposal]]:
         """Trace the hypotheses back to their texts, and add `constant` (b,) to each score."""
         at = torch.arange(beams.last.shape[1], device=beams.last.device).expand_as(beams.last)
-        gained = [torch.zeros_like(at)]  # class 0 is no letter
+        gained = [torch.zeros_like(at)]  # class 0 is not a letter
         for origin, character in reversed(history):
             gained.append(character.gather(1, at))
             at = origin.gather(1, at)

@@ -64,7 +64,7 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
     elif hasattr(PROCESSOR_MAPPING.get(type(config), None), "apply_transcription_request"):
         raise UserError(f"{name} is a speech LLM, which needs a prompt of its own: not supported")
     elif config is not None and not any(type(config) in kind for kind in RECOGNISERS):
-        raise UserError(f"{name} is no speech recogniser: it is of type {config.model_type}")
+        raise UserError(f"{name} is not a speech recogniser: it is of type {config.model_type}")
     else:
         pipe = load_pipeline(name, device)
         if pipe.tokenizer.pad_token is None:  # transformers needs one to batch

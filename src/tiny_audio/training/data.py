@@ -309,8 +309,8 @@ class SpeechDataset(Clips, Dataset):
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
         """Collate the readable items as `Clips.collate` does; `dropped` holds the others.
 
-        If none is readable, the first readable example of the dataset replaces them. This keeps a
-        corrupt file that fills a batch of its own from ending the run.
+        If none is readable, the first readable example of the dataset replaces them. Otherwise a
+        corrupt file that is alone in its batch would end the run.
         """
         readable = (item for item in map(self.read, self.examples) if "features" in item)
         good = [item for item in items if "features" in item] or list(islice(readable, 1))

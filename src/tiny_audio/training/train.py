@@ -386,12 +386,16 @@ def train(cfg: DictConfig) -> Path:
     cfg.run.output_dir = str(Path(cfg.run.output_dir).expanduser())
     output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
     if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
-        raise ValueError("name the stage: stages.N.training.resume_from_checkpoint")
+        raise ValueError(
+            "this run has several stages: set stages.N.training.resume_from_checkpoint"
+        )
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         if cfg.run.fresh and output.exists() and os.environ.get("RANK", "0") == "0":
             needed = start and Path(start).resolve().is_relative_to(output.resolve())
             if needed or not any((output / stage.name).exists() for stage in cfg.stages):
-                raise ValueError(f"{output} is no run of this recipe, or holds its starting model")
+                raise ValueError(
+                    f"{output} is not a run of this recipe, or holds its starting model"
+                )
             for stage in recipe.stage_configs(cfg):  # check paths before deleting the old run
                 for source in [*stage.data.train, *stage.data.eval]:
                     Reader(source, stage.data.streaming)
