@@ -120,6 +120,15 @@ def test_no_apt_says_what_to_put_where(offline, tmp_path):
     assert "fortunes_1%3a1.99.1-7.3_all.deb" in str(error.value)
 
 
+def test_a_new_container_has_no_package_lists(monkeypatch, tmp_path):
+    """Nobody needs root or `apt-get update` to fetch a Debian package."""
+    config = tmp_path / "apt.conf"
+    config.write_text(f'Dir::State::Lists "{tmp_path / "empty"}";\n')
+    monkeypatch.setenv("APT_CONFIG", str(config))
+    cache = tmp_path / "cache"
+    assert assets.fetch(assets.FORTUNES, cache).is_file()
+
+
 def test_a_package_the_registry_lacks(monkeypatch, tmp_path):
     monkeypatch.setitem(assets.SHA256, "tiny-audio==999", "0" * 64)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -181,17 +181,17 @@ def fetch(spec: str, cache: Path) -> Path:
             raise AssetError(f"{spec} is a Debian package and there is no apt-get here. {by_hand}")
         words = [sys.executable, "-m", *command.split(), "--retries=1"] if pip else command.split()
         with _building(cache, target) as arriving:
-            # The client's progress goes to our stderr; its own stderr is kept for the message.
-            run = subprocess.run(
-                words, cwd=arriving.parent, env={**os.environ, "LC_ALL": "C"}, text=True,
-                stdout=2, stderr=subprocess.PIPE,
-            )  # fmt: skip
+            run = _run_client(words, arriving.parent)
+            if run.returncode and not pip:  # package lists are missing or old: use our own
+                own = cache / ".building" / "apt"
+                (own / "partial").mkdir(parents=True, exist_ok=True)
+                lists = ["-o", f"Dir::State::Lists={own}", "-o", f"Dir::Cache={own}"]
+                _run_client(["apt-get", *lists, "update"], own)
+                run = _run_client([words[0], *lists, *words[1:]], arriving.parent)
             if run.returncode != 0 or not arriving.is_file():
                 why = (run.stderr.strip() or f"the client did not save {file}").splitlines()[-1]
                 if re.search(r"connection|resolve|timed out|failed to fetch", run.stderr.lower()):
                     why = f"no network, or the registry is unreachable ({why})"
-                elif not pip:
-                    why += " (if the package lists are old: `sudo apt-get update`)"
                 raise AssetError(f"cannot fetch {spec}: {why}. {by_hand}")
     with target.open("rb") as arrived:
         found = hashlib.file_digest(arrived, "sha256").hexdigest()
@@ -200,6 +200,12 @@ def fetch(spec: str, cache: Path) -> Path:
             f"{file} is damaged or differs (SHA-256 {found}). Delete it and run again. {by_hand}"
         )
     return target
+
+
+def _run_client(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run pip or apt-get; its progress goes to our stderr, and its own stderr is returned."""
+    env = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(words, cwd=folder, env=env, text=True, stdout=2, stderr=subprocess.PIPE)
 
 
 @contextmanager
