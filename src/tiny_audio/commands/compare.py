@@ -6,10 +6,10 @@ losses, and the utterances that differ most.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..evaluation.scoring import difference
 from . import parser_of
 
@@ -18,10 +18,10 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """Read the scored rows of an evaluation, by id.
 
     Raises:
-        SystemExit: if the folder holds no finished evaluation.
+        UserError: if the folder holds no finished evaluation.
     """
     if not (folder / "summary.json").is_file():
-        sys.exit(f"error: {folder} holds no finished evaluation; create one with tiny-audio eval")
+        raise UserError(f"{folder} holds no finished evaluation; create one with tiny-audio eval")
     rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     return {row["id"]: row for row in rows if "error" not in row}
 
@@ -30,11 +30,11 @@ def paired(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[dict[str, Any], d
     """Pair the rows of utterances that both evaluations scored.
 
     Raises:
-        SystemExit: if the evaluations are not of the same data.
+        UserError: if the evaluations are not of the same data.
     """
     both = [(a[key], b[key]) for key in a if key in b]
     if not both or any(x["normalized"][0] != y["normalized"][0] for x, y in both):
-        sys.exit("error: not evaluations of the same data: their ids or references differ")
+        raise UserError("not evaluations of the same data: their ids or references differ")
     if unpaired := len(a) + len(b) - 2 * len(both):
         print(f"warning: ignoring {unpaired} utterances that only one of the two scored")
     return both

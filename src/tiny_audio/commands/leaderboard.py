@@ -6,12 +6,12 @@ docs/speedrun.json; the tables in docs/evaluate.md are generated from them. See 
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..errors import UserError
 from . import parser_of
 
 DATASET, SPLIT, MIN_SAMPLES = "speechbrain/LoquaciousSet", "test", 500
@@ -24,9 +24,9 @@ COLUMNS = {
 
 
 def refuse_if(folder: Path, reasons: dict[str, bool]) -> None:
-    """Exit with an error if any reason holds; the error names those that do."""
+    """Raise UserError if any reason holds; the error names those that do."""
     if holding := [reason for reason, holds in reasons.items() if holds]:
-        sys.exit(f"error: {folder} is refused: {'; '.join(holding)}")
+        raise UserError(f"{folder} is refused: {'; '.join(holding)}")
 
 
 def is_committed(git_hash: str) -> bool:
@@ -35,9 +35,9 @@ def is_committed(git_hash: str) -> bool:
 
 
 def evaluation_entry(folder: Path) -> dict[str, Any]:
-    """Make the entry of an evaluation; exit if it is not comparable to the others."""
+    """Make the entry of an evaluation; refuse it if it is not comparable to the others."""
     if not (folder / "summary.json").is_file():
-        sys.exit(f"error: {folder} holds no finished evaluation; create one with tiny-audio eval")
+        raise UserError(f"{folder} holds no finished evaluation; create one with tiny-audio eval")
     s = json.loads((folder / "summary.json").read_text())
     reasons = {
         f"it is not on {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) != (DATASET, SPLIT),
@@ -53,7 +53,7 @@ def evaluation_entry(folder: Path) -> dict[str, Any]:
 
 
 def speedrun_entry(folder: Path, machine: str) -> dict[str, Any]:
-    """Make the entry of a speedrun, a quickstart for each seed; exit if it does not count."""
+    """Make the entry of a speedrun, a quickstart for each seed; refuse it if it does not count."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*/summary.json"))]
     wer, codes = mean(run["wer"] for run in runs), {run["git_hash"] for run in runs}
     fresh = all("run.fresh=true" in run["command"] for run in runs)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     board = "speedrun" if speedrun else "leaderboard"
     file, page = Path(f"docs/{board}.json"), Path("docs/evaluate.md")
     if not file.is_file():
-        sys.exit(f"error: there is no {file}: run this in a clone of tiny-audio")
+        raise UserError(f"there is no {file}: run this in a clone of tiny-audio")
     new = speedrun_entry(args.folder, args.machine) if speedrun else evaluation_entry(args.folder)
     entries = [*json.loads(file.read_text()), {"contributor": args.contributor, **new}]
     begin, end = f"<!-- {board}:begin -->\n", f"<!-- {board}:end -->"
