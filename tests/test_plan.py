@@ -12,7 +12,7 @@ from test_recipes import composed, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_audio.commands import cli
-from tiny_audio.commands.plan import main
+from tiny_audio.commands.plan import main, utilisation
 from tiny_audio.training import plan
 from tiny_audio.training.trainer import LOSS_KEYS
 
@@ -163,6 +163,15 @@ def planned(tmp_path_factory):
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
     return run
+
+
+def test_a_measured_utilisation_replaces_the_assumed_one(monkeypatch):
+    assert utilisation("h100", None) == (0.4, "assumed")
+    measured = {"utilisation": 0.37, "date": "2026-12-01"}
+    monkeypatch.setitem(plan.GPUS["h100"], "measured", measured)
+    assert utilisation("h100", None) == (0.37, "measured 2026-12-01")
+    assert utilisation("a40", None) == (0.4, "assumed")
+    assert utilisation("h100", 0.5) == (0.5, "given")
 
 
 @pytest.mark.long

@@ -6,7 +6,8 @@ memory, time and money that the recipe needs. Arguments are those of src/train.p
   gpu=a40           the GPU; the printed table lists all of them
   price=0.50        dollars per hour
   hours=24          also print how many steps this time buys
-  utilisation=0.4   assumed share of the peak that training reaches; training prints the real one
+  utilisation=0.4   share of the peak that training reaches (default: as measured on that GPU, see
+                    gpus.yaml, or assumed to be 0.4); training prints the real one
   seconds=8.4       length of a clip
   text_rate=3       transcript tokens per second of audio
 
@@ -31,7 +32,8 @@ from ..training.trainer import freeze_idle
 from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None}
-OWN |= {"utilisation": 0.4, "seconds": 8.4, "text_rate": 3.0}
+OWN |= {"utilisation": None, "seconds": 8.4, "text_rate": 3.0}
+ASSUMED = 0.4  # utilisation of a GPU on which nothing was measured
 MARGIN = 0.1  # share of the memory left for the driver and fragmentation
 LETTERS = 40  # classes of a character head; English has 28
 
@@ -102,10 +104,21 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     return Stage(cfg, meta, cost, clips, gflop, gb, steps * clips * seconds / 3600)
 
 
+def utilisation(gpu: str, given: float | None) -> tuple[float, str]:
+    """Return the share of a GPU's peak that training reaches, and where the figure comes from."""
+    if given:
+        return given, "given"
+    if found := GPUS[gpu].get("measured"):
+        return found["utilisation"], f"measured {found['date']}"
+    return ASSUMED, "assumed"
+
+
 def report(own: dict[str, Any], stages: list[Stage]) -> None:
     """Print the needs of the stages, their time and price on `own["gpu"]`, and on other GPUs."""
     gpu, price = GPUS[own["gpu"]], own["price"]
-    rate = 1e3 * gpu["tflops"] * own["utilisation"]  # GFLOP/s
+    shares = {name: utilisation(name, own["utilisation"]) for name in GPUS}
+    rates = {name: 1e3 * GPUS[name]["tflops"] * shares[name][0] for name in GPUS}  # GFLOP/s
+    rate = rates[own["gpu"]]
     hours = [stage.audio * stage.gflop / rate for stage in stages]
     longest = hours.index(max(hours))
     main_stage, largest = stages[longest], max(stages, key=lambda stage: stage.gb)
@@ -134,12 +147,13 @@ def report(own: dict[str, Any], stages: list[Stage]) -> None:
         audio = bought * rate / main_stage.gflop
         steps = audio / main_stage.audio * main_stage.cfg.training.max_steps
         print(f"{bought:g} hours {dollars(bought)} buy {steps:,.0f} steps, {audio:,.0f} h of audio")
-    rows = [["GPU", "TFLOP/s", "GB", "", "hours", "costs the same at" if price else ""]]
+    rows = [["GPU", "TFLOP/s", "of it", "", "GB", "", "hours"]]
+    rows[0] += ["costs the same at"] if price else []
     for name, other in GPUS.items():
-        faster = other["tflops"] / gpu["tflops"]
-        row = [name, f"{other['tflops']:g}", str(other["memory"]), fits(other["memory"])]
-        equal = f"{dollars(faster)} an hour" if price else ""
-        rows.append([*row, f"{sum(hours) / faster:.1f}", equal])
+        faster, (share, source) = rates[name] / rate, shares[name]
+        row = [name, f"{other['tflops']:g}", f"{share:.0%}", source]
+        row += [str(other["memory"]), fits(other["memory"]), f"{sum(hours) / faster:.1f}"]
+        rows.append([*row, f"{dollars(faster)} an hour"] if price else row)
     print(f"\n{table(*rows)}")
 
 
@@ -155,12 +169,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides.append(argument)
         else:
             own[key] = value if key == "gpu" else float(value)
-    if min(v for v in own.values() if isinstance(v, float)) <= 0 or own["utilisation"] > 1:
+    if min(v for v in own.values() if isinstance(v, float)) <= 0 or (own["utilisation"] or 0) > 1:
         raise ValueError(f"{', '.join(OWN)}: must be above 0, and utilisation at most 1")
     check_keys([own["gpu"]], GPUS, "the list of GPUs")
     stages = [plan_stage(cfg, own) for cfg in recipe_stages(overrides)]
-    share = f"{own['utilisation']:.0%} of its peak"
-    print(f"{' '.join(overrides)} on {own['gpu']}, {share}")
+    share, source = utilisation(own["gpu"], own["utilisation"])
+    print(f"{' '.join(overrides)} on {own['gpu']}, {share:.0%} of its peak ({source})")
     print(f"clips of {own['seconds']:g} s, {own['text_rate']:g} tokens a second")
     report(own, stages)
     return 0
