@@ -329,7 +329,7 @@ def test_unknown_keys_are_refused(compose, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.resume_from_checkpoint=x", "name the stage"),
+        ("training.resume_from_checkpoint=x", "this run has several stages"),
         ("+training.seed=1", "unknown key 'seed' in training"),
         ("+training.hub_private_repo=true", "unknown key 'hub_private_repo'"),
     ],
