@@ -127,6 +127,7 @@ def test_a_new_container_has_no_package_lists(monkeypatch, tmp_path):
     monkeypatch.setenv("APT_CONFIG", str(config))
     cache = tmp_path / "cache"
     assert assets.fetch(assets.FORTUNES, cache).is_file()
+    assert len(made(cache)) == 1  # no lists stay behind
 
 
 def test_a_package_the_registry_lacks(monkeypatch, tmp_path):

@@ -231,9 +231,8 @@ class ASRModel(SavedModel, GenerationMixin):
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths)
-            start = self.common_start(input_ids, attention_mask)
-            if labels is None or checkpointed(self.decoder):
-                start = start[:0]
+            shares = labels is not None and not checkpointed(self.decoder)
+            start = self.common_start(input_ids, attention_mask) if shares else input_ids[0, :0]
             remaining = attention_mask * (attention_mask.cumsum(1) > len(start))
             embeds, mask, moved = self.embed(input_ids, remaining, audio, lengths, keep, labels)
             states = self.run_decoder(start, embeds, mask)

@@ -188,6 +188,7 @@ def fetch(spec: str, cache: Path) -> Path:
                 lists = ["-o", f"Dir::State::Lists={own}", "-o", f"Dir::Cache={own}"]
                 _run_client(["apt-get", *lists, "update"], own)
                 run = _run_client([words[0], *lists, *words[1:]], arriving.parent)
+                shutil.rmtree(own)  # 150 MB that nothing else needs
             if run.returncode != 0 or not arriving.is_file():
                 why = (run.stderr.strip() or f"the client did not save {file}").splitlines()[-1]
                 if re.search(r"connection|resolve|timed out|failed to fetch", run.stderr.lower()):
