@@ -23,6 +23,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiny_audio.commands.eval import peak_memory
+from tiny_audio.training.batches import LengthBatchSampler
+from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.recipe import compose_recipe
+from tiny_audio.training.train import build_model, build_processor
+from tiny_audio.training.vocabulary import ctc_vocabulary
+
 BATCH_SECONDS = 32.0  # batch_seconds of the quickstart's decoder stage
 OURS = {"length_batches": True, "real_length": True, "label_logits": True}
 CTC = {"decoder_loss_weight": 0.0, "ctc_loss_weight": 1.0, "character_loss_weight": 1.0}
@@ -40,8 +51,6 @@ ROW = "| {name} | {speed:.2f} | {ratio:.2f}x | {share:.0%} | {padding:.0%} | {pe
 
 def matrix_rate() -> float:
     """GFLOP per CPU second of a product of two matrices of size 1024."""
-    import torch
-
     a, started = torch.randn(1024, 1024), time.process_time()
     for _ in range(50):
         a = (a @ a).clamp(-1, 1)
@@ -52,8 +61,8 @@ def keep_tokens(model: Any, labels: Any) -> None:
     """Let the bridge of an untrained model keep one frame per token, as it does once aligned."""
     bridge, tokens = type(model).bridge, (labels >= 0).sum(1, keepdim=True)
 
-    def aligned(frames: Any, lengths: Any) -> Any:
-        audio, keep = bridge(model, frames, lengths)
+    def aligned(*args: Any) -> Any:
+        audio, keep = bridge(model, *args)
         return audio, keep.new_ones(keep.shape).cumsum(1) <= tokens
 
     model.bridge = aligned
@@ -61,8 +70,6 @@ def keep_tokens(model: Any, labels: Any) -> None:
 
 def loss_of(model: Any, inputs: dict[str, Any], settings: dict[str, Any], at_labels: Any) -> Any:
     """The loss of a step, with logits at the labels alone or, without the CTC loss, everywhere."""
-    from torch.nn import functional as F
-
     if at_labels:
         return model(**inputs, **settings).loss
     labels = inputs.pop("labels")
@@ -72,16 +79,6 @@ def loss_of(model: Any, inputs: dict[str, Any], settings: dict[str, Any], at_lab
 
 def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, float]:
     """Train one epoch on `clips` clips after a warm-up step; return the figures of the run."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from tiny_audio.commands.eval import peak_memory
-    from tiny_audio.training.batches import LengthBatchSampler
-    from tiny_audio.training.data import Dropped, SpeechDataset
-    from tiny_audio.training.recipe import compose_recipe
-    from tiny_audio.training.train import build_model, build_processor
-    from tiny_audio.training.vocabulary import ctc_vocabulary
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
     changes = [f"model.encoder_model_name={encoder}"] if encoder else []

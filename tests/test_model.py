@@ -176,6 +176,26 @@ def test_gradient_reaches_what_is_trained_and_nothing_else(build, clips, encoder
     assert {"projector", "ctc", "characters", "residual"} <= parts
 
 
+def test_the_token_head_runs_once_for_its_loss_and_the_bridge(build, clips):
+    processor, model = build("whisper", lora="decoder", bridge="posteriors")
+    batch = processor(clips, TEXTS[:4])
+    runs = []
+    model.ctc.register_forward_hook(lambda *_: runs.append(1))
+    together = model(**batch, ctc_loss_weight=0.5).loss
+    assert len(runs) == 1
+    decoder = model(**batch).loss
+    ctc = model(**batch, ctc_loss_weight=0.5, decoder_loss_weight=0.0).loss
+    assert together.item() == pytest.approx((decoder + ctc).item(), rel=1e-6)
+    together.backward()
+    shared = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (decoder + ctc).backward()
+    apart = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert shared.keys() == apart.keys()
+    for name, gradient in shared.items():
+        assert torch.allclose(gradient, apart[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_alignment_stage_trains_without_the_decoder(build, clips):
     processor, model = build("whisper", lora="decoder")
     batch = processor(clips, TEXTS[:4])

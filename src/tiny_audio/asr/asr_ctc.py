@@ -62,17 +62,17 @@ class CTCHead(nn.Module):
 
         `classes` (n,), a subset of 1.., limits the output to the blank and these: (b, f, n + 1).
         """
-        ids = self.token_ids if classes is None else self.token_ids[classes - 1]
         rows = embedding.detach()[self.token_ids].to(frames.dtype)  # (c - 1, d)
         mean = rows.mean(0)
-        rows = rows if classes is None else embedding.detach()[ids].to(frames.dtype)
+        rows = rows if classes is None else rows[classes - 1]
         cosine = F.normalize(frames - mean, dim=-1) @ F.normalize(rows - mean, dim=-1).T
         logits = torch.cat([self.blank(frames), self.log_scale.exp() * cosine], dim=-1)
         return logits.float().log_softmax(-1)
 
     def loss(
-        self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor, negatives: int = 0
-    ) -> Tensor:
+        self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor,
+        negatives: int = 0, log_probs: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Sum the CTC negative log-likelihood of `labels` (b, s).
 
         Labels of -100 and tokens without a class are skipped.
@@ -80,14 +80,17 @@ class CTCHead(nn.Module):
         Args:
             negatives: score the batch's own tokens against this number of others, drawn at random
                 (a sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
+            log_probs: the output for all classes (b, f, c), if it is already known.
         """
         targets = self.class_of[labels.clamp(min=0)].masked_fill(labels == IGNORE, 0)
-        chosen = None
         if 0 < negatives < len(self.token_ids):
             others = torch.randperm(len(self.token_ids), device=labels.device)[:negatives] + 1
             chosen = torch.cat([targets[targets > 0], others]).unique()
             targets = torch.where(targets > 0, torch.searchsorted(chosen, targets) + 1, 0)
-        return ctc_loss(self(frames, embedding, chosen), lengths, targets)
+            log_probs = self(frames, embedding, chosen)
+        elif log_probs is None:
+            log_probs = self(frames, embedding)
+        return ctc_loss(log_probs, lengths, targets)
 
     def greedy(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         """Decode the best path of each clip to token ids, without repeats and blanks."""

@@ -103,7 +103,9 @@ class ASRModel(SavedModel, GenerationMixin):
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return hidden.masked_fill(~inside[..., None], 0.0), lengths
 
-    def bridge(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def bridge(
+        self, frames: Tensor, lengths: Tensor, log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Turn projected frames into decoder inputs, with a mask of the frames to keep.
 
         "frames" uses the projected frames as they are. "posteriors" weights the decoder's own token
@@ -113,6 +115,11 @@ class ASRModel(SavedModel, GenerationMixin):
         every frame, so their number depends only on the audio's length. `embed` leaves out the
         dropped frames.
 
+        Args:
+            frames: (b, f, d), from the projector.
+            lengths: (b,) frames of each clip.
+            log_probs: the token head's output (b, f, c), if it is already known.
+
         Returns:
             Embeddings (b, f, d) and a boolean mask (b, f).
         """
@@ -121,7 +128,7 @@ class ASRModel(SavedModel, GenerationMixin):
         if self.residual is None:
             return frames, inside
         embedding = self.get_input_embeddings().weight.detach()
-        log_probs = self.ctc(frames, embedding)  # (b, f, c)
+        log_probs = self.ctc(frames, embedding) if log_probs is None else log_probs
         best = log_probs.argmax(-1)
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
@@ -215,12 +222,15 @@ class ASRModel(SavedModel, GenerationMixin):
         if ctc_loss_weight or decoder_loss_weight or labels is None:
             frames, lengths = self.projector(hidden, steps)
         embedding = self.get_input_embeddings().weight
+        log_probs = None
+        if self.residual is not None and (decoder_loss_weight or labels is None):
+            log_probs = self.ctc(frames, embedding)  # for the bridge, and for the loss
         losses: list[Tensor] = []
         logits: Any = None
         if labels is not None and ctc_loss_weight:
             if self.ctc is None:
                 raise ValueError("ctc_loss_weight is set but the model has no CTC head")
-            nll = self.ctc.loss(frames, lengths, labels, embedding, ctc_negatives)
+            nll = self.ctc.loss(frames, lengths, labels, embedding, ctc_negatives, log_probs)
             losses.append(ctc_loss_weight * nll)
         if labels is not None and character_loss_weight:
             if self.characters is None:
@@ -230,7 +240,7 @@ class ASRModel(SavedModel, GenerationMixin):
             nll = self.characters.loss(hidden, steps, character_labels)
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
-            audio, keep = self.bridge(frames, lengths)
+            audio, keep = self.bridge(frames, lengths, log_probs)
             shares = labels is not None and not checkpointed(self.decoder)
             start = self.common_start(input_ids, attention_mask) if shares else input_ids[0, :0]
             remaining = attention_mask * (attention_mask.cumsum(1) > len(start))

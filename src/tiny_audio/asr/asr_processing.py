@@ -403,13 +403,12 @@ class ASRProcessor(ProcessorMixin):
         """
         clips: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
         features = [self.features(load_audio(clip, sampling_rate)) for clip in clips]
-        texts = [text] if isinstance(text, str) else text
-        if texts is not None and len(texts) != len(clips):
-            raise ValueError(f"{len(clips)} clips but {len(texts)} transcripts")
-        if texts is None:
+        if text is None:
             return self.collate(features)
-        targets, spelled = ([f(t) for t in texts] for f in (self.tokenize, self.spell))
-        return self.collate(features, targets, spelled)
+        texts = [text] if isinstance(text, str) else text
+        if len(texts) != len(clips):
+            raise ValueError(f"{len(clips)} clips but {len(texts)} transcripts")
+        return self.collate(features, [*map(self.tokenize, texts)], [*map(self.spell, texts)])
 
     def collate(
         self,

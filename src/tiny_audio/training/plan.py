@@ -214,15 +214,19 @@ class _Step:
         frames = self.cut(frames)
         recorder.part = "ctc heads"
         rows = model.decoder.get_input_embeddings().weight
-        if settings["ctc_loss_weight"] and model.ctc is not None:
-            some = min(settings["ctc_negatives"], len(model.ctc.token_ids))
+        shared = None  # what the bridge reads, and the loss too unless it samples classes
+        if model.residual is not None and settings["decoder_loss_weight"]:
+            shared = self.cut(model.ctc(frames, rows))
+        sampled = settings["ctc_negatives"]
+        if settings["ctc_loss_weight"] and model.ctc is not None and (sampled or shared is None):
+            some = min(sampled, len(model.ctc.token_ids))
             classes = torch.arange(1, some + 1) if some else None
             cuts.append((recorder.part, model.ctc(frames, rows, classes), None))
         if settings["character_loss_weight"] and model.characters is not None:
             cuts.append((recorder.part, model.characters(hidden), None))
         if not settings["decoder_loss_weight"]:
             return
-        fed, _ = model.bridge(frames, lengths)
+        fed, _ = model.bridge(frames, lengths, shared)
         fed = self.cut(fed if model.residual is None else fed[:, :tokens])
         recorder.part = "decoder"
         start = 0 if settings["gradient_checkpointing"] else prompt[0]  # read once for all clips

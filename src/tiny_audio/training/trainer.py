@@ -172,11 +172,9 @@ class ASRTrainer(Trainer):
         for items in data.batches(self.settings["batch_seconds"]):
             batch: Any = self._prepare_inputs(data.collate([*items.values()]))
             n = int((batch["labels"] != IGNORE).sum())
-            features = [item["features"] for item in items.values()]
-            prompt = self.processing_class.collate(features).to(model.device)
             with self.compute_loss_context_manager():
                 loss, labels = loss + n * float(self.compute_loss(model, batch)), labels + n
-                hidden, steps = model.encode(prompt.input_features, prompt.input_features_mask)
+                hidden, steps = model.encode(batch["input_features"], batch["input_features_mask"])
                 found = transcribe(model, self.processing_class, hidden, steps, decode)
             hypotheses += [transcript.text for transcript in found]
             references += [data.examples[row].text for row in items]
