@@ -98,8 +98,7 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
     audio = padded = started = gflop = 0.0
     for step, rows in enumerate([batches[0], *batches]):
         batch = data.collate([data[i] for i in rows])
-        about = ("ids", "seconds", "dropped")
-        inputs = {k: v for k, v in batch.items() if k not in about}
+        inputs = {k: v for k, v in batch.items() if k not in ("ids", "seconds", "dropped")}
         settings = variant.get("ctc", {"ctc_loss_weight": 0.2})
         if variant.get("aligned"):
             keep_tokens(model, inputs["labels"])

@@ -21,7 +21,7 @@ from tiny_audio.asr.asr_decoding import (  # fmt: skip
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
-from tiny_audio.asr.asr_search import Lexicon, PrefixSearch, squeeze_blanks
+from tiny_audio.asr.asr_search import Lexicon, PrefixSearch, silent_frames, squeeze
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
 from tiny_audio.training.manifests import DataError
@@ -145,11 +145,12 @@ def test_sure_blanks_cost_nothing_and_change_nothing():
 
 def test_a_run_of_sure_blanks_becomes_one_frame():
     """A text keeps their log-probability; sure letters stay, frame by frame."""
-    blank = torch.tensor([0.99, 0.004, 0.003, 0.003]).log()
+    blank = torch.tensor([0.994, 0.003, 0.002, 0.001]).log()
     letter = blank[[2, 1, 0, 3]]
     frames = torch.stack([blank, blank, blank, letter, letter, blank, blank]).repeat(2, 1, 1)
-    kept, dropped = squeeze_blanks(frames, torch.tensor([7, 5]))
-    assert dropped.tolist() == pytest.approx([3 * math.log(0.99), 2 * math.log(0.99)])
+    lengths = torch.tensor([7, 5])
+    kept, dropped = squeeze(frames, lengths, silent_frames(frames, lengths))
+    assert dropped.tolist() == pytest.approx([3 * float(blank[0]), 2 * float(blank[0])])
     assert torch.equal(kept[0], torch.stack([blank, letter, letter, blank]))
     assert torch.equal(kept[1, :3], torch.stack([blank, letter, letter]))
     assert kept[1, 3].exp().tolist() == [1.0, 0.0, 0.0, 0.0]  # beyond the second clip
@@ -158,6 +159,27 @@ def test_a_run_of_sure_blanks_becomes_one_frame():
     assert [p.text for p in whole] == [p.text for p in short]
     wanted = [p.ctc + float(dropped[0]) for p in short]
     assert [p.ctc for p in whole] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_silence_is_not_searched_for_words():
+    """In ten seconds of hum, frames that are a little less sure of the blank are silent too."""
+    hum = torch.tensor([0.9, 0.05, 0.03, 0.02]).log().repeat(1, 500, 1)
+    hum[:, torch.arange(500) % 50 != 0] = torch.tensor([0.999, 0.0005, 0.0003, 0.0002]).log()
+    word = torch.tensor([0.05, 0.9, 0.03, 0.02]).log().repeat(1, 3, 1)
+    around = torch.cat([hum, word, word[:, :, [0, 2, 1, 3]], hum], 1)
+    length = torch.tensor([around.shape[1]])
+    heard = (~silent_frames(around, length))[0].nonzero()[:, 0]
+    assert {*range(500, 506)} <= {*heard.tolist()}
+    assert heard.min() >= 500 - 26
+    assert heard.max() < 506 + 26
+    search = PrefixSearch(ALPHABET, NGRAM, {**WHOLE, "temperature": 3.0})
+    assert (
+        search(around, length)[0][0].text
+        == search(around[:, 499:507], torch.tensor([8]))[0][0].text
+    )
+    # A clip's padding is no silence around it: batch and single agree.
+    longer = torch.cat([around, torch.zeros_like(hum)], 1)
+    assert torch.equal(silent_frames(longer, length)[:, : length[0]], silent_frames(around, length))
 
 
 def test_more_candidates_than_letters_are_all_letters():

@@ -39,6 +39,7 @@ DECODING_DEFAULTS: dict[str, Any] = {
 DECODE = ("rescore", "ctc", "generate")
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
 IGNORE = -100  # label of positions without a target
+SPARE_TOKENS = 8  # tokens that a clip's text may have beyond one per projected frame
 BRIDGES = ("frames", "posteriors")
 # Keys that transformers itself writes into a config or passes to it.
 HF_KEYS = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .asr_config import DECODE, decoding_settings
+from .asr_config import DECODE, SPARE_TOKENS, decoding_settings
 from .asr_search import Proposal
 
 logger: Any = logging.get_logger(__name__)
@@ -349,9 +349,9 @@ def generate(
     mask = torch.arange(hidden.shape[1], device=steps.device) < steps[:, None]
     prompt = processor.prompt(steps.tolist()).to(hidden.device)
     ids = model.generate(hidden, mask, **prompt, encoded=True, **options).tolist()
-    limits = model.token_limits((steps + processor.stack - 1) // processor.stack).tolist()
+    limits = (steps + processor.stack - 1) // processor.stack + SPARE_TOKENS
     results = []
-    for row, limit in zip(ids, limits, strict=True):
+    for row, limit in zip(ids, limits.tolist(), strict=True):
         spoken = [token for token in row if token != processor.end_token_id]
         cut = processor.end_token_id not in row or len(spoken) >= limit
         results.append(Transcript(processor.decode(spoken), truncated=cut))

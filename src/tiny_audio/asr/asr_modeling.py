@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProc
 from transformers.modeling_outputs import CausalLMOutput
 
 from .asr_bases import add_lora, is_trained
-from .asr_config import IGNORE, ASRConfig, encoder_frames
+from .asr_config import IGNORE, SPARE_TOKENS, ASRConfig, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram
@@ -27,8 +27,6 @@ from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
 from .asr_search import PrefixSearch, Proposal
 from .asr_writing import Writing
-
-SPARE_TOKENS = 8  # tokens that a clip may have beyond one per projected frame
 
 
 def checkpointed(model: nn.Module) -> bool:
@@ -104,7 +102,7 @@ class ASRModel(SavedModel, GenerationMixin):
         return hidden.masked_fill(~inside[..., None], 0.0), lengths
 
     def bridge(
-        self, frames: Tensor, lengths: Tensor, log_probs: Tensor | None = None
+        self, frames: Tensor, lengths: Tensor, known: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Turn projected frames into decoder inputs, with a mask of the frames to keep.
 
@@ -118,7 +116,7 @@ class ASRModel(SavedModel, GenerationMixin):
         Args:
             frames: (b, f, d), from the projector.
             lengths: (b,) frames of each clip.
-            log_probs: the token head's output (b, f, c), if it is already known.
+            known: the token head's output (b, f, c), if it was computed before.
 
         Returns:
             Embeddings (b, f, d) and a boolean mask (b, f).
@@ -128,7 +126,7 @@ class ASRModel(SavedModel, GenerationMixin):
         if self.residual is None:
             return frames, inside
         embedding = self.get_input_embeddings().weight.detach()
-        log_probs = self.ctc(frames, embedding) if log_probs is None else log_probs
+        log_probs: Tensor = self.ctc(frames, embedding) if known is None else known  # (b, f, c)
         best = log_probs.argmax(-1)
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
@@ -319,7 +317,7 @@ class ASRModel(SavedModel, GenerationMixin):
         """
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
         embeds, attention_mask, lengths = self.prompts(hidden, steps, input_ids, attention_mask)
-        limits = self.token_limits(lengths)
+        limits = lengths + SPARE_TOKENS
         limit = LengthLimit(limits, self.config.end_token_id)
         processors = LogitsProcessorList([*(logits_processor or []), limit])
         config = copy.deepcopy(generation_config or self.generation_config)
@@ -332,11 +330,6 @@ class ASRModel(SavedModel, GenerationMixin):
             logits_processor=processors,
             **kwargs,
         )
-
-    @staticmethod
-    def token_limits(lengths: Tensor) -> Tensor:
-        """Maximum number of new tokens for clips of `lengths` (b,) projected frames."""
-        return lengths + SPARE_TOKENS
 
     def prompts(
         self, hidden: Tensor, steps: Tensor, input_ids: Tensor, attention_mask: Tensor

@@ -6,7 +6,6 @@ adds at most one character, so it cannot loop and its text is no longer than the
 Shapes: b clips, t encoder frames, k beams, c classes of characters (class 0 is the blank).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,9 @@ SPACE = 32  # the byte between words
 NO_TEXT, NO_PARENT = -2, -1  # hashes that never match a text
 NO_CLASS = -1  # never equal to a class
 OPEN = -1  # node of a word that the lexicon lacks
+# A frame is silent if a blank is more likely than this, or if fewer letters than this are expected
+# within so many frames on either side (0.5 s at 50 Hz).
+SURE_BLANK, LEAST_LETTERS, NEAR = 0.99, 1.0, 25
 
 
 @dataclass
@@ -143,9 +145,9 @@ class PrefixSearch:
 
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
-        log_probs, lengths = log_probs.to(self.device), lengths.to(self.device)
-        scaled = (log_probs.float() / self.settings["temperature"]).log_softmax(-1)
-        frames, dropped = squeeze_blanks(scaled, lengths)
+        log_probs, lengths = log_probs.to(self.device).float(), lengths.to(self.device)
+        scaled = (log_probs / self.settings["temperature"]).log_softmax(-1)
+        frames, dropped = squeeze(scaled, lengths, silent_frames(log_probs, lengths))
         beams = self.start(len(frames), frames.device)
         history: list[tuple[Tensor, Tensor]] = []
         for t in range(frames.shape[1]):
@@ -325,28 +327,44 @@ class PrefixSearch:
         return proposals
 
 
-def squeeze_blanks(log_probs: Tensor, lengths: Tensor, sure: float = 0.98) -> tuple[Tensor, Tensor]:
-    """Drop frames that are almost surely blank, except the first of each run.
+def silent_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """Find the frames without speech: almost surely blank, or with hardly a letter around them.
+
+    A temperature flattens posteriors so much that a long silence looks like letters. This therefore
+    asks the posteriors before that.
+
+    Args:
+        log_probs: (b, t, c), as the character head gives them.
+        lengths: (b,) in frames.
+
+    Returns:
+        A mask (b, t).
+    """
+    blank = log_probs[..., 0].exp()
+    inside = torch.arange(blank.shape[1], device=blank.device) < lengths[:, None]
+    letters = ((1 - blank) * inside)[:, None]  # expected number in each frame
+    around = F.avg_pool1d(letters, 2 * NEAR + 1, stride=1, padding=NEAR)[:, 0] * (2 * NEAR + 1)
+    return (blank > SURE_BLANK) | (around < LEAST_LETTERS)
+
+
+def squeeze(log_probs: Tensor, lengths: Tensor, silent: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the silent frames, except the first of each run.
 
     Args:
         log_probs: (b, t, c).
         lengths: (b,) in frames.
-        sure: probability of the blank above which a frame is dropped. The search compares the
-            posterior that its temperature has flattened.
+        silent: (b, t), see `silent_frames`.
 
     Returns:
         Frames (b, t', c), which can only be blank beyond a clip's own, and the log-probability (b,)
-        of the dropped frames.
+        of a blank in all dropped frames.
     """
-    t = log_probs.shape[1]
-    inside = torch.arange(t, device=log_probs.device) < lengths[:, None]
-    is_blank = log_probs[..., 0] > math.log(sure)
-    drop = is_blank & F.pad(is_blank, (1, 0))[:, :-1] & inside
-    keep = inside & ~drop
+    inside = torch.arange(silent.shape[1], device=silent.device) < lengths[:, None]
+    keep = inside & ~(silent & F.pad(silent, (1, 0))[:, :-1])
     width = int(keep.sum(1).max())
     order = (~keep).long().argsort(dim=1, stable=True)[:, :width]
     frames = log_probs.gather(1, order[..., None].expand(-1, -1, log_probs.shape[2]))
     beyond = ~keep.gather(1, order)
     frames = frames.masked_fill(beyond[..., None], IMPOSSIBLE)
     frames[..., 0] = frames[..., 0].masked_fill(beyond, 0.0)
-    return frames, (log_probs[..., 0] * drop).sum(1)
+    return frames, (log_probs[..., 0] * (inside & ~keep)).sum(1)

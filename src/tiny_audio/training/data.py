@@ -300,9 +300,8 @@ class SpeechDataset(Clips, Dataset):
 
         If clips are disturbed, each repetition has its own id and thus its own random numbers.
         """
-        ids = [
-            f"{example.id}#{i}" if i and self.disturb else example.id for i in range(example.repeat)
-        ]
+        copies = range(example.repeat)
+        ids = [f"{example.id}#{i}" if i and self.disturb else example.id for i in copies]
         self.total += len({*ids}) - 1  # each is dropped by itself, too
         return [replace(example, id=id) for id in ids]
 
