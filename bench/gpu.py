@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from tiny_audio.asr import asr_modeling
 from tiny_audio.asr.asr_decoding import transcribe
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.asr.asr_search import PrefixSearch, squeeze_blanks
+from tiny_audio.asr.asr_search import PrefixSearch, silent_frames, squeeze
 from tiny_audio.commands.plan import OWN, plan_stage
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.hub import one_line
@@ -279,8 +279,7 @@ def decode_batch(bench: Bench, processor: Any, model: Any, clips: int) -> Row:
             decoded = partial(transcribe, model, processor, hidden, steps, decode, **options)
             found[f"{decode} s"] = seconds_of(bench, decoded)
         hypotheses = [t.text for t in transcribe(model, processor, hidden, steps, "ctc")]
-        flattened = (given[0] / search.settings["temperature"]).log_softmax(-1)
-        frames, _ = squeeze_blanks(flattened, steps)
+        frames, _ = squeeze(given[0], steps, silent_frames(given[0], steps))
     audio = float(lengths.sum())
     for decode in ("ctc", "rescore", "generate"):
         found[f"{decode} audio-s/s"] = audio / (found["encode s"] + found[f"{decode} s"])
