@@ -330,8 +330,8 @@ class PrefixSearch:
 def silent_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
     """Find the frames without speech: almost surely blank, or with hardly a letter around them.
 
-    A temperature flattens posteriors so much that a long silence looks like letters. This therefore
-    asks the posteriors before that.
+    These are the posteriors before the search's temperature flattens them: after that, a long
+    silence looks like letters.
 
     Args:
         log_probs: (b, t, c), as the character head gives them.
