@@ -73,7 +73,7 @@ class CTCHead(nn.Module):
 
     def loss(
         self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor,
-        negatives: int = 0, log_probs: Tensor | None = None,
+        negatives: int = 0, known: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Sum the CTC negative log-likelihood of `labels` (b, s).
 
@@ -82,18 +82,18 @@ class CTCHead(nn.Module):
         Args:
             negatives: score the batch's own tokens against this number of others, drawn at random
                 (a sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
-            log_probs: the output for all classes (b, f, c), if it was computed before.
+            known: the output for all classes (b, f, c), if it was computed before.
         """
         targets = self.class_of[labels.clamp(min=0)].masked_fill(labels == IGNORE, 0)
-        scored: Any = log_probs
+        log_probs: Any = known
         if 0 < negatives < len(self.token_ids):
             others = torch.randperm(len(self.token_ids), device=labels.device)[:negatives] + 1
             chosen = torch.cat([targets[targets > 0], others]).unique()
             targets = torch.where(targets > 0, torch.searchsorted(chosen, targets) + 1, 0)
-            scored = self(frames, embedding, chosen)
-        elif scored is None:
-            scored = self(frames, embedding)
-        return ctc_loss(scored, lengths, targets)
+            log_probs = self(frames, embedding, chosen)
+        elif known is None:
+            log_probs = self(frames, embedding)
+        return ctc_loss(log_probs, lengths, targets)
 
     def greedy(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         """Decode the best path of each clip to token ids, without repeats and blanks."""

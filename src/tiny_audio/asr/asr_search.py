@@ -330,8 +330,8 @@ class PrefixSearch:
 def silent_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
     """Find the frames without speech: almost surely blank, or with hardly a letter around them.
 
-    These are the posteriors before the search's temperature flattens them: after that, a long
-    silence looks like letters.
+    Pass the posteriors from before the temperature: once it has flattened them, a long silence
+    looks like letters.
 
     Args:
         log_probs: (b, t, c), as the character head gives them.
