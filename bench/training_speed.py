@@ -90,9 +90,10 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
         processor.min_seconds, processor.tail_seconds = 30.0, 0.0
     model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # frozen ones get no gradient
-    durations = [example.duration for example in data.examples]
     if variant.get("length_batches"):
-        batches = list(LengthBatchSampler(durations, 64.0 if "ctc" in variant else BATCH_SECONDS))
+        batches = list(
+            LengthBatchSampler(data.lengths, 64.0 if "ctc" in variant else BATCH_SECONDS)
+        )
     else:
         batches = [list(range(i, min(i + 8, clips))) for i in range(0, clips, 8)]
     audio = padded = started = gflop = 0.0

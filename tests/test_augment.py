@@ -151,3 +151,9 @@ def test_the_length_of_a_disturbed_clip_is_known_before_it_is_read(build, tmp_pa
         assert np.allclose(read, lengths, atol=2e-3)
         assert len({round(s, 2) for s in lengths}) > 20
     assert data.lengths(0) != data.lengths(3)
+    plain = SpeechDataset([source], processor, Dropped(), max_seconds=4.0)
+    shorter = plain.lengths(0)
+    processor.tail_seconds = 0.2  # the features span it too, so it counts in a batch
+    assert np.allclose(plain.lengths(0), np.array(shorter) + 0.2)
+    steps = [len(plain[i]["features"]) for i in range(len(plain))]
+    assert np.allclose(np.array(steps) / 100, plain.lengths(0), atol=0.02)

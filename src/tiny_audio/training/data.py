@@ -218,16 +218,16 @@ class Clips:
         """A generator seeded by (seed, epoch, id), so a resumed run repeats its numbers."""
         return np.random.default_rng([self.seed, epoch, zlib.crc32(example_id.encode())])
 
-    def disturbed_seconds(self, example: Example, epoch: int) -> float:
-        """Predict the seconds that `disturbed` makes of an example, from the same numbers."""
-        if not self.disturb or self.encoded is not None:
+    def features_seconds(self, example: Example, epoch: int) -> float:
+        """Predict the seconds that an example's features span, with the processor's tail."""
+        if self.disturb and self.encoded is not None:  # `serve_encoded` counted them
             return example.duration
-        rng = self.rng(example.id, epoch)
-        if rng.random() >= self.disturb:
-            return example.duration
-        speed, before, behind = draw_timing(rng)
-        changed = example.duration / speed + before + behind
-        return changed if changed <= self.max_seconds else example.duration
+        seconds = example.duration
+        if self.disturb and (rng := self.rng(example.id, epoch)).random() < self.disturb:
+            speed, before, behind = draw_timing(rng)
+            changed = seconds / speed + before + behind
+            seconds = changed if changed <= self.max_seconds else seconds
+        return seconds + self.processor.tail_seconds
 
     def disturbed(self, samples: np.ndarray, example: Example) -> np.ndarray:
         """Change samples (n,) at 16 kHz with `augment.disturb`, unless they become too long."""
@@ -334,8 +334,8 @@ class SpeechDataset(Clips, Dataset):
                 yield good
 
     def lengths(self, epoch: int) -> list[float]:
-        """Seconds of each example in an epoch."""
-        return [self.disturbed_seconds(example, epoch) for example in self.examples]
+        """Seconds of each example's features in an epoch."""
+        return [self.features_seconds(example, epoch) for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -152,7 +152,7 @@ class SpeechStream(Clips, IterableDataset):
         """Cut a block into batches; their order depends only on (seed, epoch, block)."""
         if not examples:
             return []
-        seconds = np.array([self.disturbed_seconds(e, position["epoch"]) for e in examples])
+        seconds = np.array([self.features_seconds(e, position["epoch"]) for e in examples])
         order = np.argsort(-seconds, kind="stable")
         batches = cut_batches(seconds, order, self.batch_seconds, self.most)
         np.random.default_rng([self.seed, position["epoch"], position["block"]]).shuffle(batches)
