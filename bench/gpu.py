@@ -50,10 +50,13 @@ from tiny_audio.evaluation.scoring import score
 from tiny_audio.hub import one_line
 from tiny_audio.training import plan
 from tiny_audio.training import train as runner
+from tiny_audio.training.build import build_processor
 from tiny_audio.training.data import read_log
 from tiny_audio.training.manifests import Example
+from tiny_audio.training.parts import freeze_idle
 from tiny_audio.training.run_log import LOG
-from tiny_audio.training.trainer import LOSS_KEYS, freeze_idle
+from tiny_audio.training.trainer import LOSS_KEYS
+from tiny_audio.training.vocabulary import transcript_ngram
 
 STAGES = ("projector", "lora")
 
@@ -174,7 +177,7 @@ def planned_model(bench: Bench, name: str) -> tuple[Any, ASRModel, Row]:
     cfg, seconds = bench.stage(name), bench.mean
     runner.fit_device(cfg.training)
     own = {**OWN, "seconds": seconds, "text_rate": made_up.TOKENS_A_SECOND}
-    planned, processor = plan_stage(cfg, own), runner.build_processor(cfg)
+    planned, processor = plan_stage(cfg, own), build_processor(cfg)
     config = copy.copy(planned.model.config)
     config.encoder_name, config.decoder_name = (str(bench.work / part) for part in made_up.SIZES)
     config.audio_token_id, config.end_token_id = processor.audio_token_id, processor.end_token_id
@@ -241,7 +244,7 @@ def decoder_model(bench: Bench) -> tuple[Any, ASRModel]:
     processor, model = made_up.model(bench, cfg)
     texts = [made_up.sentence(words, 20, rng) for _ in range(bench.size(20_000, 200))]
     examples = [Example("", None, text, 1.0) for text in texts]
-    model.ngram = runner.transcript_ngram(processor, examples, bench.work / "words.tsv")
+    model.ngram = transcript_ngram(processor, examples, bench.work / "words.tsv")
     model.characters = made_up.FixedPosteriors(model.characters)
     return processor, model.to(bench.device).eval()  # type: ignore[arg-type]
 

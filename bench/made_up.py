@@ -29,7 +29,7 @@ from transformers import (
 
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
 from tiny_audio.commands.plan import recipe_stages
-from tiny_audio.training.train import build_model, build_processor
+from tiny_audio.training.build import build_model, build_processor
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]

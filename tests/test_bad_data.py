@@ -13,6 +13,7 @@ from conftest import babble, tone, write_audio, write_manifest
 
 from tiny_audio.commands import cli
 from tiny_audio.training import train as runner
+from tiny_audio.training.build import build_processor
 from tiny_audio.training.data import Dropped, SpeechDataset
 from tiny_audio.training.manifests import read_source
 
@@ -144,7 +145,7 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
         assert {row["id"]: row["reason"] for row in map(json.loads, rows)} == reasons
     said = capsys.readouterr()
     assert f"{len(good):>9,}" in said.out and "more than data.max_dropped_fraction" in said.err
-    processor = runner.build_processor(cfg)
+    processor = build_processor(cfg)
     data = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=6.0)
     readable = {item["id"] for item in map(data.read, data.examples) if "features" in item}
     assert readable == good

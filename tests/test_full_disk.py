@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tiny_audio.training.recipe import CONFIGS
+from tiny_audio.training.run_folder import explain_full_disk
 from tiny_audio.training.train import FINISHED
-from tiny_audio.training.trainer import explain_full_disk
 
 # A disk of its own for the child alone, which needs no rights outside.
 DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc"]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.training import train as runner
+from tiny_audio.training.build import lora_from
 from tiny_audio.training.recipe import compose_recipe, stage_configs
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -33,8 +33,8 @@ def config_of(cfg, **more) -> ASRConfig:
         text_config=base_config("SmolLM3-3B.json"),
         stack=cfg.model.stack,
         projector_hidden=cfg.model.projector_hidden,
-        encoder_lora=runner.lora_from(cfg.encoder_lora),
-        decoder_lora=runner.lora_from(cfg.peft, cfg.peft.peft_method),
+        encoder_lora=lora_from(cfg.encoder_lora),
+        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
         **more,
     )
 

@@ -23,14 +23,14 @@ from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
-from tiny_audio.asr.asr_saving import WEIGHTS
+from tiny_audio.asr.asr_saving import NGRAM, WEIGHTS
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.transcribe import main as transcribe
 from tiny_audio.errors import UserError
 from tiny_audio.training import train as runner
 from tiny_audio.training.data import Clips, Dropped
 from tiny_audio.training.manifests import DataError, Reader
-from tiny_audio.training.train import NGRAM, run_lock
+from tiny_audio.training.run_folder import run_lock
 
 # -- audio ---------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.asr.asr_saving import CODE, WEIGHTS
 from tiny_audio.training import train as runner
+from tiny_audio.training.build import build_processor
 from tiny_audio.training.data import read_log
 from tiny_audio.training.run_log import LOG
 
@@ -435,7 +436,7 @@ def check_combination(cfg, lora, batch, folder, monkeypatch):
 )
 def test_lora_combinations_of_tiny_models(compose, corpus, lora, monkeypatch, tmp_path):
     cfg = compose(encoder="hubert", learning_rate=1e-3)
-    processor = runner.build_processor(cfg)
+    processor = build_processor(cfg)
     batch = processor([load_audio(str(corpus.parent / f"wav/{i}.wav")) for i in (3, 0)])
     check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)
 
@@ -451,5 +452,5 @@ def test_lora_combinations_of_real_models(
     cfg.data.train = [{"path": str(real_bases.dev), "sample": 8}]
     cfg.data.eval = cfg.data.train
     cfg.stages[1].training.batch_seconds = 30
-    batch = runner.build_processor(cfg)(real_clips[:2])
+    batch = build_processor(cfg)(real_clips[:2])
     check_combination(cfg, lora, dict(batch), tmp_path, monkeypatch)

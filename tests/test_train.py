@@ -19,6 +19,7 @@ from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.asr.asr_saving import WEIGHTS
+from tiny_audio.training import build
 from tiny_audio.training import train as runner
 from tiny_audio.training.manifests import DataError
 from tiny_audio.training.recipe import CONFIGS, check_config
@@ -355,7 +356,7 @@ def test_the_shipped_configs_are_accepted(name):
 
 
 def test_a_loss_that_is_not_finite_names_its_clips(compose, monkeypatch):
-    build_model = runner.build_model
+    build_model = build.build_model
 
     def broken(*args, **kwargs):
         model = build_model(*args, **kwargs)
@@ -363,7 +364,7 @@ def test_a_loss_that_is_not_finite_names_its_clips(compose, monkeypatch):
             model.projector.down_proj.weight[0, 0] = float("nan")
         return model
 
-    monkeypatch.setattr(runner, "build_model", broken)
+    monkeypatch.setattr(build, "build_model", broken)
     cfg = compose()
     with pytest.raises(
         DataError, match=r"the loss is nan at step 0; the weights were not updated. Clips .*clip\d"

@@ -15,8 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..training.batches import LengthBatchSampler
+from ..training.build import build_processor
 from ..training.data import Clips, Dropped
-from ..training.train import build_processor, read_data
+from ..training.train import read_data
 from . import parser_of
 from .plan import recipe_stages
 

@@ -25,10 +25,10 @@ from transformers import AutoConfig
 from ..asr.asr_config import ASRConfig, check_keys
 from ..asr.asr_modeling import ASRModel
 from ..hub import one_line
+from ..training.build import lora_from
+from ..training.parts import freeze_idle
 from ..training.plan import GPUS, PARTS, Cost, count, describe, table, without_weights
 from ..training.recipe import compose_recipe, model_settings, stage_configs
-from ..training.train import lora_from
-from ..training.trainer import freeze_idle
 from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None}

@@ -1,8 +1,10 @@
-"""The Hugging Face Trainer with length-budget batches, WER evaluation and detailed logs."""
+"""The Hugging Face Trainer with length-budget batches, WER evaluation and detailed logs.
+
+Its callback saves and stops when a signal comes.
+"""
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -13,17 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.utils import flatten_dict
 
-from ..asr.asr_bases import shard_like
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
 from ..asr.asr_saving import WEIGHTS
@@ -34,12 +30,12 @@ from .batches import LengthBatchSampler
 from .data import MIN_SEEN, Dropped
 from .frames import return_freed_memory
 from .manifests import DataError
+from .parts import part_of, part_rates
 from .plan import GPUS, gpu_of
 from .stream import SpeechStream
 
 # Settings that are passed to `ASRModel.forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
-NO_SPACE = 2**20  # bytes; a disk with less free space counts as full
 
 
 class ASRTrainer(Trainer):
@@ -324,135 +320,3 @@ def clean_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command continues from its last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-@contextmanager
-def run_lock(output: Path) -> Iterator[None]:
-    """Lock a run's folder, because two runs there would overwrite each other's checkpoints.
-
-    Raises:
-        ValueError: if another run holds the lock. A killed run releases it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") != "0":  # the main process holds the lock for all
-        yield
-        return
-    try:
-        with FileLock(output / ".lock", blocking=False):
-            yield
-    except Timeout as error:
-        raise ValueError(f"another run is using {output}: wait for it, or stop it") from error
-
-
-@contextmanager
-def explain_full_disk(output: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into one line, and remove partly written files.
-
-    Raises:
-        OSError: names the folder, the size of a checkpoint, and the checkpoints that are safe.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(output).free
-        if "No space left" not in str(error) and free > NO_SPACE:
-            raise
-        sizes = [folder_size(path) for path in output.glob("*/checkpoint-*")]
-        safe = [last_checkpoint(stage) for stage in output.iterdir() if stage.is_dir()]
-        for path in output.rglob("*.tmp*"):
-            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-        needed = f", a checkpoint takes {max(sizes) / 1e6:.0f} MB or more" if sizes else ""
-        kept = ", ".join(path for path in safe if path) or "nothing yet"
-        raise OSError(
-            f"the disk of {output} is full ({free / 1e6:.0f} MB free{needed}). Safe: {kept}. Free "
-            "some space; then the same command continues"
-        ) from error
-
-
-def folder_size(folder: Path) -> int:
-    """Total size of the files in a folder, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint, or None; removes incomplete ones.
-
-    The trainer writes `trainer_state.json` last, so a checkpoint that has it is complete.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-        except (OSError, ValueError):
-            print(f"{path}: incomplete, removed")
-            shutil.rmtree(path)
-    return None
-
-
-def keep_recipe(cfg: DictConfig, folder: Path) -> None:
-    """Save a stage's config in its folder; warn if a resumed run has different settings."""
-    path = folder / "training_config.yaml"
-    if not (path.exists() and [*folder.glob("checkpoint-*"), *folder.glob("final")]):
-        return OmegaConf.save(cfg, path, resolve=True)
-    if changed := changed_settings(cfg, path, r"run\.(?!seed)|stages|training\.resume"):
-        print(f"warning: {folder} was begun with other settings ({changed}); its learning rates "
-              "and optimizer options do not change. run.fresh=true starts over")  # fmt: skip
-
-
-def changed_settings(cfg: DictConfig, path: Path, ignored: str) -> str:
-    """List the settings that differ from a saved config, except keys that match `ignored`."""
-    now: Any = OmegaConf.to_container(cfg, resolve=True)
-    before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
-    keys = [key for key in before | now if not re.match(ignored, key)]
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys
-                     if before.get(key) != now.get(key))  # fmt: skip
-
-
-def part_of(name: str) -> str:
-    """The part that sets a parameter's learning rate: encoder, decoder, or projector (the rest)."""
-    return name.split(".")[0] if name.startswith(("encoder.", "decoder.")) else "projector"
-
-
-def part_rates(settings: dict[str, Any], default: float) -> dict[str, float]:
-    """Learning rate of each part; null means `learning_rate`, and 0 freezes the part."""
-    own = {p: settings[f"{p}_learning_rate"] for p in ("encoder", "decoder")}
-    return {"projector": default, **{p: default if r is None else r for p, r in own.items()}}
-
-
-def freeze_idle(model: Any, settings: dict[str, Any]) -> None:
-    """Freeze parts with a learning rate of 0, and heads that none of the stage's losses use."""
-    rates = part_rates(settings, settings["learning_rate"])
-    decoded, posteriors = settings["decoder_loss_weight"], model.config.bridge == "posteriors"
-    idle = {"characters": not settings["character_loss_weight"], "residual": not decoded}
-    idle["ctc"] = not settings["ctc_loss_weight"] and not (posteriors and decoded)
-    idle["projector"] = not settings["ctc_loss_weight"] and not decoded
-    for name, parameter in model.named_parameters():
-        if not rates[part_of(name)] or idle.get(name.split(".")[0]):
-            parameter.requires_grad_(False)
-
-
-def keep_new_letters(tensors: dict[str, torch.Tensor], model: Any) -> None:
-    """Append freshly initialised rows for new letters to a saved character head, in place."""
-    for name, fresh in model.state_dict().items():
-        if name.startswith(("characters.output.", "characters.direct.")) and name in tensors:
-            known = tensors[name]
-            tensors[name] = torch.cat([known, fresh[len(known) :].to(known.dtype)])
-
-
-def average_with_start(model: Any, start: str, share: float) -> None:
-    """Average the trained weights with those that the stage started with, in place.
-
-    The model then forgets less of what it knew (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
-
-    Args:
-        model: the model at the end of the stage.
-        start: folder of the model at its beginning; a LoRA that it lacks started at zero.
-        share: weight of the start, from 0 to 1.
-    """
-    before = load_file(Path(start) / WEIGHTS, device=str(model.device))
-    keep_new_letters(before, model)
-    for name, weights in model.named_parameters():
-        if weights.requires_grad and name in before:
-            weights.data.lerp_(shard_like(before[name].to(weights.dtype), weights), share)
-        elif weights.requires_grad and ".lora_B" in name:
-            weights.data.mul_(1 - share)

@@ -1,0 +1,135 @@
+"""Build the model that a stage starts with, and its processor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+
+from ..asr.asr_config import ASRConfig
+from ..asr.asr_modeling import ASRModel
+from ..asr.asr_processing import ASRProcessor
+from ..asr.asr_saving import NGRAM, WEIGHTS
+from ..asr.asr_writing import Writing
+from ..hub import one_line
+from .parts import keep_new_letters
+from .recipe import model_settings
+from .stream import SpeechStream
+from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
+
+
+def build_processor(cfg: DictConfig) -> ASRProcessor:
+    """Build the processor from the encoder's feature extractor and the decoder's tokenizer.
+
+    Raises:
+        ValueError: if a base model cannot be loaded; names its key.
+    """
+    names = {key: cfg.model[key] for key in ("encoder_model_name", "decoder_model_name")}
+    key = "encoder_model_name"
+    try:
+        audio_config = AutoConfig.from_pretrained(names[key])
+        extractor = AutoFeatureExtractor.from_pretrained(names[key])
+        key = "decoder_model_name"
+        tokenizer = AutoTokenizer.from_pretrained(names[key])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model.{key}={names[key]}: {one_line(error)}") from error
+    audio_config = vars(audio_config).get("encoder_config", audio_config)  # Parakeet
+    geometry = ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
+    own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
+    return ASRProcessor(
+        extractor,
+        tokenizer,
+        encoder={k: v for k, v in audio_config.to_dict().items() if k in geometry},
+        **{key: cfg.model[key] for key in own},
+    )
+
+
+def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] | None:
+    """LoRA settings of a config group; None if the rank is 0 or the method is null.
+
+    Raises:
+        ValueError: if the method is neither lora nor null.
+    """
+    if method not in ("lora", None):
+        raise ValueError(f"peft.peft_method must be lora or null, not {method!r}")
+    if not group.r or method is None:
+        return None
+    settings: Any = OmegaConf.to_container(group)
+    settings.pop("peft_method", None)
+    return settings
+
+
+def build_model(
+    cfg: DictConfig,
+    processor: ASRProcessor,
+    ctc: tuple[list[int], list[int]] = ([], []),
+    start: str | None = None,
+) -> ASRModel:
+    """Build a model from its base models; trained parts are new or come from the folder `start`.
+
+    Args:
+        cfg: the config of a stage.
+        processor: the model's processor.
+        ctc: the token ids and bytes of the CTC heads, see `ctc_vocabulary`; an empty list omits
+            that head.
+        start: folder of a trained model; its n-gram, capitals and punctuation are loaded too.
+
+    Raises:
+        ValueError: if `start` holds tensors that do not fit this config.
+    """
+    config = ASRConfig(
+        encoder_name=cfg.model.encoder_model_name,
+        decoder_name=cfg.model.decoder_model_name,
+        encoder_lora=lora_from(cfg.encoder_lora),
+        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
+        ctc_token_ids=ctc[0],
+        ctc_alphabet=ctc[1],
+        audio_token_id=processor.audio_token_id,
+        end_token_id=processor.end_token_id,
+        **model_settings(cfg),
+    )
+    dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
+    attention = cfg.training.attn_implementation
+    model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
+    processor.alphabet = list(ctc[1])
+    if start:
+        model.load_words(Path(start))
+        tensors = load_file(Path(start) / WEIGHTS)
+        keep_new_letters(tensors, model)
+        model.load_tensors(tensors, str(start), fresh_lora=True)
+    return model
+
+
+def stage_model(
+    cfg: DictConfig, processor: ASRProcessor, data: Any, start: str | None, resume: str | None
+) -> ASRModel:
+    """Build the model that a stage starts with.
+
+    The transcripts determine the classes of its heads and the words of its n-gram. A model to start
+    from keeps its own and gains the new ones. A resumed run takes them from its checkpoint.
+    """
+    streamed = isinstance(data, SpeechStream)
+    texts = list(data.texts(cfg.data.vocabulary_rows) if streamed else data.examples)
+    if before := resume or start:
+        tokens, alphabet = extend_vocabulary(ASRConfig.from_pretrained(before), texts, resume)
+    else:
+        tokens, alphabet = ctc_vocabulary(texts)
+    heads = (tokens if cfg.model.ctc else [], alphabet if cfg.model.ctc_characters else [])
+    model = build_model(cfg, processor, heads, start)
+    if resume and (Path(resume) / NGRAM).exists():
+        model.load_words(Path(resume))
+    elif model.characters is not None and (
+        model.ngram is None or start == cfg.model.pretrained_model_path  # later stages have it
+    ):
+        words = cfg.data.words and Path(cfg.data.words).expanduser()
+        own = transcript_ngram(processor, texts, words)
+        if own and model.ngram:
+            new = len({*own.words} - {*model.ngram.words})
+            print(f"the model's n-gram is mixed with that of the transcripts: {new} new words")
+            own = blend(model.ngram, own)
+        model.ngram = own or model.ngram
+        if own:
+            model.writing = Writing.learn((e.text for e in texts), processor.spoken, model.writing)
+    return model
