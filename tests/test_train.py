@@ -128,7 +128,7 @@ def test_a_stage_trains_only_what_it_is_told(compose):
 
 # Everything random is switched on, and every checkpoint lies in the middle of an epoch.
 LIVELY = ("data.feature_noise=0.1", "data.channel_drop=0.1", "data.time_mask=4")
-RESUMED = {"steps": (12, 5), "save_steps": 4, "ctc_negatives": 8, "batch_seconds": 4}
+RESUMED = {"steps": (12, 5), "save_steps": 4, "ctc_negatives": 8, "batch_seconds": 4.5}
 
 
 @pytest.fixture(scope="module")
