@@ -51,7 +51,7 @@ from tiny_audio.hub import one_line
 from tiny_audio.training import plan
 from tiny_audio.training import train as runner
 from tiny_audio.training.build import build_processor
-from tiny_audio.training.data import read_log
+from tiny_audio.training.checks import read_log
 from tiny_audio.training.manifests import Example
 from tiny_audio.training.parts import freeze_idle
 from tiny_audio.training.run_log import LOG

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tiny_audio.hub import git_hash
-from tiny_audio.training.data import read_log
+from tiny_audio.training.checks import read_log
 
 Row = dict[str, Any]
 

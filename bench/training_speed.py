@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiny_audio.commands.eval import peak_memory
 from tiny_audio.training.batches import LengthBatchSampler
 from tiny_audio.training.build import build_model, build_processor
-from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.checks import Dropped
+from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.recipe import compose_recipe
 from tiny_audio.training.vocabulary import ctc_vocabulary
 

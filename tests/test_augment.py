@@ -7,7 +7,8 @@ from conftest import babble, tone, write_audio, write_manifest
 from tiny_audio.asr.asr_processing import SAMPLE_RATE, normalise_level
 from tiny_audio.training import augment
 from tiny_audio.training.augment import disturb
-from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.checks import Dropped
+from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.frames import Frames, cache_encoder_frames
 
 

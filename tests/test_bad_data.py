@@ -14,7 +14,8 @@ from conftest import babble, tone, write_audio, write_manifest
 from tiny_audio.commands import cli
 from tiny_audio.training import train as runner
 from tiny_audio.training.build import build_processor
-from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.checks import Dropped
+from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.manifests import read_source
 
 READ = "unreadable audio"

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from tiny_audio.training import data as data_module
 from tiny_audio.training import frames
 from tiny_audio.training.batches import LengthBatchSampler
-from tiny_audio.training.data import Dropped, SpeechDataset, prepare_text, read_log
+from tiny_audio.training.checks import Dropped, prepare_text, read_log
+from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.frames import Frames, cache_encoder_frames
 from tiny_audio.training.manifests import DataError, Example, Reader, header_seconds, read_source
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.training.batches import LengthBatchSampler
-from tiny_audio.training.data import read_log
+from tiny_audio.training.checks import read_log
 from tiny_audio.training.recipe import CONFIGS
 from tiny_audio.training.run_log import LOG
 

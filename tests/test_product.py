@@ -26,7 +26,7 @@ from tiny_audio.commands import assets, cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.loading import load_pipeline
-from tiny_audio.training.data import read_log
+from tiny_audio.training.checks import read_log
 from tiny_audio.training.recipe import compose_recipe
 from tiny_audio.training.run_log import LOG
 from tiny_audio.training.train import train

@@ -28,7 +28,8 @@ from tiny_audio.commands.formats import render
 from tiny_audio.commands.transcribe import main as transcribe
 from tiny_audio.errors import UserError
 from tiny_audio.training import train as runner
-from tiny_audio.training.data import Clips, Dropped
+from tiny_audio.training.checks import Dropped
+from tiny_audio.training.data import Clips
 from tiny_audio.training.manifests import DataError, Reader
 from tiny_audio.training.run_folder import run_lock
 

@@ -26,7 +26,7 @@ from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.asr.asr_saving import CODE, WEIGHTS
 from tiny_audio.training import train as runner
 from tiny_audio.training.build import build_processor
-from tiny_audio.training.data import read_log
+from tiny_audio.training.checks import read_log
 from tiny_audio.training.run_log import LOG
 
 # The last positions: a transcript. Before it the number of positions depends on the bridge, which

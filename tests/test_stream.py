@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.training import train as runner
-from tiny_audio.training.data import Dropped, read_log
+from tiny_audio.training.checks import Dropped, read_log
 from tiny_audio.training.manifests import DataError, Shards
 from tiny_audio.training.run_log import LOG
 from tiny_audio.training.stream import SpeechStream

@@ -20,7 +20,7 @@ from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as runner
-from tiny_audio.training.data import read_log
+from tiny_audio.training.checks import read_log
 from tiny_audio.training.recipe import CONFIGS, compose_recipe
 from tiny_audio.training.run_log import LOG, StepLine
 from tiny_audio.training.trainer import clean_exit

@@ -9,7 +9,8 @@ from conftest import TEXTS, babble, write_audio, write_manifest
 from tiny_audio.asr.asr_decoding import Candidate, choose
 from tiny_audio.asr.asr_processing import SAMPLE_RATE
 from tiny_audio.asr.asr_search import Proposal
-from tiny_audio.training.data import Dropped, SpeechDataset
+from tiny_audio.training.checks import Dropped
+from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.tuning import TRIED, expected, tune
 
 NEUTRAL = {"prior": 1.0, "decoder": 0.0, "language_model": 0.0, "decoder_word": 0.0}

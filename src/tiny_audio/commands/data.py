@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from ..training.batches import LengthBatchSampler
 from ..training.build import build_processor
-from ..training.data import Clips, Dropped
+from ..training.checks import Dropped
+from ..training.data import Clips
 from ..training.train import read_data
 from . import parser_of
 from .plan import recipe_stages

@@ -34,7 +34,7 @@ from ..evaluation.scoring import count, normalizer, score
 from ..hub import git_hash, one_line
 from ..progress import progress_bar
 from ..training.batches import cut_batches
-from ..training.data import read_log
+from ..training.checks import read_log
 from ..training.manifests import SOURCE, DataError, Example, read_source
 from . import home_path, parser_of
 from .transcribe import DECODE_HELP

@@ -21,7 +21,8 @@ from ..evaluation.scoring import score
 from ..hub import git_hash, model_card
 from ..loading import load_pipeline
 from ..progress import clock, progress_bar, quiet_libraries
-from ..training.data import Dropped, SpeechDataset
+from ..training.checks import Dropped
+from ..training.data import SpeechDataset
 from ..training.manifests import read_source
 from ..training.recipe import compose_recipe
 from ..training.train import FINISHED, TUNING, train

@@ -4,16 +4,11 @@ An example that cannot be used is skipped; its id and the reason are logged and 
 transcripts are never truncated to fit.
 """
 
-import json
-import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
-from unicodedata import category, normalize
 
 import numpy as np
 import torch
@@ -23,96 +18,8 @@ from transformers import BatchFeature
 from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
 from .augment import disturb, draw_timing
 from .batches import LengthBatchSampler
+from .checks import CHARACTERS_PER_SECOND, Dropped, prepare_text, why_unreadable
 from .manifests import DataError, Example, Reader
-
-# Plausible transcripts: slower than anybody reads to faster than anybody speaks.
-CHARACTERS_PER_SECOND = (0.3, 40.0)
-# Annotation marks and their replacements in training text, applied in this order.
-MARKS = {
-    r"\s*<comma>": ",",  # GigaSpeech
-    r"\s*<period>": ".",
-    r"\s*<questionmark>": "?",
-    r"\s*<exclamationpoint>": "!",
-    r"ignore_time_segment_in_scoring": "",  # TED-LIUM: speech without a transcript
-    r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)": " ",  # <unk>, <sil>, [noise], (laughter)
-}
-MIN_SEEN = 200  # examples of a stream to read before checking its share of dropped ones
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL log, without lines cut short by a kill; empty if there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-class Dropped:
-    """Counts skipped examples by reason and appends their ids to a JSONL file.
-
-    Args:
-        path: the file, deleted first if it exists. Each checkpoint keeps a copy for resuming.
-        allowed: the share of examples that may be dropped.
-    """
-
-    def __init__(self, path: Path | None = None, allowed: float = 1.0) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.seen: set[str] = set()
-        self.path, self.allowed = path, allowed
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-    def add(self, id: str, reason: str, detail: str = "") -> None:
-        """Record a skipped example; each id is counted once."""
-        if id in self.seen:
-            return
-        self.seen.add(id)
-        self.counts[reason] += 1
-        self.first.setdefault(reason, id)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"id": id, "reason": reason, "detail": detail}) + "\n")
-
-    def __str__(self) -> str:
-        parts = [f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.counts.items()]
-        return ", ".join(parts) or "none"
-
-    def check(self, total: int) -> None:
-        """Raise DataError if more than the allowed share of `total` examples was dropped."""
-        count = self.counts.total()
-        if count > self.allowed * total:
-            raise DataError(
-                f"{count} of {total} examples were dropped, more than data.max_dropped_fraction="
-                f"{self.allowed}: {self}. Fix the data, or raise the limit"
-            )
-
-
-def prepare_text(text: str, lowercase: bool = False) -> str:
-    """Replace annotation marks (see `MARKS`), and join words by single spaces.
-
-    A text written entirely in capitals is lower-cased.
-
-    Case, digits and punctuation are kept for the model to learn. `lowercase`, for small recipes,
-    removes case and all punctuation except the apostrophe.
-    """
-    text = normalize("NFC", text)
-    for mark, meaning in MARKS.items():
-        text = re.sub(mark, meaning, text, flags=re.IGNORECASE)
-    text = " ".join(text.split())
-    if lowercase:
-        letters = text.lower().replace("’", "'")
-        # letters, combining marks, digits, the apostrophe, zero-width joiner and non-joiner
-        kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in letters)
-        text = " ".join("".join(kept).split())
-    return text.lower() if text.isupper() and len(text) > 3 else text
-
-
-def why_unreadable(audio: Any) -> str:
-    """Explain why audio has no duration, by decoding it."""
-    try:
-        load_audio(audio)
-    except (AudioError, TypeError) as error:
-        return str(error)
-    return "unknown length"
 
 
 @dataclass(eq=False)

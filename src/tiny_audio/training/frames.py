@@ -18,7 +18,8 @@ from ..asr.asr_encoder import MaskedGroupNorm
 from ..asr.asr_modeling import ASRModel
 from ..progress import progress_bar
 from .batches import cut_batches
-from .data import SpeechDataset, read_log
+from .checks import read_log
+from .data import SpeechDataset
 
 CLIPS_PER_TASK = 128
 BATCH_SECONDS = 64.0  # padded audio in a batch; limits the memory of attention

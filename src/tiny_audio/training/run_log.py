@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from ..progress import clock
-from .data import read_log
+from .checks import read_log
 
 LOG = "log.jsonl"
 DRAW_SECONDS = 60.0  # the curves are drawn at most this often; drawing takes up to a second

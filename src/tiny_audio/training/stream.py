@@ -16,7 +16,8 @@ from transformers import BatchFeature
 
 from ..asr.asr_processing import ASRProcessor
 from .batches import cut_batches
-from .data import Clips, Dropped
+from .checks import Dropped
+from .data import Clips
 from .manifests import DataError, Example, Reader
 
 # `seen`: examples read so far in the first epoch; from the second on, those of a whole epoch.

@@ -31,7 +31,8 @@ from ..hub import HubPusher, git_hash, hub_target, model_card, push_folder
 from ..progress import quiet_libraries
 from . import recipe
 from .build import build_processor, stage_model
-from .data import Dropped, SpeechDataset, read_log
+from .checks import Dropped, read_log
+from .data import SpeechDataset
 from .frames import cache_encoder_frames, return_freed_memory
 from .manifests import Reader
 from .parts import average_with_start, freeze_idle

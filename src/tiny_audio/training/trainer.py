@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..evaluation.scoring import score
 from ..hub import one_line
 from .batches import LengthBatchSampler
-from .data import MIN_SEEN, Dropped
+from .checks import MIN_SEEN, Dropped
 from .frames import return_freed_memory
 from .manifests import DataError
 from .parts import part_of, part_rates
