@@ -20,8 +20,9 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from tiny_audio.asr.asr_audio import load_audio
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.commands import cache_dir
 from tiny_audio.training.checks import read_log
 from tiny_audio.training.manifests import read_source

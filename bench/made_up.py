@@ -27,7 +27,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from tiny_audio.asr.asr_processing import SAMPLE_RATE
+from tiny_audio.asr.asr_audio import SAMPLE_RATE
 from tiny_audio.commands.plan import recipe_stages
 from tiny_audio.training.build import build_model, build_processor
 

@@ -46,10 +46,10 @@ from transformers import (
     WhisperModel,
 )
 
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio, split_blocks
 from tiny_audio.asr.asr_config import WAVEFORM_ENCODERS, ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.asr.asr_pipeline import split_blocks
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, ASRProcessor, load_audio
+from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.commands import assets
 from tiny_audio.loading import load_pipeline
 from tiny_audio.training.manifests import Example

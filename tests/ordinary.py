@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.asr.asr_pipeline import LOOP
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
 from tiny_audio.commands import assets
 from tiny_audio.evaluation.scoring import normalizer, score
 from tiny_audio.loading import load_pipeline

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import babble, split_at_pauses, tone, write_audio
 
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.training.manifests import header_seconds
 
 SECONDS = 4.0

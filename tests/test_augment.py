@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import babble, tone, write_audio, write_manifest
 
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, normalise_level
+from tiny_audio.asr.asr_audio import SAMPLE_RATE
+from tiny_audio.asr.asr_processing import normalise_level
 from tiny_audio.training import augment
 from tiny_audio.training.augment import disturb
 from tiny_audio.training.checks import Dropped

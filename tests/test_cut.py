@@ -11,7 +11,7 @@ import pytest
 from conftest import babble, write_audio
 from test_long_use import real, speech_bounds  # noqa: F401
 
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.commands import cli, cut
 from tiny_audio.commands.cut import Cue
 from tiny_audio.training.manifests import read_source

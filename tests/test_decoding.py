@@ -9,6 +9,7 @@ import torch
 from conftest import TEXTS, babble
 
 from tiny_audio.asr import asr_ngram
+from tiny_audio.asr.asr_audio import SAMPLE_RATE
 from tiny_audio.asr.asr_config import DECODE, DECODING_DEFAULTS, ASRConfig
 from tiny_audio.asr.asr_decoding import (  # fmt: skip
     TextTree,
@@ -20,7 +21,6 @@ from tiny_audio.asr.asr_decoding import (  # fmt: skip
 )
 from tiny_audio.asr.asr_ngram import build_ngram, load_arpa, save_arpa
 from tiny_audio.asr.asr_pipeline import ASRPipeline
-from tiny_audio.asr.asr_processing import SAMPLE_RATE
 from tiny_audio.asr.asr_search import Lexicon, PrefixSearch, silent_frames, squeeze
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms

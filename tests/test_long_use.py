@@ -14,8 +14,8 @@ import torch
 from conftest import write_audio
 from test_serve import KINDS, Running, everywhere
 
-from tiny_audio.asr.asr_pipeline import FLAGS, Piece, Recording, split_blocks
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio, read_audio
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio, read_audio, split_blocks
+from tiny_audio.asr.asr_pipeline import FLAGS, Piece, Recording
 from tiny_audio.commands import assets
 from tiny_audio.commands.serve import create_app
 from tiny_audio.evaluation.scoring import score

@@ -9,11 +9,11 @@ import torch
 from conftest import LORAS, TEXTS, babble, build_asr
 from transformers import LlamaConfig, WhisperConfig, WhisperModel
 
+from tiny_audio.asr.asr_audio import SAMPLE_RATE
 from tiny_audio.asr.asr_config import SPARE_TOKENS, WAVEFORM_ENCODERS, ASRConfig
 from tiny_audio.asr.asr_ctc import CharacterHead, CTCHead
 from tiny_audio.asr.asr_encoder import encode_whisper
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.asr.asr_processing import SAMPLE_RATE
 
 VOCAB, END = 12, 1
 

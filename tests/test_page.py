@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_serve import Running
 
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.commands import adapt, demo
 from tiny_audio.commands.assets import Assets, read_manifest
 from tiny_audio.commands.serve import create_app

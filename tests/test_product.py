@@ -20,7 +20,7 @@ import pytest
 from conftest import split_at_pauses, write_audio
 from safetensors.torch import load_file
 
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, load_audio
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.commands import assets, cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS

@@ -19,10 +19,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.pipelines.pt_utils import KeyDataset
 
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.asr.asr_saving import NGRAM, WEIGHTS
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.transcribe import main as transcribe

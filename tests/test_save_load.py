@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from tiny_audio.asr import asr_modeling
+from tiny_audio.asr.asr_audio import load_audio
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
-from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.asr.asr_saving import CODE, WEIGHTS
 from tiny_audio.training import train as runner
 from tiny_audio.training.build import build_processor

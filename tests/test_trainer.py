@@ -13,10 +13,11 @@ import torch
 from conftest import write_manifest
 from safetensors.torch import load_file
 
+from tiny_audio.asr.asr_audio import load_audio
 from tiny_audio.asr.asr_config import IGNORE
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import ASRPipeline
-from tiny_audio.asr.asr_processing import ASRProcessor, load_audio
+from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.training import train as runner

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import TEXTS, babble, write_audio, write_manifest
 
+from tiny_audio.asr.asr_audio import SAMPLE_RATE
 from tiny_audio.asr.asr_decoding import Candidate, choose
-from tiny_audio.asr.asr_processing import SAMPLE_RATE
 from tiny_audio.asr.asr_search import Proposal
 from tiny_audio.training.checks import Dropped
 from tiny_audio.training.data import SpeechDataset

@@ -17,17 +17,9 @@ import torch
 from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
+from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio, split_blocks
 from tiny_audio.asr.asr_ctc import LAG, align, fits, letters_heard
-from tiny_audio.asr.asr_pipeline import (  # fmt: skip
-    LEAST_FILLED,
-    LOOP,
-    ASRPipeline,
-    Piece,
-    Recording,
-    chunks,
-    split_blocks,
-)
-from tiny_audio.asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, read_audio
+from tiny_audio.asr.asr_pipeline import LEAST_FILLED, LOOP, ASRPipeline, Piece, Recording, chunks
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render

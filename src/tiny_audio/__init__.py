@@ -4,10 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
+from .asr.asr_audio import load_audio
 from .asr.asr_config import ASRConfig
 from .asr.asr_modeling import ASRModel
 from .asr.asr_pipeline import ASRPipeline
-from .asr.asr_processing import ASRProcessor, load_audio
+from .asr.asr_processing import ASRProcessor
 from .asr.asr_projector import AudioProjector
 
 # With the package installed, folders of ours load through it instead of through their own code.

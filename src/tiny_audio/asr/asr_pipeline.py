@@ -9,21 +9,19 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Pipeline
 
+from .asr_audio import SAMPLE_RATE, AudioError, AudioInput, loud_span, read_audio, split_blocks
 from .asr_config import check_keys
 from .asr_ctc import letters_heard, time_words
 from .asr_decoding import Transcript, transcribe
-from .asr_processing import SAMPLE_RATE, AudioError, AudioInput, read_audio
 
 logger = logging.getLogger(__name__)
-HOP = SAMPLE_RATE // 100  # 10 ms: grid of the search for pauses
-PAUSE_WINDOW = 20  # grid steps (0.2 s) over which the energy is averaged
 READ_AHEAD = 64  # pieces read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
 LEAST_FILLED = 0.8  # share of its row that the shortest clip fills where a CPU encodes
@@ -39,8 +37,6 @@ ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
 # belongs to the module, because a pipeline that holds a lock cannot be pickled.
 DECODE_LOCK = threading.Lock()
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
-# Of the loudest energy (-60 dB); so much silence is kept around the speech of a piece.
-SILENCE_BELOW, SILENCE_MARGIN = 1e-6, SAMPLE_RATE // 4
 # Flag a transcript whose letters are heard less surely, and a loop of less confidence.
 UNSUPPORTED, PLAUSIBLE = 0.65, 0.5
 FLAGS = {
@@ -104,59 +100,6 @@ class Recording:
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str = ""
-
-
-def split_blocks(
-    blocks: Iterable[np.ndarray], max_seconds: float
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut a recording that arrives in blocks into pieces of at most `max_seconds`.
-
-    Yields the first sample's index and the samples of each piece, without gap or overlap. Each cut
-    is at the quietest 0.2 s in the second half of the allowed length, which finds any pause there.
-    """
-    limit, margin = int(max_seconds * SAMPLE_RATE), PAUSE_WINDOW * HOP
-    held: list[np.ndarray] = []
-    size = at = 0
-    for block in chain(blocks, [None]):  # None after the last block
-        if block is not None:
-            held.append(block)
-            size += len(block)
-        slack = 0 if block is None else margin
-        while size > limit + slack:
-            samples = np.concatenate(held)
-            cut = _quietest(samples[: limit + margin], limit)
-            yield at, samples[:cut]
-            held, at, size = [samples[cut:]], at + cut, size - cut
-    if size:
-        yield at, np.concatenate(held)
-
-
-def _energy(samples: np.ndarray) -> np.ndarray:
-    """Return the mean square of each 10 ms: (n // HOP,)."""
-    steps = len(samples) // HOP
-    return np.square(samples[: steps * HOP]).reshape(steps, HOP).mean(1)
-
-
-def loud_span(samples: np.ndarray) -> tuple[int, int]:
-    """Return start and end, in samples, of the audio that is not silent, with a margin.
-
-    Silent means below `SILENCE_BELOW` times the energy of the loudest 10 ms.
-    """
-    energy = _energy(samples)
-    loud = np.flatnonzero(energy > SILENCE_BELOW * energy.max(initial=0.0))
-    if not len(loud):
-        return 0, len(samples)
-    first, last = loud[0] * HOP - SILENCE_MARGIN, (loud[-1] + 1) * HOP + SILENCE_MARGIN
-    return max(0, first), min(len(samples), last)
-
-
-def _quietest(samples: np.ndarray, limit: int) -> int:
-    """Return the index of the quietest 0.2 s in the second half of the first `limit` samples."""
-    around = PAUSE_WINDOW // 2, PAUSE_WINDOW // 2 - 1  # centres the window on each step
-    energy = np.pad(_energy(samples), around, mode="edge")
-    smooth = np.convolve(energy, np.ones(PAUSE_WINDOW) / PAUSE_WINDOW, mode="valid")
-    low, high = limit // 2 // HOP, limit // HOP
-    return (low + int(smooth[low:high].argmin())) * HOP
 
 
 class ASRPipeline(Pipeline):

@@ -20,9 +20,9 @@ from .asr_writing import Writing
 WEIGHTS = "model.safetensors"
 # Beside the weights: the n-gram of the training transcripts, and how they are written.
 NGRAM, WRITING = "ngram.arpa.gz", "writing.json"
-CODE = "asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling asr_ngram".split()
-CODE += "asr_pipeline asr_processing asr_projector asr_saving asr_search asr_writing".split()
-CODE += ["handler"]
+CODE = "asr_audio asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling".split()
+CODE += "asr_ngram asr_pipeline asr_processing asr_projector asr_saving asr_search".split()
+CODE += ["asr_writing", "handler"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # Arguments that transformers' Auto classes and pipelines add to those of the user.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}

@@ -47,7 +47,7 @@ from transformers.models.whisper import WhisperConfig, WhisperFeatureExtractor, 
 from transformers.models.whisper import modeling_whisper as whisper
 from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
 
-from ..asr.asr_processing import SAMPLE_RATE, load_audio
+from ..asr.asr_audio import SAMPLE_RATE, load_audio
 from ..errors import UserError
 from ..progress import progress_bar, quiet_libraries
 from . import cache_dir

@@ -20,8 +20,8 @@ import soundfile
 import torch
 from praatio import textgrid
 
+from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
 from ..asr.asr_ctc import LAG, align, fits
-from ..asr.asr_processing import SAMPLE_RATE, AudioError, load_audio
 from ..loading import load_pipeline
 from ..progress import progress_bar
 from . import append_row, home_path, parser_of

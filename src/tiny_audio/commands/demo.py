@@ -20,9 +20,9 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from ..asr.asr_audio import AudioError, load_audio, split_blocks
 from ..asr.asr_config import DECODE
-from ..asr.asr_pipeline import Recording, split_blocks
-from ..asr.asr_processing import AudioError, load_audio
+from ..asr.asr_pipeline import Recording
 from ..loading import load_pipeline
 from ..training.manifests import read_source
 from . import append_row, cache_dir, home_path, parser_of

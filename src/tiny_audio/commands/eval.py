@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from huggingface_hub import dataset_info
 
+from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
 from ..asr.asr_config import DECODE
-from ..asr.asr_processing import SAMPLE_RATE, AudioError, load_audio
 from ..evaluation.recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
 from ..evaluation.report import write_report
 from ..evaluation.scoring import count, normalizer, score

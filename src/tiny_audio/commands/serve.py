@@ -21,9 +21,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteError
 
+from ..asr.asr_audio import AudioError
 from ..asr.asr_config import DECODE
 from ..asr.asr_pipeline import Piece, Recording
-from ..asr.asr_processing import AudioError
 from ..loading import load_pipeline
 from . import parser_of
 from .formats import render

@@ -14,9 +14,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 
+from ..asr.asr_audio import SAMPLE_RATE
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_pipeline import ASRPipeline
-from ..asr.asr_processing import SAMPLE_RATE
 from ..errors import UserError
 from ..hub import one_line
 from ..loading import check_device, load_pipeline

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from jinja2 import Template
 
-from ..asr.asr_processing import SAMPLE_RATE, load_audio
+from ..asr.asr_audio import SAMPLE_RATE, load_audio
 from .scoring import align, interval
 
 CLIPS, MAX_SECONDS = 50, 60  # number of worst clips shown; longest clip with a player

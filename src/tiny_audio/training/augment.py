@@ -6,7 +6,7 @@ synthesized, so no recordings are needed. All randomness comes from the generato
 
 import numpy as np
 
-from ..asr.asr_processing import SAMPLE_RATE
+from ..asr.asr_audio import SAMPLE_RATE
 
 # The probability of each disturbance. They are drawn independently.
 SHARES = {

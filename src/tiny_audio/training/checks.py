@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
-from ..asr.asr_processing import AudioError, load_audio
+from ..asr.asr_audio import AudioError, load_audio
 from .manifests import DataError
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.

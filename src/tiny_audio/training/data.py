@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
-from ..asr.asr_processing import SAMPLE_RATE, ASRProcessor, AudioError, load_audio
+from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
+from ..asr.asr_processing import ASRProcessor
 from .augment import disturb, draw_timing
 from .batches import LengthBatchSampler
 from .checks import CHARACTERS_PER_SECOND, Dropped, prepare_text, why_unreadable

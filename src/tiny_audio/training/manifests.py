@@ -15,8 +15,8 @@ from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 
+from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, open_audio
 from ..asr.asr_config import check_keys
-from ..asr.asr_processing import SAMPLE_RATE, AudioError, load_audio, open_audio
 from ..errors import UserError
 
 # The keys of a data source, with their defaults.

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from ..asr.asr_audio import SAMPLE_RATE
 from ..asr.asr_config import encoder_frames
 from ..asr.asr_encoder import build_encoder
 from ..asr.asr_modeling import ASRModel
-from ..asr.asr_processing import SAMPLE_RATE
 
 PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
 MEL_RATE = 100  # mel frames per second (hop of 10 ms)
