@@ -69,8 +69,9 @@ def measure(run: Path) -> dict[str, Any]:
     clip = next(clip for clip in dev if clip.id == CLIP)
     stage = run / "characters"
     frames = {step: heard(stage / f"checkpoint-{step}", clip.audio) for step in STEPS}
+    clips = next(int(row["eval_clips"]) for row in read_log(stage / LOG) if "eval_clips" in row)
     return {"text": clip.text, "seconds": clip.duration, "learning": learning(stage / LOG),
-            "heard": frames}  # fmt: skip
+            "clips": clips, "heard": frames}  # fmt: skip
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
@@ -92,7 +93,8 @@ def draw(data: dict[str, Any], folder: Path) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*data["learning"], strict=True), "o-", markersize=3)
-    axes.set(xlabel="seconds of training", ylabel="WER % on 58 unseen clips", ylim=(0, None))
+    label = f"WER % on {data['clips']} unseen clips"
+    axes.set(xlabel="seconds of training", ylabel=label, ylim=(0, None))
     axes.grid(alpha=0.3)
     save(figure, folder / "learning.svg")
 

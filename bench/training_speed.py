@@ -92,9 +92,8 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
     model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # frozen ones get no gradient
     if variant.get("length_batches"):
-        batches = list(
-            LengthBatchSampler(data.lengths, 64.0 if "ctc" in variant else BATCH_SECONDS)
-        )
+        budget = 64.0 if "ctc" in variant else BATCH_SECONDS
+        batches = list(LengthBatchSampler(data.lengths, budget))
     else:
         batches = [list(range(i, min(i + 8, clips))) for i in range(0, clips, 8)]
     audio = padded = started = gflop = 0.0
