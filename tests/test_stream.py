@@ -215,7 +215,7 @@ def test_a_stream_of_which_nothing_can_be_read_ends(tmp_path, processor, count):
 
 def test_a_stream_is_continued_by_as_many_processes(compose, tmp_path):
     """Each has read its own share: what another number of them read would be lost or come twice."""
-    cfg = compose("data.streaming=true", "data.max_seconds=6", "training.cache_encoder=false",
+    cfg = compose("data.streaming=true", "data.max_seconds=5.8", "training.cache_encoder=false",
                   steps=(4, 1), save_steps=2)  # fmt: skip
     runner.train(cfg)
     (tmp_path / "run/align/final/finished.json").unlink()
@@ -235,7 +235,7 @@ def test_too_many_drops_end_a_streaming_run(compose, corpus, tmp_path):
     path = write_manifest(tmp_path / "m.jsonl", [*bad, *good])
 
     def run(allowed):
-        cfg = compose("data.streaming=true", "data.max_seconds=6", "data.block=4",
+        cfg = compose("data.streaming=true", "data.max_seconds=5.8", "data.block=4",
                       "training.cache_encoder=false", f"data.max_dropped_fraction={allowed}",
                       "run.fresh=true", steps=(8, 1), manifest=path)  # fmt: skip
         return runner.train(cfg)
@@ -265,7 +265,7 @@ def run_in(tiny_bases, corpus):
             "encoder_lora.r=2", "encoder_lora.lora_dropout=0.1", "peft.r=2",
             "peft.lora_dropout=0.1",
             f"data.train=[{{path: {corpus}}}]", f"data.streaming={streaming}", "data.block=7",
-            "data.max_seconds=5", "data.disturb=0.7", f"run.output_dir={folder}",
+            "data.max_seconds=4.8", "data.disturb=0.7", f"run.output_dir={folder}",
             f"training.max_steps={STEPS}",
             "training.eval_strategy=no", "training.logging_steps=1", "training.save_steps=4",
             "training.warmup_steps=2", "training.batch_seconds=5", "training.report_to=none",

@@ -24,7 +24,7 @@ from tiny_audio.training import train as runner
 from tiny_audio.training.checks import read_log
 from tiny_audio.training.recipe import CONFIGS, compose_recipe
 from tiny_audio.training.run_log import LOG, StepLine
-from tiny_audio.training.trainer import clean_exit
+from tiny_audio.training.train import clean_exit
 
 EVALUATED = ("training.eval_strategy=steps",)
 

@@ -371,6 +371,7 @@ def test_rounds_do_not_change_the_text(pipe, monkeypatch, clips):
     assert [r["text"] for r in pipe(clips)] == expected
     monkeypatch.setattr("tiny_audio.asr.asr_pipeline.READ_AHEAD", 1)
     mixed = pipe([clips[0], b"junk", clips[1]], skip_errors=True)
+    assert not list(pipe.pieces(b"junk", skip_errors=True))
     assert [r["text"] for r in mixed] == [expected[0], "", expected[1]] and "error" in mixed[1]
 
 

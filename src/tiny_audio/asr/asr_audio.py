@@ -1,4 +1,4 @@
-"""Any audio as 16 kHz mono samples, and long recordings in pieces."""
+"""Any audio as 16 kHz mono samples; where its sound begins and ends, and where it is cut."""
 
 import io
 import logging
@@ -131,7 +131,7 @@ def _fetch(url: str) -> bytes:
         return httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
     except httpx.HTTPError as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise AudioError(f"{url}: {reason}") from error
+        raise AudioError(f"cannot download {url}: {reason}") from error
 
 
 def open_audio(source: str | IO[bytes]) -> Any:
@@ -281,7 +281,7 @@ def _energy(samples: np.ndarray) -> np.ndarray:
 
 
 def loud_span(samples: np.ndarray) -> tuple[int, int]:
-    """Return start and end, in samples, of the audio that is not silent, with a margin.
+    """Return where sound first begins and last ends, in samples, widened by `SILENCE_MARGIN`.
 
     Silent means below `SILENCE_BELOW` times the energy of the loudest 10 ms.
     """

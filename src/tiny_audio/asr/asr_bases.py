@@ -66,10 +66,10 @@ def load_base(
 
 
 def check_attention(attention: str | None) -> None:
-    """Refuse attention implementations that do not take every mask of ours, as FlashAttention.
+    """Refuse attention implementations that cannot apply our masks, such as FlashAttention.
 
     Raises:
-        ValueError: naming those that do; None means transformers' default, SDPA.
+        ValueError: if it is not None (transformers' default, SDPA), sdpa or eager.
     """
     if attention not in (None, "sdpa", "eager"):
         raise ValueError(f"attn_implementation must be null, sdpa or eager, not {attention!r}")

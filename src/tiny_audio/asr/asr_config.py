@@ -90,7 +90,7 @@ def lora_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def decoding_settings(settings: dict[str, Any] | None) -> dict[str, Any]:
-    """Fill in `DECODING_DEFAULTS`, and refuse unknown keys and searches that keep nothing."""
+    """Fill in `DECODING_DEFAULTS`; refuse unknown keys, and a search that keeps no text."""
     check_keys(settings or {}, DECODING_DEFAULTS, "decoding settings")
     full = {**DECODING_DEFAULTS, **(settings or {})}
     if min(full["beams"], full["candidates"], full["proposals"]) < 1:
@@ -168,7 +168,7 @@ class ASRConfig(PreTrainedConfig):
         if "ctc_decode_weight" in kwargs:
             raise ValueError(
                 "this model was saved by an older version that decodes differently: train it again "
-                "(its recipe is training_config.yaml; the quickstart's: make quickstart)"
+                "from its training_config.yaml, or with `make quickstart`"
             )
         if self.bridge not in BRIDGES:
             raise ValueError(f"bridge must be one of {BRIDGES}, not {self.bridge!r}")

@@ -175,7 +175,7 @@ class Candidate:
         return *first_pass, self.decoder, self.language_model, float(words)
 
     def score(self, settings: dict[str, Any]) -> float:
-        """Combine all terms with the weights of `ASRConfig.decoding`."""
+        """Add up the parts, weighted by `ASRConfig.decoding`; the CTC score has weight 1."""
         ctc, *others = self.parts()
         return ctc + sum(settings[name] * x for name, x in zip(SCORE_WEIGHTS, others, strict=True))
 

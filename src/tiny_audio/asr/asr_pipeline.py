@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 READ_AHEAD = 64  # pieces read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
 LEAST_FILLED = 0.8  # share of its row that the shortest clip fills where a CPU encodes
-# Call arguments of preprocess, _forward and postprocess.
+# Call arguments of _read, _forward and postprocess.
 ARGUMENTS = (
     {"sampling_rate", "limit_seconds", "skip_errors"},
     {"batch_seconds", "progress", "decode", "decoding", "generate_kwargs"},
@@ -150,7 +150,7 @@ class ASRPipeline(Pipeline):
         return tuple({k: kwargs[k] for k in names & kwargs.keys()} for names in ARGUMENTS)
 
     def settings(self, **kwargs: Any) -> tuple[dict, ...]:
-        """Split call arguments into those of `preprocess`, `_forward` and `postprocess`."""
+        """Split call arguments into those of `_read`, `_forward` and `postprocess`."""
         own = (self._preprocess_params, self._forward_params, self._postprocess_params)
         given = self._sanitize_parameters(**kwargs)
         return tuple({**a, **b} for a, b in zip(own, given, strict=True))
@@ -173,11 +173,11 @@ class ASRPipeline(Pipeline):
             yield from (self.postprocess(recording, **post) for recording, p in ready if not p)
 
     def _read(
-        self, inputs: Iterable[AudioInput], skip_errors: bool = False, **pre: Any
+        self, inputs: Iterable[Any], skip_errors: bool = False, **pre: Any
     ) -> Iterator[tuple[Recording, Piece | None]]:
         """Yield the pieces of each input, followed by None."""
         for source in inputs:
-            recording = Recording(source)
+            recording = source if isinstance(source, Recording) else Recording(source)
             try:
                 yield from ((recording, piece) for piece in self.preprocess(recording, **pre))
             except AudioError as error:
@@ -192,8 +192,7 @@ class ASRPipeline(Pipeline):
         The non-empty texts, joined with spaces, are the text that a call returns.
         """
         pre, forward, _ = self.settings(**kwargs)
-        recording = source if isinstance(source, Recording) else Recording(source)
-        cut = self.preprocess(recording, **pre)
+        cut = (piece for _, piece in self._read([source], **pre) if piece)
         while batch := list(islice(cut, max(1, int(BATCH_SECONDS / self.processor.max_seconds)))):
             yield from self._forward(batch, **forward)
 

@@ -21,8 +21,7 @@ from ..evaluation.recognisers import load_recogniser
 from ..training.manifests import DataError, Example, read_source
 from ..training.plan import without_weights
 from ..training.recipe import CONFIGS
-from ..training.train import train
-from ..training.trainer import clean_exit
+from ..training.train import clean_exit, train
 from . import home_path, parser_of
 from .compare import compared, paired, read_rows
 from .eval import evaluate

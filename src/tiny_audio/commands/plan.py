@@ -71,10 +71,10 @@ def recipe_stages(overrides: Sequence[str]) -> list[Any]:
 
 
 def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
-    """Count one stage; reads only the configs of the base models.
+    """Estimate the work and memory of one stage from the configs of its base models.
 
     Raises:
-        OSError: if such a config is not found.
+        OSError: if the config of a base model is not found.
     """
     bases: list[Any] = []
     for part in ("encoder", "decoder"):
@@ -96,7 +96,8 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     meta = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))
     freeze_idle(meta, settings)
-    seconds, clips = own["seconds"], int(settings["batch_seconds"] / own["seconds"])
+    seconds = own["seconds"]
+    clips = int(settings["batch_seconds"] / (seconds + cfg.model.tail_seconds))
     clips = max(1, min(clips, settings["per_device_train_batch_size"] or clips))
     cost = count(meta, settings, seconds, round(own["text_rate"] * seconds), clips)
     steps = settings["max_steps"] * settings["gradient_accumulation_steps"]

@@ -25,8 +25,7 @@ from ..training.checks import Dropped
 from ..training.data import SpeechDataset
 from ..training.manifests import read_source
 from ..training.recipe import compose_recipe
-from ..training.train import FINISHED, TUNING, train
-from ..training.trainer import clean_exit
+from ..training.train import FINISHED, TUNING, clean_exit, train
 from ..training.tuning import encoded
 from . import parser_of
 from .assets import Assets, prepare

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Write the text or subtitles of recordings.
 
     Unreadable files are reported, and the exit code is then 1; the other files are still
-    transcribed. With --output-dir, repeating an interrupted command continues it. Several files as
-    json are written as JSON lines, one object per file.
+    transcribed. With --output-dir, repeating an interrupted command continues it. Without it,
+    several files as json are written as JSON lines, one object per file.
     """
     parser = parser_of("transcribe", main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")

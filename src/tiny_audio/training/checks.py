@@ -1,17 +1,15 @@
-"""Which examples are refused, and the rules for the text of the others.
-
-A refused example is logged with its id and the reason, and counted.
-"""
+"""Which examples are refused, the log of these, and the rules for transcripts."""
 
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
 from ..asr.asr_audio import AudioError, load_audio
-from .manifests import DataError
+from .manifests import DataError, Example
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
 CHARACTERS_PER_SECOND = (0.3, 40.0)
@@ -24,7 +22,6 @@ MARKS = {
     r"ignore_time_segment_in_scoring": "",  # TED-LIUM: speech without a transcript
     r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)": " ",  # <unk>, <sil>, [noise], (laughter)
 }
-MIN_SEEN = 200  # examples of a stream to read before checking its share of dropped ones
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -92,6 +89,35 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
         kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in letters)
         text = " ".join("".join(kept).split())
     return text.lower() if text.isupper() and len(text) > 3 else text
+
+
+def why_refused(
+    example: Example, frames: int, shortest: float, longest: float
+) -> dict[str, str] | None:
+    """Return `reason` and `detail` if an example cannot be used, else None.
+
+    Args:
+        example: with its prepared text and its tokens.
+        frames: number of projected frames of its audio. CTC needs one for each token, and one for
+            the blank between equal neighbours.
+        shortest, longest: limits on its length in seconds.
+    """
+    seconds, letters = example.duration, len(example.text)
+    slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
+    repeats = sum(a == b for a, b in pairwise(example.target))
+    wrong = {
+        "empty text": not letters,
+        "unreadable audio": seconds < 0,
+        "shorter than min_seconds": seconds < shortest,
+        "over max_seconds": seconds > longest,
+        "more tokens than frames": len(example.target) + repeats > frames,
+        "implausible characters per second": letters and not slow <= letters <= fast,
+    }
+    reasons = [reason for reason, holds in wrong.items() if holds]
+    if not reasons:
+        return None
+    detail = f"{seconds:.2f} s" if seconds >= 0 else why_unreadable(example.audio)
+    return {"reason": reasons[0], "detail": detail}
 
 
 def why_unreadable(audio: Any) -> str:

@@ -7,7 +7,7 @@ transcripts are never truncated to fit.
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
 from ..asr.asr_processing import ASRProcessor
 from .augment import disturb, draw_timing
 from .batches import LengthBatchSampler
-from .checks import CHARACTERS_PER_SECOND, Dropped, prepare_text, why_unreadable
+from .checks import Dropped, prepare_text, why_refused
 from .manifests import DataError, Example, Reader
 
 
@@ -79,27 +79,9 @@ class Clips:
         original, example.text = example.text, prepare_text(example.text, self.lowercase)
         self.rewritten += example.text != original
         example.target = self.processor.tokenize(example.text)
-        seconds, letters = example.duration, len(example.text)
-        slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
-        wrong = {
-            "empty text": not letters,
-            "unreadable audio": seconds < 0,
-            "shorter than min_seconds": seconds < self.min_seconds,
-            "over max_seconds": seconds > self.max_seconds,
-            "more tokens than frames": not self.fits(example),
-            "implausible characters per second": letters and not slow <= letters <= fast,
-        }
-        reasons = [reason for reason, holds in wrong.items() if holds]
-        if not reasons:
-            return None
-        detail = f"{seconds:.2f} s" if seconds >= 0 else why_unreadable(example.audio)
-        return {"id": example.id, "reason": reasons[0], "detail": detail}
-
-    def fits(self, example: Example) -> bool:
-        """Whether CTC can align the tokens: a frame each, and a blank between equal neighbours."""
-        repeats = sum(a == b for a, b in pairwise(example.target))
         frames = self.processor.frames_for_seconds(example.duration)
-        return len(example.target) + repeats <= frames
+        refusal = why_refused(example, frames, self.min_seconds, self.max_seconds)
+        return refusal and {"id": example.id, **refusal}
 
     def read(self, example: Example) -> dict[str, Any]:
         """Read an example's audio and make its features.
@@ -232,7 +214,7 @@ class SpeechDataset(Clips, Dataset):
 
         Clips that cannot be read are recorded as dropped.
         """
-        lengths = [example.duration for example in self.examples]
+        lengths = self.lengths(self.epoch)
         for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
             items = {row: self[row] for row in rows}
             good = {row: item for row, item in items.items() if "features" in item}

@@ -1,4 +1,4 @@
-"""The parts of a model in training: which of them learn, how fast, and from which weights."""
+"""The parts of a model in training: learning rates, frozen parts, averages with the start."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def part_of(name: str) -> str:
 
 
 def part_rates(settings: dict[str, Any], default: float) -> dict[str, float]:
-    """Learning rate of each part; null means `learning_rate`, and 0 freezes the part."""
+    """Learning rate of each part; null means `learning_rate`. `freeze_idle` freezes those of 0."""
     own = {p: settings[f"{p}_learning_rate"] for p in ("encoder", "decoder")}
     return {"projector": default, **{p: default if r is None else r for p, r in own.items()}}
 

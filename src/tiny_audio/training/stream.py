@@ -55,10 +55,10 @@ class SpeechStream(Clips, IterableDataset):
         super().__init__(processor, dropped, **options)
         if self.max_train_samples:
             self.max_train_samples = math.ceil(self.max_train_samples / world)
-        if self.max_seconds > batch_seconds:
+        if self.max_seconds + processor.tail_seconds > batch_seconds:
             raise DataError(
                 f"training.batch_seconds={batch_seconds} is shorter than data.max_seconds="
-                f"{self.max_seconds}"
+                f"{self.max_seconds} + model.tail_seconds={processor.tail_seconds}"
             )
         self.sources, self.start = sources, START
         self.batch_seconds, self.block, self.most = batch_seconds, block, most or block

@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from transformers.trainer_utils import set_seed
 from ..asr.asr_decoding import SCORE_WEIGHTS
 from ..asr.asr_modeling import ASRModel
 from ..asr.asr_processing import ASRProcessor
-from ..hub import HubPusher, git_hash, hub_target, model_card, push_folder
+from ..errors import UserError
+from ..hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from ..progress import quiet_libraries
 from . import recipe
 from .build import build_processor, stage_model
@@ -40,7 +43,7 @@ from .plan import describe, expected_cost
 from .run_folder import changed_settings, explain_full_disk, keep_recipe, last_checkpoint, run_lock
 from .run_log import StepLine, start_trackers
 from .stream import SpeechStream
-from .trainer import ASRTrainer, clean_exit
+from .trainer import ASRTrainer, Preempted
 from .tuning import tune
 
 FINISHED, TUNING = "finished.json", "tuning.json"
@@ -317,3 +320,25 @@ def compose_and_train(cfg: DictConfig) -> None:
     with clean_exit():
         recipe.refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """Print an expected error as one line; exit with 75 after SIGTERM and 130 after Ctrl-C."""
+    try:
+        yield
+    except (ValueError, OSError, UserError) as error:
+        if os.environ.get("TINY_AUDIO_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: out of memory ({one_line(error)}): lower batch_seconds (of `training`, or of "
+            "the stage that sets it), or set training.gradient_checkpointing=true"
+        )
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from its last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,16 +1,13 @@
-"""The Hugging Face Trainer with length-budget batches, WER evaluation and detailed logs.
+"""The Hugging Face Trainer with length-budget batches, a learning rate for each part, and WER.
 
-Its callback saves and stops when a signal comes.
+A callback saves and stops when a signal comes.
 """
 
 import json
-import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
 from ..asr.asr_saving import WEIGHTS
-from ..errors import UserError
 from ..evaluation.scoring import score
-from ..hub import one_line
 from .batches import LengthBatchSampler
-from .checks import MIN_SEEN, Dropped
+from .checks import Dropped
 from .frames import return_freed_memory
 from .manifests import DataError
 from .parts import part_of, part_rates
@@ -36,6 +31,7 @@ from .stream import SpeechStream
 
 # Settings that are passed to `ASRModel.forward`.
 LOSS_KEYS = ("decoder_loss_weight", "ctc_loss_weight", "ctc_negatives", "character_loss_weight")
+MIN_SEEN = 200  # examples of a stream to read before checking its share of dropped ones
 
 
 class ASRTrainer(Trainer):
@@ -91,7 +87,7 @@ class ASRTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create AdamW with groups for projector and CTC heads, encoder LoRA, and decoder LoRA."""
+        """Create the optimizer with a group for each part, see `part_rates`."""
         if self.optimizer is None:
             rates = part_rates(self.settings, self.args.learning_rate)
             groups: dict[str, list[Any]] = {part: [] for part in rates}
@@ -205,7 +201,10 @@ class ASRTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save trained tensors, config, processor and code, but no base weights."""
+        """Save what a run needs to continue, but no base weights.
+
+        Beside tensors, config, processor and code: the position in a stream, and the dropped clips.
+        """
         folder = str(output_dir or self.args.output_dir)
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self.position is not None:  # every process saves its own
@@ -298,25 +297,3 @@ class Preemption(TrainerCallback):
             signal.signal(number, handler)
         if self.received:
             raise Preempted(self.received)
-
-
-@contextmanager
-def clean_exit() -> Iterator[None]:
-    """Print an expected error as one line; exit with 75 after SIGTERM and 130 after Ctrl-C."""
-    try:
-        yield
-    except (ValueError, OSError, UserError) as error:
-        if os.environ.get("TINY_AUDIO_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: out of memory ({one_line(error)}): lower batch_seconds (of `training`, or of "
-            "the stage that sets it), or set training.gradient_checkpointing=true"
-        )
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.code)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from its last checkpoint", file=sys.stderr)
-        sys.exit(130)
