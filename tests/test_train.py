@@ -269,7 +269,7 @@ def test_what_was_dropped_after_the_checkpoint_is_dropped_again(compose, corpus,
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(output):
-        return compose("data.streaming=true", "data.max_seconds=6", "data.block=20",
+        return compose("data.streaming=true", "data.max_seconds=5.8", "data.block=20",
                        "training.cache_encoder=false", "data.max_dropped_fraction=0.2",
                        steps=(36, 1), save_steps=18, manifest=manifest, output=output)  # fmt: skip
 
