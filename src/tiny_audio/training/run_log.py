@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -161,3 +162,9 @@ def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[st
         print(f"wandb cannot be reached ({type(error).__name__}): {local}")
         return []
     return ["wandb"]
+
+
+def finish_trackers() -> None:
+    """Wait until wandb, if it was started, has written the run of the last stage."""
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()

@@ -41,7 +41,7 @@ from .manifests import Reader
 from .parts import average_with_start, freeze_idle
 from .plan import describe, expected_cost
 from .run_folder import changed_settings, explain_full_disk, keep_recipe, last_checkpoint, run_lock
-from .run_log import StepLine, start_trackers
+from .run_log import StepLine, finish_trackers, start_trackers
 from .stream import SpeechStream
 from .trainer import ASRTrainer, Preempted
 from .tuning import tune
@@ -294,6 +294,7 @@ def train(cfg: DictConfig) -> Path:
             return_freed_memory()
         if not PartialState().is_main_process:
             return output
+        finish_trackers()
         finish(cfg, start, output)
     OmegaConf.save(cfg, output / "training_config.yaml")
     stages = [json.loads((output / s.name / "final" / FINISHED).read_text()) for s in cfg.stages]
