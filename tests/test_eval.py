@@ -233,7 +233,7 @@ def test_batched_is_single(model, clips):
         ({"--dataset": "{broken}"}, "no clip was scored"),
         ({"--dataset": "{bad}"}, "cannot be read"),
         ({"--dataset": "{nothing}"}, "is empty"),
-        ({"--dataset": "{set}", "--split": "dev"}, "--split: only for Hub datasets"),
+        ({"--dataset": "{set}", "--split": "dev"}, "is local: only a Hub dataset takes --split"),
         ({"--out": "{bad}"}, "File exists"),
         ({"--device": "abacus"}, "no device 'abacus' here"),
         ({"model": "{decoder}"}, "is not a speech recogniser: it is of type smollm3"),

@@ -218,7 +218,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
     path = Path(args.dataset).expanduser()
     local = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
     if local and (unfit := given.keys() & {"name", "split", "revision"}):
-        raise DataError(f"--{', --'.join(sorted(unfit))}: only for Hub datasets; {path} is local")
+        raise DataError(f"{path} is local: only a Hub dataset takes --{', --'.join(sorted(unfit))}")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty")
     examples = []
