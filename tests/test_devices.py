@@ -7,6 +7,7 @@ from conftest import TEXTS
 from tiny_audio.asr.asr_config import DECODE
 from tiny_audio.asr.asr_decoding import transcribe
 from tiny_audio.asr.asr_modeling import ASRModel
+from tiny_audio.asr.asr_packing import PACKED
 from tiny_audio.asr.asr_processing import ASRProcessor
 
 
@@ -44,15 +45,17 @@ def test_bfloat16_keeps_the_positions_exact(saved):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_sdpa_and_eager_attention_read_the_same_and_no_other_is_taken(saved, clips, whole):
+def test_an_encoder_with_sdpa_and_eager_attention_reads_the_same_and_no_other_is_taken(
+    saved, clips, whole
+):
     folder = saved("whisper", whole)
     processor = ASRProcessor.from_pretrained(folder)
     batch = processor(clips[:3], list(TEXTS[:3]))
 
     def results(attention):
         model = ASRModel.from_pretrained(folder, attn_implementation=attention)
-        for part in (model.encoder, model.decoder):
-            assert part.config._attn_implementation == (attention or "sdpa")
+        assert model.encoder.config._attn_implementation == (attention or "sdpa")
+        assert model.decoder.config._attn_implementation == PACKED
         with torch.no_grad():
             hidden, steps = model.encode(batch["input_features"], batch["input_features_mask"])
             found = [transcribe(model, processor, hidden, steps, d) for d in DECODE]

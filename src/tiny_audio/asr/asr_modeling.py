@@ -23,15 +23,11 @@ from .asr_config import IGNORE, SPARE_TOKENS, ASRConfig, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram
+from .asr_packing import pack, use_packed_attention
 from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
 from .asr_search import PrefixSearch, Proposal
 from .asr_writing import Writing
-
-
-def checkpointed(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on, which transformers allows no keys and values beside."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 class ASRModel(SavedModel, GenerationMixin):
@@ -55,6 +51,7 @@ class ASRModel(SavedModel, GenerationMixin):
         self.encoder: Any = encoder or build_encoder(config.audio_config)
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
         mask_group_norm(self.encoder)
+        use_packed_attention(self.decoder)
         self.projector = AudioProjector(config)
         self.ctc: Any = CTCHead(config) if config.ctc_token_ids else None
         self.characters: Any = CharacterHead(config) if config.ctc_alphabet else None
@@ -141,22 +138,14 @@ class ASRModel(SavedModel, GenerationMixin):
         return merged / count.clamp(min=1)[..., None], keep
 
     def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        audio: Tensor,
-        lengths: Tensor,
+        self, input_ids: Tensor, attention_mask: Tensor, audio: Tensor, lengths: Tensor,
         keep: Tensor,
-        labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Scatter audio embeddings (b, f, d) onto the placeholders of `input_ids` (b, s).
 
-        Placeholders of dropped frames move to the left, into the padding. Columns that are padding
-        in every row are cut, so the decoder never computes them.
-
         Returns:
-            Embeddings (b, s', d) in the decoder's dtype, the attention mask (b, s') and the labels
-            (b, s'), which are all -100 if none are given.
+            Embeddings (b, s, d) in the decoder's dtype, and a boolean mask (b, s): False for
+            padding and for the placeholders of dropped frames.
 
         Raises:
             ValueError: if the number of placeholders in a row differs from its `lengths` (b,).
@@ -172,12 +161,7 @@ class ASRModel(SavedModel, GenerationMixin):
         frame_of_slot = (slots.cumsum(1) - 1).clamp(min=0)  # (b, s)
         picked = audio.gather(1, frame_of_slot[..., None].expand(-1, -1, audio.shape[-1]))
         embeds = torch.where(slots[..., None], picked.to(embeds.dtype), embeds)
-        mask = attention_mask * (~slots | keep.gather(1, frame_of_slot))
-        width = int(mask.sum(1).max())
-        padding_first = mask.argsort(dim=1, stable=True)[:, -width:]  # (b, s')
-        embeds = embeds.gather(1, padding_first[..., None].expand(-1, -1, embeds.shape[-1]))
-        labels = torch.full_like(input_ids, IGNORE) if labels is None else labels
-        return embeds, mask.gather(1, padding_first), labels.gather(1, padding_first)
+        return embeds, attention_mask.bool() & (~slots | keep.gather(1, frame_of_slot))
 
     def forward(
         self,
@@ -239,54 +223,56 @@ class ASRModel(SavedModel, GenerationMixin):
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths, log_probs)
-            shares = labels is not None and not checkpointed(self.decoder)
-            start = self.common_start(input_ids, attention_mask) if shares else input_ids[0, :0]
-            remaining = attention_mask * (attention_mask.cumsum(1) > len(start))
-            embeds, mask, moved = self.embed(input_ids, remaining, audio, lengths, keep, labels)
-            states = self.run_decoder(start, embeds, mask)
-            targets = moved[:, 1:]
+            embeds, mask = self.embed(input_ids, attention_mask, audio, lengths, keep)
+            shared = 0 if labels is None else self.common_start(input_ids, attention_mask)
+            states, read = self.run_decoder(embeds, mask, shared)
+            if labels is None:
+                states = states.new_zeros(embeds.shape).masked_scatter(read[..., None], states)
+                return CausalLMOutput(logits=self.decoder.get_output_embeddings()(states))
+            targets = labels[read]
             at = targets != IGNORE
-            if labels is not None:
-                states = states[:, :-1][at]  # (label positions, d)
-            logits = self.decoder.get_output_embeddings()(states)
-            if labels is not None:
-                nll = F.cross_entropy(logits.float(), targets[at], reduction="sum")
-                losses.append(decoder_loss_weight * nll)
-        if labels is None:
-            return CausalLMOutput(logits=logits)
+            logits = self.decoder.get_output_embeddings()(states[:-1][at[1:]])
+            nll = F.cross_entropy(logits.float(), targets[at], reduction="sum")
+            losses.append(decoder_loss_weight * nll)
         total: Any = num_items_in_batch
         if total is None:
             total = (labels != IGNORE).sum().clamp(min=1)
         loss: Any = sum(part / total for part in losses)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def common_start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the tokens (n,) before the audio if all prompts (b, s) share them, else none."""
+    def common_start(self, input_ids: Tensor, attention_mask: Tensor) -> int:
+        """Count the tokens before the audio if all prompts (b, s) share them, else 0."""
         place = attention_mask.cumsum(1) * attention_mask  # from 1; 0 in the padding
         audio = input_ids[0] == self.config.audio_token_id
         n = max(0, int(place[0, audio.int().argmax()]) - 1)
         starts = input_ids[(place > 0) & (place <= n)].view(len(input_ids), n)
-        shared = starts.eq(starts[:1]).all()
-        return starts[0, : n if shared else 0]
+        return n if starts.eq(starts[:1]).all() else 0
 
-    def run_decoder(self, start: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Return the last hidden states (b, s', d) of left-padded rows that follow `start` (n,).
+    def run_decoder(self, embeds: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+        """Run the decoder over a batch (b, s, d) without its padding, see `asr_packing`.
 
-        The keys and values of `start` are computed once for all rows. The gradients are those of
-        rows that each begin with `start`.
+        Args:
+            embeds, mask: from `embed`.
+            shared: number of tokens at the start of each row that are the same in all rows, and
+                are read once. Gradients are those of rows that each begin with them.
+
+        Returns:
+            The last hidden states (n, d) of the other tokens, and where these are: (b, s) bool.
         """
-        before = None
-        if len(start):
-            tokens = self.get_input_embeddings()(start[None]).to(embeds.dtype)
-            before = self.decoder.base_model(inputs_embeds=tokens, use_cache=True).past_key_values
-            before.batch_repeat_interleave(len(embeds))
+        own = mask & (mask.cumsum(1) > shared)
+        packed = torch.cat([embeds[0, mask[0] & ~own[0]], embeds[own]])
+        return self.read_packed(packed, *pack(own, shared))[shared:], own
+
+    def read_packed(self, packed: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Return the last hidden states (n, d) of a packed sequence (n, d), see `pack`."""
         return self.decoder.base_model(
-            inputs_embeds=embeds,
-            attention_mask=F.pad(mask, (len(start), 0), value=1),
-            position_ids=(len(start) + mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=before,
-            use_cache=before is not None,
-        ).last_hidden_state
+            inputs_embeds=packed[None],
+            attention_mask=packed.new_ones(1, 1, 1, 1),  # unused; for None a large one is made
+            position_ids=(places % rows.shape[1])[None],
+            use_cache=False,
+            rows=rows,
+            places=places,
+        ).last_hidden_state[0]
 
     # -- decoding ------------------------------------------------------------------------------
 
@@ -336,13 +322,18 @@ class ASRModel(SavedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Build the decoder's inputs from encoder frames and the prompts of `ASRProcessor`.
 
+        Placeholders of dropped frames move to the left, into the padding. Columns that are padding
+        in every row are cut.
+
         Returns:
             Embeddings (b, s', d), attention mask (b, s') and numbers of projected frames (b,).
         """
         frames, lengths = self.projector(hidden, steps)
         audio, keep = self.bridge(frames, lengths)
-        embeds, mask, _ = self.embed(input_ids, attention_mask, audio, lengths, keep)
-        return embeds, mask, lengths
+        embeds, mask = self.embed(input_ids, attention_mask, audio, lengths, keep)
+        padding_first = mask.long().argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+        embeds = embeds.gather(1, padding_first[..., None].expand(-1, -1, embeds.shape[-1]))
+        return embeds, mask.gather(1, padding_first).to(attention_mask.dtype), lengths
 
     def search(self, settings: dict[str, Any]) -> PrefixSearch:
         """Return the search over the character head's output, see `ASRConfig.decoding`."""

@@ -21,8 +21,8 @@ WEIGHTS = "model.safetensors"
 # Beside the weights: the n-gram of the training transcripts, and how they are written.
 NGRAM, WRITING = "ngram.arpa.gz", "writing.json"
 CODE = "asr_audio asr_bases asr_config asr_ctc asr_decoding asr_encoder asr_modeling".split()
-CODE += "asr_ngram asr_pipeline asr_processing asr_projector asr_saving asr_search".split()
-CODE += ["asr_writing", "handler"]
+CODE += "asr_ngram asr_packing asr_pipeline asr_processing asr_projector asr_saving".split()
+CODE += ["asr_search", "asr_writing", "handler"]
 HUB_KEYS = set("revision token cache_dir local_files_only force_download proxies subfolder".split())
 # Arguments that transformers' Auto classes and pipelines add to those of the user.
 AUTO_CLASS_KEYS = {"_from_pipeline", "_commit_hash", "_from_auto", "adapter_kwargs"}
@@ -120,7 +120,7 @@ class SavedModel(PreTrainedModel):
             config: this method sets its `audio_config`, `text_config`, commits of the base models,
                 `projector_scale` and `ctc_direct`.
             dtype: dtype of the base weights; the trained parts stay in fp32.
-            kwargs: `attn_implementation`, `token`, `cache_dir`, `local_files_only`.
+            kwargs: `attn_implementation` of the encoder, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             OSError: if a base model is not found.
@@ -147,7 +147,7 @@ class SavedModel(PreTrainedModel):
         Args:
             name_or_path: folder written by `save_pretrained`, or Hub id.
             config: replaces the saved config.
-            kwargs: `dtype`, `attn_implementation`, `device_map` ("auto" or a device),
+            kwargs: `dtype`, `attn_implementation` of the encoder, `device_map` ("auto", a device),
                 and Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
 
         Raises:
@@ -172,9 +172,9 @@ class SavedModel(PreTrainedModel):
         if config.self_contained:
             check_attention(attention)
             model = cls(config)
+            if attention:
+                model.encoder.set_attn_implementation(attention)
             for part in (model.encoder, model.decoder):
-                if attention:
-                    part.set_attn_implementation(attention)
                 cast_base(part, dtype)
         else:
             scale = config.projector_scale

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..asr.asr_audio import SAMPLE_RATE
 from ..asr.asr_config import encoder_frames
 from ..asr.asr_encoder import build_encoder
 from ..asr.asr_modeling import ASRModel
+from ..asr.asr_packing import packed_attention
 
 PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
 MEL_RATE = 100  # mel frames per second (hop of 10 ms)
@@ -110,6 +112,7 @@ def counted_attention(
 
 
 AttentionInterface.register("counted", counted_attention)
+AttentionInterface.register("counted, packed", partial(packed_attention, attend=counted_attention))
 
 
 def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
@@ -128,7 +131,9 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
     with torch.device("meta"):
         encoder = build_encoder(config.audio_config).to(dtype or torch.float32)
         decoder = AutoModelForCausalLM.from_config(config.text_config).to(dtype or torch.float32)
-        return ASRModel(config, encoder, decoder)
+        model = ASRModel(config, encoder, decoder)
+    model.decoder.set_attn_implementation("counted, packed")
+    return model
 
 
 def meta_copy(model: ASRModel) -> ASRModel:
@@ -229,15 +234,16 @@ class _Step:
         fed, _ = model.bridge(frames, lengths, shared)
         fed = self.cut(fed if model.residual is None else fed[:, :tokens])
         recorder.part = "decoder"
-        start = 0 if settings["gradient_checkpointing"] else prompt[0]  # read once for all clips
-        own = sum(prompt) - start + tokens + 1
-        words = torch.empty(clips, own, text.hidden_size, dtype=rows.dtype)
-        embeds = torch.cat([fed.to(rows.dtype), words], dim=1)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        out = self.cut(model.run_decoder(torch.zeros(start, dtype=torch.long), embeds, mask))
+        start, end = prompt  # the start is read once for all clips
+        words = end + tokens + 1
+        at = torch.empty(clips, start + fed.shape[1] + words, dtype=torch.long)
+        others = torch.empty(start + clips * words, text.hidden_size, dtype=rows.dtype)
+        packed = torch.cat([fed.flatten(0, 1).to(rows.dtype), others])
+        places = torch.empty(len(packed), dtype=torch.long)
+        states = self.cut(model.read_packed(packed, at, places))
         recorder.part = "logits"
-        logits = model.decoder.get_output_embeddings()(out[:, -tokens - 2 : -1].flatten(0, 1))
-        targets = torch.empty(len(logits), dtype=torch.long)
+        targets = torch.empty(clips * (tokens + 1), dtype=torch.long)
+        logits = model.decoder.get_output_embeddings()(states[: len(targets)])
         cuts.append((recorder.part, F.cross_entropy(logits.float(), targets), None))
 
     def backward(self) -> None:
