@@ -8,10 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, babble
 from torch.nn import functional as F
 
 from tiny_audio.asr import asr_modeling
+from tiny_audio.training.checks import Dropped
+from tiny_audio.training.data import SpeechDataset
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("training", "plan", "decoding", "precision", "resume", "learning")
@@ -106,3 +108,18 @@ def test_the_fused_loss_is_the_loss(build, clips, monkeypatch):
     plain = model(**batch).loss
     gpu.fuse_loss(model)
     assert torch.allclose(model(**batch).loss, plain, rtol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["FLAC", "MP3", "Opus"])
+def test_the_table_that_measures_reading_holds_the_clips(name, build, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import loading
+
+    clips = [(babble(8.4, seed), TEXTS[seed]) for seed in range(2)]
+    loading.write_table(clips, loading.FORMATS[name], tmp_path / "clips.parquet")
+    data = SpeechDataset([{"path": str(tmp_path / "clips.parquet")}], build()[0], Dropped())
+    assert [example.text for example in data.examples] == [text for _, text in clips]
+    for item, (samples, _) in zip([data[0], data[1]], clips, strict=True):
+        assert len(item["features"]) == pytest.approx(len(samples) / 160, abs=30)  # Opus: 48 kHz
+    assert loading.read_speed(data) > 1
