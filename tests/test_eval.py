@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -527,6 +528,7 @@ def test_the_page_in_a_browser(real_bases, ct2_folder, tmp_path):
     from selenium import webdriver
     from selenium.webdriver.common.by import By
 
+    assert shutil.which("chromedriver"), "apt-get install chromium chromium-driver"
     examples = list(read_source({"path": str(real_bases.test)}))[:16]
     (tmp_path / "broken.wav").write_bytes(b"no audio")
     examples.append(Example("broken", str(tmp_path / "broken.wav"), "what was said", 0.0))
@@ -539,7 +541,7 @@ def test_the_page_in_a_browser(real_bases, ct2_folder, tmp_path):
                      "autoplay-policy=user-gesture-required"):  # fmt: skip
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
         try:
             feature = {"name": "prefers-color-scheme", "value": scheme}
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
