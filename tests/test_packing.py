@@ -13,7 +13,7 @@ from transformers import (
 
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.asr.asr_packing import pack
+from tiny_audio.asr.asr_packing import as_rows, pack
 
 SHAPE = {
     "vocab_size": 12,
@@ -96,11 +96,15 @@ def test_the_decoder_computes_no_padding():
     assert seen == [(1, 2 + sum(LENGTHS))]
 
 
-def test_rows_and_places_undo_each_other():
+def test_packed_tokens_are_copied_into_rows_that_begin_alike():
     _, mask = left_padded(0)
-    rows, places = pack(mask, start=2)
-    assert rows.flatten()[places].tolist() == list(range(2 + sum(LENGTHS)))
+    places, shape = pack(mask, start=2)
+    packed = torch.arange(2.0 + sum(LENGTHS)).view(1, 1, -1, 1)
+    rows = as_rows(packed, places, shape)[:, 0, :, 0]
+    assert rows.shape == (len(LENGTHS), 2 + max(LENGTHS))
     assert rows[1].tolist() == [0, 1, 7, *[0] * 7]
+    assert rows[2].tolist() == [0, 1, *range(8, 16)]
+    assert rows.flatten()[places].tolist() == packed.flatten().tolist()
 
 
 def test_a_decoder_whose_layers_mix_neighbours_otherwise_is_refused():

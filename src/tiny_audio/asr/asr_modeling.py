@@ -23,7 +23,7 @@ from .asr_config import IGNORE, SPARE_TOKENS, ASRConfig, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram
-from .asr_packing import pack, use_packed_attention
+from .asr_packing import Shape, pack, use_packed_attention
 from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
 from .asr_search import PrefixSearch, Proposal
@@ -138,10 +138,11 @@ class ASRModel(SavedModel, GenerationMixin):
         return merged / count.clamp(min=1)[..., None], keep
 
     def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, audio: Tensor, lengths: Tensor,
-        keep: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, input_ids: Tensor, mask: Tensor, audio: Tensor, lengths: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Scatter audio embeddings (b, f, d) onto the placeholders of `input_ids` (b, s).
+
+        `mask` (b, s) is the attention mask; `lengths` and `keep` are those of `bridge`.
 
         Returns:
             Embeddings (b, s, d) in the decoder's dtype, and a boolean mask (b, s): False for
@@ -161,7 +162,7 @@ class ASRModel(SavedModel, GenerationMixin):
         frame_of_slot = (slots.cumsum(1) - 1).clamp(min=0)  # (b, s)
         picked = audio.gather(1, frame_of_slot[..., None].expand(-1, -1, audio.shape[-1]))
         embeds = torch.where(slots[..., None], picked.to(embeds.dtype), embeds)
-        return embeds, attention_mask.bool() & (~slots | keep.gather(1, frame_of_slot))
+        return embeds, mask.bool() & (~slots | keep.gather(1, frame_of_slot))
 
     def forward(
         self,
@@ -263,15 +264,15 @@ class ASRModel(SavedModel, GenerationMixin):
         packed = torch.cat([embeds[0, mask[0] & ~own[0]], embeds[own]])
         return self.read_packed(packed, *pack(own, shared))[shared:], own
 
-    def read_packed(self, packed: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    def read_packed(self, packed: Tensor, places: Tensor, shape: Shape) -> Tensor:
         """Return the last hidden states (n, d) of a packed sequence (n, d), see `pack`."""
         return self.decoder.base_model(
             inputs_embeds=packed[None],
             attention_mask=packed.new_ones(1, 1, 1, 1),  # unused; for None a large one is made
-            position_ids=(places % rows.shape[1])[None],
+            position_ids=(places % shape[1])[None],
             use_cache=False,
-            rows=rows,
             places=places,
+            shape=shape,
         ).last_hidden_state[0]
 
     # -- decoding ------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ begin every prompt stand once, at the start of the sequence, and each row sees t
 Shapes: b clips, n packed tokens, w tokens of the longest row, shared start included.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,54 +16,61 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED = "packed"  # the name that transformers knows our attention by
+Shape = tuple[int, int, int]  # b, w, tokens of the shared start
 
 
-def pack(mask: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Map padded rows to a packed sequence, and back.
+def pack(mask: Tensor, start: int) -> tuple[Tensor, Shape]:
+    """Find the place of each packed token in rows that are padded on the right.
 
     Args:
         mask: (b, s) bool, False for padding and for the tokens that all rows share.
         start: number of shared tokens, which every row begins with.
 
     Returns:
-        rows: (b, w) the packed tokens of each row, `start` first; padding, on the right, is 0.
-        places: (n,) the place of each packed token in the flattened rows.
+        `places` (n,) in the flattened rows (b * w), the shared tokens of the first row first, and
+        the shape of the rows.
     """
-    lengths = mask.sum(1)
-    columns = torch.arange(int(lengths.max()), device=mask.device)
-    inside = columns < lengths[:, None]
-    first = start + lengths.cumsum(0) - lengths
-    own = (first[:, None] + columns).masked_fill(~inside, 0)
-    shared = torch.arange(start, device=mask.device).expand(len(mask), start)
-    rows = torch.cat([shared, own], 1)
-    flat = torch.arange(rows.numel(), device=mask.device).view_as(rows)
-    return rows, torch.cat([flat[0, :start], flat[:, start:][inside]])
+    width = start + int(mask.sum(1).max())
+    column = start + mask.cumsum(1) - 1
+    row = torch.arange(len(mask), device=mask.device)[:, None]
+    places = torch.cat([torch.arange(start, device=mask.device), (row * width + column)[mask]])
+    return places, (len(mask), width, start)
+
+
+def as_rows(packed: Tensor, places: Tensor, shape: Shape) -> Tensor:
+    """Copy packed queries, keys or values (1, heads, n, d) into rows (b, heads, w, d).
+
+    Copies, unlike a lookup of the tokens, have a backward pass that adds up no duplicates.
+    """
+    clips, width, start = shape
+    _, heads, _, d = packed.shape
+    rows = packed.new_zeros(heads, clips * width, d).index_copy_(1, places, packed[0])
+    own = rows.view(heads, clips, width, d)[:, :, start:]
+    shared = packed[0, :, None, :start].expand(-1, clips, -1, -1)
+    return torch.cat([shared, own], 2).transpose(0, 1)
 
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    rows: Tensor | None = None, places: Any = None,
-    attend: Callable[..., Any] = sdpa_attention_forward, **kwargs: Any,
+    places: Any = None, shape: Any = None, attend: Any = sdpa_attention_forward, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend within each row of a packed sequence; without `rows`, attend as usual.
+    """Attend within each row of a packed sequence; without `places`, attend as usual.
 
     Padding is on the right of a row, where causal attention never looks.
 
     Args:
         query, key, value: (1, heads, n, d), as transformers passes them.
-        rows, places: from `pack`.
+        places, shape: from `pack`.
         attend: attention of a batch of rows.
     """
-    if rows is None:
+    if places is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    width, window, near = rows.shape[1], kwargs.get("sliding_window"), None
+    width, window, near = shape[1], kwargs.get("sliding_window"), None
     if window and window < width:
-        near = (
-            torch.ones(width, width, dtype=torch.bool, device=rows.device).tril().triu(1 - window)
-        )
-    query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
-    out, _ = attend(module, query, key, value, near, is_causal=near is None, **kwargs)
-    return out.flatten(0, 1)[places][None], None
+        near = query.new_ones(width, width, dtype=torch.bool).tril().triu(1 - window)
+    rows = [as_rows(packed, places, shape) for packed in (query, key, value)]
+    out, _ = attend(module, *rows, near, is_causal=near is None, **kwargs)
+    return out.flatten(0, 1).index_select(0, places)[None], None
 
 
 def use_packed_attention(decoder: Any) -> None:

@@ -236,11 +236,11 @@ class _Step:
         recorder.part = "decoder"
         start, end = prompt  # the start is read once for all clips
         words = end + tokens + 1
-        at = torch.empty(clips, start + fed.shape[1] + words, dtype=torch.long)
+        shape = clips, start + fed.shape[1] + words, start
         others = torch.empty(start + clips * words, text.hidden_size, dtype=rows.dtype)
         packed = torch.cat([fed.flatten(0, 1).to(rows.dtype), others])
         places = torch.empty(len(packed), dtype=torch.long)
-        states = self.cut(model.read_packed(packed, at, places))
+        states = self.cut(model.read_packed(packed, places, shape))
         recorder.part = "logits"
         targets = torch.empty(clips * (tokens + 1), dtype=torch.long)
         logits = model.decoder.get_output_embeddings()(states[: len(targets)])
