@@ -4,7 +4,6 @@
 `transcribe` returns the best. Shapes: b clips, t encoder frames, s prompt tokens.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -17,10 +16,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .asr_config import DECODE, SPARE_TOKENS, decoding_settings
-from .asr_search import Proposal
+from .asr_search import Proposal, silent_frames
 
 logger: Any = logging.get_logger(__name__)
-SILENT_BLANK = 0.9  # a clip has no speech if the blank is more likely than this in all its frames
 # The weights of `Candidate.score`, in the order of `Candidate.parts`.
 SCORE_WEIGHTS = ("prior", "decoder", "language_model", "decoder_word")
 RESCORE_CLIPS = 8  # clips rescored together: padding, or attention among them, grows with it
@@ -236,9 +234,8 @@ def transcribe(
         return generate(model, processor, hidden, steps, generate_kwargs or {})
     log_probs = model.characters(hidden)
     results = [Transcript() for _ in steps]
-    frame = torch.arange(hidden.shape[1], device=hidden.device)
-    heard = (log_probs[..., 0] < math.log(SILENT_BLANK)) & (frame < steps[:, None])
-    spoken = heard.any(1).nonzero()[:, 0].tolist()  # clips without speech are not decoded
+    silent = silent_frames(log_probs, steps).all(1)
+    spoken = (~silent).nonzero()[:, 0].tolist()  # clips without speech are not decoded
     lengths = steps[spoken]
     if spoken and decode == "generate":
         decoded = generate(model, processor, hidden[spoken], lengths, generate_kwargs or {})

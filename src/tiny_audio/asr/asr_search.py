@@ -338,13 +338,13 @@ def silent_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
         lengths: (b,) in frames.
 
     Returns:
-        A mask (b, t).
+        A mask (b, t), True beyond the clips.
     """
     blank = log_probs[..., 0].exp()
     inside = torch.arange(blank.shape[1], device=blank.device) < lengths[:, None]
     letters = ((1 - blank) * inside)[:, None]  # expected number in each frame
     around = F.avg_pool1d(letters, 2 * NEAR + 1, stride=1, padding=NEAR)[:, 0] * (2 * NEAR + 1)
-    return (blank > SURE_BLANK) | (around < LEAST_LETTERS)
+    return (blank > SURE_BLANK) | (around < LEAST_LETTERS) | ~inside
 
 
 def squeeze(log_probs: Tensor, lengths: Tensor, silent: Tensor) -> tuple[Tensor, Tensor]:
