@@ -36,13 +36,14 @@ from tiny_audio.training.recipe import compose_recipe
 from tiny_audio.training.vocabulary import ctc_vocabulary
 
 BATCH_SECONDS = 32.0  # batch_seconds of the quickstart's decoder stage
-OURS = {"length_batches": True, "real_length": True, "label_logits": True}
+OURS = {"length_batches": True, "real_length": True, "label_logits": True, "packed": True}
 CTC = {"decoder_loss_weight": 0.0, "ctc_loss_weight": 1.0, "character_loss_weight": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain: random batches of 8, padded to 30 s, full logits": {},
     "+ clips at their real length": {"real_length": True},
-    "+ length-budget batches": {**OURS, "label_logits": False},
-    "+ logits at labels only (our decoder stage)": OURS,
+    "+ length-budget batches": {**OURS, "label_logits": False, "packed": False},
+    "+ logits at labels only": {**OURS, "packed": False},
+    "+ packed clips (our decoder stage)": OURS,
     "our decoder stage, aligned model": {**OURS, "aligned": True},
     "our CTC stage": {**OURS, "ctc": CTC},
 }
@@ -69,6 +70,14 @@ def keep_tokens(model: Any, labels: Any) -> None:
     model.bridge = aligned
 
 
+def run_padded(model: Any, embeds: Any, mask: Any, shared: int) -> Any:
+    """`run_decoder` over padded rows, each with its own start."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    read = {"inputs_embeds": embeds, "attention_mask": mask.long(), "position_ids": positions}
+    own = mask & (mask.cumsum(1) > shared)
+    return model.decoder.base_model(**read, use_cache=False).last_hidden_state[own], own
+
+
 def loss_of(model: Any, inputs: dict[str, Any], settings: dict[str, Any], at_labels: Any) -> Any:
     """The loss of a step, with logits at the labels alone or, without the CTC loss, everywhere."""
     if at_labels:
@@ -90,6 +99,8 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
     if not variant.get("real_length"):
         processor.min_seconds, processor.tail_seconds = 30.0, 0.0
     model = build_model(cfg, processor, ctc_vocabulary(data.examples)).train()
+    if not variant.get("packed"):
+        model.run_decoder = partial(run_padded, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # frozen ones get no gradient
     if variant.get("length_batches"):
         budget = 64.0 if "ctc" in variant else BATCH_SECONDS
