@@ -10,6 +10,7 @@ from conftest import LORAS, TEXTS, babble, build_asr
 from transformers import LlamaConfig, WhisperConfig, WhisperModel
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE
+from tiny_audio.asr.asr_bases import add_lora
 from tiny_audio.asr.asr_config import SPARE_TOKENS, WAVEFORM_ENCODERS, ASRConfig
 from tiny_audio.asr.asr_ctc import CharacterHead, CTCHead
 from tiny_audio.asr.asr_encoder import encode_whisper
@@ -53,6 +54,25 @@ def compare_texts(processor, model, clips, **options):
         assert rows[0] == rows[1]
         said.append(tuple(rows[0]))
     return said
+
+
+def test_convolutions_with_lora_hear_no_padding(build, clips):
+    processor, model = build("whisper")
+    add_lora(model.encoder, {"r": 4, "target_modules": ["conv1", "conv2"]}, "encoder")
+    for name, parameter in model.encoder.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    hidden, steps = encode(processor, model.eval(), clips)
+    for row, n, clip in zip(hidden, steps.tolist(), clips, strict=True):
+        alone, _ = encode(processor, model, [clip])
+        assert torch.allclose(row[:n], alone[0], atol=1e-5)
+
+
+def encode(processor, model, clips):
+    """Encoder frames (b, t, d) of clips, and their numbers (b,)."""
+    batch = processor(clips)
+    with torch.no_grad():
+        return model.encode(batch["input_features"], batch["input_features_mask"])
 
 
 @pytest.mark.parametrize("encoder", ["whisper", *WAVEFORM_ENCODERS, "hubert-group", "parakeet"])

@@ -100,9 +100,11 @@ def adapted_recipe(
     if old.encoder_lora.r:  # the model's own LoRA goes on
         del change["encoder_lora"]
     else:
-        modules = without_weights(ASRConfig.from_pretrained(model)).encoder.named_modules()
-        linear = {name.rsplit(".", 1)[-1] for name, part in modules if isinstance(part, nn.Linear)}
-        change.encoder_lora.target_modules = sorted(linear)
+        encoder = without_weights(ASRConfig.from_pretrained(model)).encoder
+        # Whisper's two convolutions learn a room or a line; other encoders' take no LoRA.
+        kinds = (nn.Linear, nn.Conv1d) if encoder.config.model_type == "whisper" else nn.Linear
+        names = [name for name, part in encoder.named_modules() if isinstance(part, kinds)]
+        change.encoder_lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in names})
     cfg: Any = OmegaConf.merge(old, change)
     cfg.stages[0].training.update({"max_steps": args.steps, "save_steps": args.steps})
     cfg.run.update({"output_dir": str(args.out / "model"), "seed": args.seed, "fresh": False})
