@@ -79,9 +79,10 @@ def main() -> None:
             speeds[name] = read_speed(SpeechDataset([{"path": str(path)}], processor, Dropped()))
     lines = [
         f"{len(clips)} clips, {date.today()}; `OMP_NUM_THREADS=1 python bench/loading.py`\n",
-        f"| cores needed | audio-s/s | {' | '.join(FORMATS)} |",
+        "Seconds of audio read in a CPU second: "
+        + ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items()),
+        f"\n| GPU | its audio-s/s | {' | '.join(f'cores for {name}' for name in FORMATS)} |",
         "|---|---|---|---|---|",
-        "| audio-s read in a CPU second | |" + "".join(f" {s:.0f} |" for s in speeds.values()),
     ]
     for gpu, facts in GPUS.items():
         share, source = utilisation(gpu, None)

@@ -3,15 +3,19 @@
 import pytest
 import torch
 from transformers import (
+    FalconConfig,
     Gemma3TextConfig,
+    GptOssConfig,
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
     SmolLM3Config,
+    StableLmConfig,
     WhisperConfig,
 )
 
 from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_decoding import read_prompts
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_packing import as_rows, pack
 
@@ -107,7 +111,22 @@ def test_packed_tokens_are_copied_into_rows_that_begin_alike():
     assert rows.flatten()[places].tolist() == packed.flatten().tolist()
 
 
-def test_a_decoder_whose_layers_mix_neighbours_otherwise_is_refused():
-    kinds = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
-    with pytest.raises(ValueError, match="'lfm2' cannot read packed clips"):
-        build(kinds)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+        StableLmConfig(**SHAPE),  # its layers do not pass on what attention needs
+        GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1),  # its attention is not SDPA
+        FalconConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_decoder_that_cannot_read_packed_clips_is_not_trained_but_reads_rows(config):
+    model = build(config)
+    embeds, mask = left_padded(0)
+    with pytest.raises(ValueError, match="cannot be trained on packed clips"):
+        model.run_decoder(embeds, mask, 0)
+    prompts = read_prompts(model.decoder, embeds, mask.long())
+    for i, real in enumerate(mask):
+        alone = read_prompts(model.decoder, embeds[i : i + 1, real], mask[i : i + 1, real].long())
+        assert torch.allclose(prompts.last[i], alone.last[0], rtol=1e-4, atol=1e-5)

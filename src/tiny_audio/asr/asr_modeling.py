@@ -23,7 +23,7 @@ from .asr_config import IGNORE, SPARE_TOKENS, ASRConfig, encoder_frames
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
 from .asr_encoder import build_encoder, mask_group_norm, run_encoder
 from .asr_ngram import NGram
-from .asr_packing import Shape, pack, use_packed_attention
+from .asr_packing import NO_MASK, Shape, check_packed, pack, use_packed_attention
 from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
 from .asr_search import PrefixSearch, Proposal
@@ -225,12 +225,13 @@ class ASRModel(SavedModel, GenerationMixin):
         if decoder_loss_weight or labels is None:
             audio, keep = self.bridge(frames, lengths, log_probs)
             embeds, mask = self.embed(input_ids, attention_mask, audio, lengths, keep)
-            shared = 0 if labels is None else self.common_start(input_ids, attention_mask)
-            states, read = self.run_decoder(embeds, mask, shared)
+            start = 0 if labels is None else self.common_start(input_ids, attention_mask)
+            states, read = self.run_decoder(embeds, mask, start)
             if labels is None:
                 states = states.new_zeros(embeds.shape).masked_scatter(read[..., None], states)
                 return CausalLMOutput(logits=self.decoder.get_output_embeddings()(states))
-            targets = labels[read]
+            first = read & (read.cumsum(1) == 1)  # no token of its row is before it
+            targets = labels.masked_fill(first, IGNORE)[read]
             at = targets != IGNORE
             logits = self.decoder.get_output_embeddings()(states[:-1][at[1:]])
             nll = F.cross_entropy(logits.float(), targets[at], reduction="sum")
@@ -249,26 +250,33 @@ class ASRModel(SavedModel, GenerationMixin):
         starts = input_ids[(place > 0) & (place <= n)].view(len(input_ids), n)
         return n if starts.eq(starts[:1]).all() else 0
 
-    def run_decoder(self, embeds: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    def run_decoder(self, embeds: Tensor, mask: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Run the decoder over a batch (b, s, d) without its padding, see `asr_packing`.
 
         Args:
             embeds, mask: from `embed`.
-            shared: number of tokens at the start of each row that are the same in all rows, and
-                are read once. Gradients are those of rows that each begin with them.
+            start: number of tokens at the start of each row that are the same in all rows, and are
+                read once. Gradients are those of rows that each begin with them.
 
         Returns:
-            The last hidden states (n, d) of the other tokens, and where these are: (b, s) bool.
+            The last hidden states (n, d) of the tokens after `start`, and their mask (b, s).
         """
-        own = mask & (mask.cumsum(1) > shared)
+        own = mask & (mask.cumsum(1) > start)
         packed = torch.cat([embeds[0, mask[0] & ~own[0]], embeds[own]])
-        return self.read_packed(packed, *pack(own, shared))[shared:], own
+        return self.read_packed(packed, *pack(own, start))[start:], own
 
     def read_packed(self, packed: Tensor, places: Tensor, shape: Shape) -> Tensor:
-        """Return the last hidden states (n, d) of a packed sequence (n, d), see `pack`."""
+        """Return the last hidden states (n, d) of a packed sequence (n, d), see `pack`.
+
+        Raises:
+            ValueError: if the decoder cannot read packed clips.
+        """
+        check_packed(self.decoder)
         return self.decoder.base_model(
             inputs_embeds=packed[None],
-            attention_mask=packed.new_ones(1, 1, 1, 1),  # unused; for None a large one is made
+            attention_mask=packed.new_ones(
+                NO_MASK
+            ),  # without one, transformers makes one of (n, n)
             position_ids=(places % shape[1])[None],
             use_cache=False,
             places=places,

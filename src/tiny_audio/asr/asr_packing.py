@@ -1,8 +1,8 @@
-"""Train the decoder on clips that are packed into one sequence, without padding.
+"""Run the decoder on clips that are packed into one sequence, without padding.
 
 All layers but attention treat each token on its own, so they read the real tokens of a batch as one
-long sequence. Attention alone needs the clips apart: it reads them as padded rows. The tokens that
-begin every prompt stand once, at the start of the sequence, and each row sees them.
+long sequence. Only attention must keep the clips apart, so it reads them as padded rows. The tokens
+with which all prompts begin come first in the sequence, once, and each row sees them.
 
 Shapes: b clips, n packed tokens, w tokens of the longest row, shared start included.
 """
@@ -15,7 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-PACKED = "packed"  # the name that transformers knows our attention by
+# The name of our attention in transformers. A model folder's own copy of this file has another.
+PACKED = f"packed ({__name__})"
+ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers
+NO_MASK = (1, 1, 1, 1)  # shape of the mask that packed clips come with
+NOT_PACKABLE = (
+    "the decoder ({}) cannot be trained on packed clips: it has layers other than attention, or "
+    "attention that transformers cannot replace. Choose another decoder"
+)
 Shape = tuple[int, int, int]  # b, w, tokens of the shared start
 
 
@@ -27,8 +34,8 @@ def pack(mask: Tensor, start: int) -> tuple[Tensor, Shape]:
         start: number of shared tokens, which every row begins with.
 
     Returns:
-        `places` (n,) in the flattened rows (b * w), the shared tokens of the first row first, and
-        the shape of the rows.
+        `places` (n,): the index of each packed token in the flattened rows (b * w); the shared
+        tokens come first, in the first row. Then the shape of the rows.
     """
     width = start + int(mask.sum(1).max())
     column = start + mask.cumsum(1) - 1
@@ -40,14 +47,14 @@ def pack(mask: Tensor, start: int) -> tuple[Tensor, Shape]:
 def as_rows(packed: Tensor, places: Tensor, shape: Shape) -> Tensor:
     """Copy packed queries, keys or values (1, heads, n, d) into rows (b, heads, w, d).
 
-    Copies, unlike a lookup of the tokens, have a backward pass that adds up no duplicates.
+    A lookup would read the padding many times, and its backward pass would have to add that up.
     """
     clips, width, start = shape
     _, heads, _, d = packed.shape
     rows = packed.new_zeros(heads, clips * width, d).index_copy_(1, places, packed[0])
-    own = rows.view(heads, clips, width, d)[:, :, start:]
-    shared = packed[0, :, None, :start].expand(-1, clips, -1, -1)
-    return torch.cat([shared, own], 2).transpose(0, 1)
+    rows = rows.view(heads, clips, width, d)
+    rows[:, 1:, :start] = rows[:, :1, :start]
+    return rows.transpose(0, 1)
 
 
 def packed_attention(
@@ -59,11 +66,17 @@ def packed_attention(
     Padding is on the right of a row, where causal attention never looks.
 
     Args:
-        query, key, value: (1, heads, n, d), as transformers passes them.
+        query, key, value: (1, heads, n, d) if packed, as transformers passes them.
+        attention_mask: not used for packed clips.
         places, shape: from `pack`.
         attend: attention of a batch of rows.
+
+    Raises:
+        ValueError: if the layers of the decoder keep `places` to themselves.
     """
     if places is None:
+        if query.shape[2] > 1 and attention_mask is not None and attention_mask.shape == NO_MASK:
+            raise ValueError(NOT_PACKABLE.format(type(module).__name__))
         return attend(module, query, key, value, attention_mask, **kwargs)
     width, window, near = shape[1], kwargs.get("sliding_window"), None
     if window and window < width:
@@ -74,19 +87,16 @@ def packed_attention(
 
 
 def use_packed_attention(decoder: Any) -> None:
-    """Give a decoder the attention that reads packed clips.
+    """Give a decoder the attention that reads packed clips, if all its layers can have it."""
+    kinds = set(getattr(decoder.config, "layer_types", None) or ATTENTION)
+    if kinds <= ATTENTION and decoder._supports_sdpa:
+        decoder.set_attn_implementation(PACKED)
 
-    Raises:
-        ValueError: if it has layers that are not attention, or attention that is not replaceable.
-    """
-    attention = {"full_attention", "sliding_attention"}
-    kinds = set(getattr(decoder.config, "layer_types", None) or attention)
-    decoder.set_attn_implementation(PACKED)
-    if kinds - attention or decoder.config._attn_implementation != PACKED:
-        raise ValueError(
-            f"a decoder of type {decoder.config.model_type!r} cannot read packed clips: "
-            "all its layers must use attention that transformers lets us replace"
-        )
+
+def check_packed(decoder: Any) -> None:
+    """Raise ValueError if a decoder cannot read packed clips, and therefore cannot be trained."""
+    if PACKED not in decoder.config._attn_implementation:
+        raise ValueError(NOT_PACKABLE.format(decoder.config.model_type))
 
 
 AttentionInterface.register(PACKED, packed_attention)

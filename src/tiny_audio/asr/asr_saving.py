@@ -147,8 +147,8 @@ class SavedModel(PreTrainedModel):
         Args:
             name_or_path: folder written by `save_pretrained`, or Hub id.
             config: replaces the saved config.
-            kwargs: `dtype`, `attn_implementation` of the encoder, `device_map` ("auto", a device),
-                and Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
+            kwargs: `dtype`, `attn_implementation` of the encoder, `device_map` ("auto" or a
+                device), and Hub arguments (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
             OSError: if the folder or its weights are missing.

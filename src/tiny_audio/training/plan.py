@@ -30,7 +30,7 @@ from ..asr.asr_audio import SAMPLE_RATE
 from ..asr.asr_config import encoder_frames
 from ..asr.asr_encoder import build_encoder
 from ..asr.asr_modeling import ASRModel
-from ..asr.asr_packing import packed_attention
+from ..asr.asr_packing import PACKED, packed_attention
 
 PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
 MEL_RATE = 100  # mel frames per second (hop of 10 ms)
@@ -112,7 +112,8 @@ def counted_attention(
 
 
 AttentionInterface.register("counted", counted_attention)
-AttentionInterface.register("counted, packed", partial(packed_attention, attend=counted_attention))
+COUNTED_PACKED = f"counted, {PACKED}"
+AttentionInterface.register(COUNTED_PACKED, partial(packed_attention, attend=counted_attention))
 
 
 def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
@@ -124,15 +125,15 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
     """
     config = copy.copy(config)
     for name in ("audio_config", "text_config"):
-        setattr(config, name, part := copy.deepcopy(getattr(config, name)))
-        part._attn_implementation = "counted"
+        setattr(config, name, copy.deepcopy(getattr(config, name)))
+    config.audio_config._attn_implementation = "counted"
     for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # no randomness
         setattr(config.audio_config, key, off)
     with torch.device("meta"):
         encoder = build_encoder(config.audio_config).to(dtype or torch.float32)
         decoder = AutoModelForCausalLM.from_config(config.text_config).to(dtype or torch.float32)
         model = ASRModel(config, encoder, decoder)
-    model.decoder.set_attn_implementation("counted, packed")
+    model.decoder.set_attn_implementation(COUNTED_PACKED)
     return model
 
 
