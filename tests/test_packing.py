@@ -116,7 +116,7 @@ def test_packed_tokens_are_copied_into_rows_that_begin_alike():
     [
         Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
         StableLmConfig(**SHAPE),  # its layers do not pass on what attention needs
-        GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1),  # its attention is not SDPA
+        GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1),  # not SDPA
         FalconConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=4),
     ],
     ids=lambda config: config.model_type,
