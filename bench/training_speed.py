@@ -5,11 +5,12 @@
 
 Each row trains the same model (the quickstart's Whisper base encoder + SmolLM2-135M, LoRA on the
 decoder) once on the same clips, drawn from the quickstart's recordings, without cached encoder
-frames. The usual method has random batches of 8, clips padded to 30 s, and logits at every
-position. The next rows add our three changes one by one. The decoder of an aligned model reads no
-blank frames; for that row, one frame is kept for each token of the transcript. Each row runs in its
-own process, to measure its peak memory. "of the machine" compares the FLOPs of the clips, without
-those of padding, with a multiplication of two large matrices on the same core.
+frames. The usual method has random batches of 8, clips padded to 30 s, logits at every position,
+and a decoder that reads padded rows. The next rows add our four changes one by one. The decoder of
+an aligned model reads no blank frames; for that row, one frame is kept for each token of the
+transcript. Each row runs in its own process, to measure its peak memory. "of the machine" compares
+the FLOPs of the clips, without those of padding, with a multiplication of two large matrices on the
+same core.
 """
 
 import argparse
@@ -70,11 +71,11 @@ def keep_tokens(model: Any, labels: Any) -> None:
     model.bridge = aligned
 
 
-def run_padded(model: Any, embeds: Any, mask: Any, shared: int) -> Any:
+def run_padded(model: Any, embeds: Any, mask: Any, start: int) -> Any:
     """`run_decoder` over padded rows, each with its own start."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     read = {"inputs_embeds": embeds, "attention_mask": mask.long(), "position_ids": positions}
-    own = mask & (mask.cumsum(1) > shared)
+    own = mask & (mask.cumsum(1) > start)
     return model.decoder.base_model(**read, use_cache=False).last_hidden_state[own], own
 
 

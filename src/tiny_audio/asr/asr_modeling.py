@@ -274,9 +274,8 @@ class ASRModel(SavedModel, GenerationMixin):
         check_packed(self.decoder)
         return self.decoder.base_model(
             inputs_embeds=packed[None],
-            attention_mask=packed.new_ones(
-                NO_MASK
-            ),  # without one, transformers makes one of (n, n)
+            # Our attention uses none, but without one transformers would make one of (n, n).
+            attention_mask=packed.new_ones(NO_MASK),
             position_ids=(places % shape[1])[None],
             use_cache=False,
             places=places,
