@@ -126,8 +126,7 @@ class ASRConfig(PreTrainedConfig):
         decoding: settings of the search for text, see `DECODING_DEFAULTS`.
         ngram_file: ARPA file beside the weights, the n-gram of the training transcripts.
         writing_file: JSON file beside the weights: the transcripts' capitals and punctuation.
-        prompt_prefix: text before the audio tokens, including special tokens of the chat format.
-        prompt_suffix: text after the audio tokens.
+        prompt_prefix, prompt_suffix: the processor's text around the audio tokens, for reference.
         audio_token_id: id of the placeholder token of one projected frame.
         end_token_id: id of the token that ends a transcript.
         self_contained: whether the weights file also holds the base models.

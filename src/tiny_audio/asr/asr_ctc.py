@@ -107,14 +107,15 @@ class CTCHead(nn.Module):
 
 
 class CharacterHead(nn.Module):
-    """CTC over encoder frames (50 Hz) whose classes are the bytes of lower-cased text.
+    """CTC over encoder frames whose classes are the bytes of lower-cased text.
 
     A few dozen classes need little speech to learn, so this head spells words that no training
-    transcript contains. A head over tokens only outputs words that it was trained on.
+    transcript contains. A head over tokens can output only tokens that occurred in its training.
     `asr_decoding` searches this head's output for words. Class 0 is the blank, classes 1.. are the
     bytes of `ctc_alphabet`.
 
-    `ctc_direct` adds a linear map of the frames, which starts as the encoder's own CTC head.
+    With `ctc_direct`, a linear layer over the frames is added to the logits; it starts as the
+    encoder's own CTC head.
     """
 
     def __init__(self, config: ASRConfig) -> None:

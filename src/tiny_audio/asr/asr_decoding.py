@@ -93,9 +93,9 @@ def read_prompts(decoder: Any, embeds: Tensor, attention_mask: Tensor) -> Prompt
 
 
 def read_text_prompt(model: Any, processor: Any) -> Prompts:
-    """Read the prompt without audio by the decoder without LoRA, whose weights never change.
+    """Run the decoder, without its LoRA, over a prompt that contains no audio.
 
-    The model keeps the result.
+    These weights never change, so the model caches the result.
     """
     inputs = processor.prompt([0]).to(model.device)
     embeds = model.get_input_embeddings()(inputs["input_ids"])

@@ -20,8 +20,8 @@ PACKED = f"packed ({__name__})"
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers
 NO_MASK = (1, 1, 1, 1)  # shape of the mask that packed clips come with
 NOT_PACKABLE = (
-    "the decoder ({}) cannot be trained on packed clips: it has layers other than attention, or "
-    "attention that transformers cannot replace. Choose another decoder"
+    "the decoder ({}) cannot be trained on packed clips: some of its layers are not attention, or "
+    "use attention that ours cannot replace; choose another, such as SmolLM, Llama or Qwen"
 )
 Shape = tuple[int, int, int]  # b, w, tokens of the shared start
 

@@ -205,12 +205,14 @@ class PrefixSearch:
         return beams, origin, gained
 
     def keep(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor]:
-        """Keep the text of each hypothesis: the frame is a blank or repeats its last character.
+        """Score each hypothesis with its text unchanged.
 
-        A hypothesis whose parent is kept too also becomes its text by gaining its last character.
+        The frame is a blank or repeats the last character. If the parent (the text without its
+        last character) is among the hypotheses, it reaches the same text by adding that character;
+        its probability is added.
 
         Returns:
-            The hypotheses, and a mask (b, k, c) of the extensions that are among them already.
+            The hypotheses, and a mask (b, k, c) of the extensions that are thereby counted.
         """
         total = torch.logaddexp(beams.blank, beams.label)
         again = frame.gather(1, beams.last)

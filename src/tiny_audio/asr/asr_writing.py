@@ -86,8 +86,8 @@ class Writing:
     def write(self, text: str) -> str:
         """Write a spoken text in its most probable form (Viterbi over the styles of its words).
 
-        P(form | word, style before) is taken to be proportional to
-        P(form | word) P(style | style before) / P(style).
+        P(form | word, previous style) is taken to be proportional to
+        P(form | word) P(style | previous style) / P(style).
         """
         best: dict[str, tuple[float, list[str]]] = {START: (0.0, [])}
         for word in text.split():
@@ -118,7 +118,7 @@ class Writing:
         return (self.styles[style] + 0.01) / (self.total + 1.0)
 
     def after(self, before: str, style: str) -> float:
-        """log P(style | style before)."""
+        """log P(style | previous style)."""
         counts = self.following.get(before, Counter())
         return math.log((counts[style] + UNSEEN * self.share(style)) / (counts.total() + UNSEEN))
 

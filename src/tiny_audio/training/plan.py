@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def track(self, tensors: Any) -> None:
-        """Count the storages of a tree of tensors; each storage counts once."""
+        """Add the bytes of nested tensors; a storage that several share counts once."""
         for tensor in [tensors] if isinstance(tensors, Tensor) else tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()

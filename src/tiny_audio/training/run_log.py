@@ -124,11 +124,11 @@ def draw_curves(output: Path, stages: Sequence[str]) -> None:
 def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[str]:
     """Start the trackers of a stage and return their names.
 
-    `wanted` None means wandb, if it is installed and has a key (or WANDB_MODE=offline). A line
-    says why wandb was not started.
+    If `wanted` is None or "wandb", wandb is started if it is installed and has a key (or
+    WANDB_MODE=offline). Otherwise, a line says why it was not started.
 
     Raises:
-        ValueError: if another tracker is not installed.
+        ValueError: if a tracker other than wandb is named and not installed.
     """
     if wanted not in (None, "wandb", ["wandb"]):
         trackers = [] if wanted == "none" else [wanted] if isinstance(wanted, str) else list(wanted)

@@ -195,7 +195,7 @@ def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:
     """Restore the dropped examples and the position in a stream from a checkpoint.
 
     Raises:
-        ValueError: if a different number of processes read the stream.
+        ValueError: if the checkpoint was saved by a different number of processes.
     """
     place = PartialState()
     assert dropped.path is not None

@@ -47,7 +47,8 @@ def extend_vocabulary(
         return tokens, alphabet
     if letters:
         raise ValueError(
-            f"letters that {resume} does not know: {letters}; run.fresh=true starts over"
+            f"the transcripts have letters that {resume} does not know: {letters}; restore them, "
+            "or start over with run.fresh=true"
         )
     if others := len(tokens) - len(previous.ctc_token_ids):
         print(f"{others} tokens that {resume} does not know; its token head ignores them")
