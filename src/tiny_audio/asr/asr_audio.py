@@ -12,7 +12,6 @@ import av
 import httpx2 as httpx
 import numpy as np
 import torch
-from av.stream import Disposition
 
 logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # Hz
@@ -156,12 +155,12 @@ def _decode(
                 raise AudioError(f"{name}: holds no audio track")
             if len(container.streams.audio) > 1:
                 mixer.note(f"it has {len(container.streams.audio)} audio tracks: one is used")
-            for block in _blocks(container, missing, mixer):
+            track = container.streams.best("audio")  # the one that a player would choose
+            for block in _blocks(container, track, missing, mixer):
                 done += len(block)
                 yield _finite(block, name)
-            stream = _track(container)
-            if missing is not None and stream.duration and container.format.name not in ESTIMATED:
-                total, end = float(stream.duration * (stream.time_base or 0)), done / SAMPLE_RATE
+            if missing is not None and track.duration and container.format.name not in ESTIMATED:
+                total, end = float(track.duration * (track.time_base or 0)), done / SAMPLE_RATE
                 if end < 0.98 * total - 1:
                     missing.append(f"ends at {end:.1f} s of {total:.1f}")
     except AudioError:
@@ -173,21 +172,17 @@ def _decode(
         raise AudioError(f"{name}: {'; '.join(['holds no samples', *(missing or [])])}")
 
 
-def _track(container: Any) -> Any:
-    """Return the audio track that a player would play: the default one, else the first."""
-    tracks = container.streams.audio
-    return next((t for t in tracks if t.disposition & Disposition.default), tracks[0])
-
-
 def _channels(frame: Any) -> np.ndarray:
     """Samples (channels, n) of a packed frame: PyAV crashes on 8 or more planar channels."""
     return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).T
 
 
-def _blocks(container: Any, missing: list[str] | None, mixer: Mixer) -> Iterator[np.ndarray]:
+def _blocks(
+    container: Any, track: Any, missing: list[str] | None, mixer: Mixer
+) -> Iterator[np.ndarray]:
     """Decode packet by packet, and continue after a damaged packet."""
     resampler, form = av.AudioResampler(format="flt", rate=SAMPLE_RATE), None  # keeps the channels
-    packets = container.demux(_track(container))
+    packets = container.demux(track)
     packet, done = True, 0  # done: samples yielded so far
     clock = max(0, container.start_time or 0) / av.time_base  # expected start of the next frame (s)
     while packet is not None:

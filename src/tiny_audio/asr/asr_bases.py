@@ -1,6 +1,5 @@
 """Load the base models (encoder and decoder) and add LoRA to them."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
+from transformers.utils import cached_file, extract_commit_hash
 
 from .asr_config import ASRConfig
 from .asr_encoder import encoder_class, has_ctc_head, read_ctc_head
@@ -43,14 +42,11 @@ def load_base(
     check_attention(kwargs.get("attn_implementation"))
     hub = {k: v for k, v in kwargs.items() if k != "attn_implementation"}
     name, revision = getattr(config, f"{part}_name"), getattr(config, f"{part}_revision")
-    kind: Any = AutoModelForCausalLM
-    base, extra, head = None, dict[str, Any](), None
-    file = Path(str(cached_file(name, "config.json", revision=revision, **hub)))
-    if file.parts[-3:-2] == ("snapshots",):  # the Hub's cache names folders after commits
-        revision = file.parts[-2]
-    if part == "encoder":
-        base = AutoConfig.from_pretrained(name, revision=revision, **hub)
-        kind, extra = encoder_class(base)
+    file = cached_file(name, "config.json", revision=revision, **hub)
+    revision = extract_commit_hash(file, None) or revision
+    base = AutoConfig.from_pretrained(name, revision=revision, **hub)
+    plain: tuple[Any, dict[str, Any]] = (AutoModelForCausalLM, {})
+    kind, extra = encoder_class(base) if part == "encoder" else plain
     options = {"dtype": dtype or torch.float32, "output_loading_info": True, **extra, **kwargs}
     model, info = kind.from_pretrained(name, revision=revision, **options)
     if "layerdrop" in vars(model.config):
@@ -58,8 +54,9 @@ def load_base(
     if missing := set(info["missing_keys"]) - OPTIONAL_WEIGHTS:
         raise ValueError(f"{part} {name}: the checkpoint lacks weights: {sorted(missing)[:5]}")
     setattr(config, f"{part}_revision", revision)
-    if base is None or not has_ctc_head(base):
+    if not has_ctc_head(base):
         return model, None
+    head = None
     if config.ctc_alphabet and config.ctc_direct is None:
         head = read_ctc_head(model, config.ctc_alphabet, name, revision=revision, **hub)
     return model.base_model, head

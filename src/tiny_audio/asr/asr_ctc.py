@@ -131,9 +131,7 @@ class CharacterHead(nn.Module):
     def start_from(self, weight: Tensor, bias: Tensor) -> None:
         """Start as another head over the same frames and classes: (c, d) and (c,)."""
         assert self.direct is not None
-        with torch.no_grad():
-            self.direct.weight.copy_(weight)
-            self.direct.bias.copy_(bias)
+        self.direct.load_state_dict({"weight": weight, "bias": bias})
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -187,13 +185,10 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
     emit = log_probs[:, states]  # (t, 2 s + 1)
     best = np.full((t, 2 * s + 3), -np.inf, np.float32)  # two columns of "impossible" first
     best[0, 2:4] = emit[0, :2]
-    top, jump = np.empty(2 * s + 1, np.float32), np.empty(2 * s + 1, np.float32)
     for i in range(1, t):
         before = best[i - 1]
-        np.maximum(before[2:], before[1:-1], out=top)
-        np.add(before[:-2], skip, out=jump)
-        np.maximum(top, jump, out=top)
-        np.add(top, emit[i], out=best[i, 2:])
+        reached = np.maximum(before[2:], before[1:-1])
+        best[i, 2:] = np.maximum(reached, before[:-2] + skip) + emit[i]
     path = np.empty(t, np.int64)
     at = 2 * s - int(best[-1, -2] > best[-1, -1])
     for i in range(t - 1, 0, -1):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -311,6 +312,7 @@ def rescore(
     for start in range(0, len(undecided), RESCORE_CLIPS):
         clips = undecided[start : start + RESCORE_CLIPS]
         rows = [kept[i] for i in clips]
+        scored = [candidate for row in rows for candidate in row]
         texts = [
             [[*processor.tokenize(c.proposal.text), processor.end_token_id] for c in row]
             for row in rows
@@ -321,22 +323,16 @@ def rescore(
             embeds, mask, _ = model.prompts(hidden[clips, :width], steps[clips], **inputs)
             prompts = read_prompts(model.decoder, embeds, mask)
             scores = score_trees(model.decoder, prompts, [TextTree(of_clip) for of_clip in texts])
-            _set_scores(rows, "decoder", scores)
+            for candidate, score in zip(scored, chain(*scores), strict=True):
+                candidate.decoder = score
         if settings["language_model"]:
-            together = [text for of_clip in texts for text in of_clip]  # one prompt, one tree
             prompts = read_text_prompt(model, processor)
             with model.decoder_without_lora():
-                (scores,) = score_trees(model.decoder, prompts, [TextTree(together)])
-            remaining = iter(scores)
-            by_clip = [[next(remaining) for _ in row] for row in rows]
-            _set_scores(rows, "language_model", by_clip)
+                # All clips have the same prompt, so their texts are one tree.
+                (scores,) = score_trees(model.decoder, prompts, [TextTree([*chain(*texts)])])
+            for candidate, score in zip(scored, scores, strict=True):
+                candidate.language_model = score
     return kept
-
-
-def _set_scores(rows: list[list[Candidate]], name: str, scores: list[list[float]]) -> None:
-    for row, values in zip(rows, scores, strict=True):
-        for candidate, value in zip(row, values, strict=True):
-            setattr(candidate, name, value)
 
 
 def generate(

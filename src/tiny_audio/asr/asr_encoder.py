@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCTC, AutoTokenizer, ParakeetEncoder
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .asr_config import WAVEFORM_ENCODERS
@@ -120,8 +121,6 @@ def build_encoder(audio_config: Any) -> nn.Module:
     """Build an encoder with random weights from its config, without a decoder."""
     if audio_config.model_type == "whisper":
         return WhisperEncoderHalf(audio_config)
-    if audio_config.model_type == "parakeet_encoder":
-        return ParakeetEncoder(audio_config)
     return AutoModel.from_config(audio_config)
 
 
@@ -163,10 +162,7 @@ def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
         )
     x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
     visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i
-    bias = torch.zeros(len(x), 1, 1, t, dtype=x.dtype, device=x.device)
-    bias = bias.masked_fill(~visible[:, None, None], torch.finfo(x.dtype).min)
-    attention_mask = bias.expand(-1, -1, t, -1)
+    attention_mask = create_bidirectional_mask(encoder.config, x, visible)
     for layer in encoder.layers:
-        out = layer(x, attention_mask)
-        x = out[0] if isinstance(out, tuple) else out
+        x = layer(x, attention_mask)
     return encoder.layer_norm(x)

@@ -345,8 +345,6 @@ class ASRModel(SavedModel, GenerationMixin):
 
     def search(self, settings: dict[str, Any]) -> PrefixSearch:
         """Return the search over the character head's output, see `ASRConfig.decoding`."""
-        if self.characters is None:
-            raise ValueError("this model has no character head: use decode='generate'")
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
         # The many small steps suit a CPU, and CUDA queues them just as fast.
         device = self.device if self.device.type == "cuda" else torch.device("cpu")

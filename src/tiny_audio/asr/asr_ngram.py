@@ -57,14 +57,10 @@ class NGram:
 
         Words that the vocabulary lacks are added. The probabilities no longer sum to 1.
         """
-        vocabulary = list(self.words)
-        vocabulary += [word for word in dict.fromkeys(words) if word not in self.id_of]
-        preferred = {*words}
-        unigrams = self.unigrams + [PREFERRED] * (len(vocabulary) - len(self.words))
-        for i, word in enumerate(vocabulary):
-            if word in preferred:
-                unigrams[i] = max(unigrams[i], PREFERRED)
-        return NGram(vocabulary, unigrams, self.bigrams, self.backoffs)
+        log_probs = dict(zip(self.words, self.unigrams, strict=True))
+        for word in words:
+            log_probs[word] = max(log_probs.get(word, PREFERRED), PREFERRED)
+        return NGram([*log_probs], [*log_probs.values()], self.bigrams, self.backoffs)
 
     def to(self, device: Any) -> "NGram":
         """Move the tables to a device in place."""

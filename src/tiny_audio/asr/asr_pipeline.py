@@ -223,13 +223,11 @@ class ASRPipeline(Pipeline):
         Raises:
             RuntimeError: if a piece alone does not fit into memory.
         """
-        loud: list[Piece] = []
-        for piece in pieces:
-            if np.abs(piece.samples).max(initial=0.0) >= SILENCE:
-                loud.append(piece)
-            else:
-                piece.flags = ["silent"]
-        progress(sum(p.seconds for p in pieces) - sum(p.seconds for p in loud))
+        silent = [p for p in pieces if np.abs(p.samples).max(initial=0.0) < SILENCE]
+        for piece in silent:
+            piece.flags = ["silent"]
+        progress(sum(p.seconds for p in silent))
+        loud = [p for p in pieces if not p.flags]
         while loud:
             loud.sort(key=lambda piece: piece.seconds, reverse=True)
             many = max(1, int(batch_seconds / loud[0].seconds))

@@ -98,15 +98,11 @@ class ASRProcessor(ProcessorMixin):
         """Number of encoder frames for `steps` feature steps."""
         return encoder_frames(SimpleNamespace(**self.encoder), steps)
 
-    def frames(self, steps: int) -> int:
-        """Number of projected frames, or placeholder tokens, for `steps` feature steps."""
-        return math.ceil(self.encoder_steps(steps) / self.stack)
-
     def frames_for_seconds(self, seconds: float) -> int:
-        """Number of projected frames for a clip of `seconds`."""
+        """Number of projected frames, or placeholder tokens, for a clip of `seconds`."""
         samples = int(max(seconds, self.min_seconds) * SAMPLE_RATE)
         samples += round(self.tail_seconds * SAMPLE_RATE)
-        return self.frames(samples // self.hop)
+        return math.ceil(self.encoder_steps(samples // self.hop) / self.stack)
 
     @property
     def hop(self) -> int:
@@ -118,8 +114,7 @@ class ASRProcessor(ProcessorMixin):
     def frame_seconds(self) -> float:
         """Seconds between two encoder frames."""
         steps = 1_000_000
-        frames = encoder_frames(SimpleNamespace(**self.encoder), steps)
-        return round(steps * self.hop / frames) / SAMPLE_RATE
+        return round(steps * self.hop / self.encoder_steps(steps)) / SAMPLE_RATE
 
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.
