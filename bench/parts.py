@@ -45,7 +45,7 @@ class Part:
 def machine() -> Row:
     """Date, device, driver and versions."""
     found: Row = {"date": str(date.today()), "git": git_hash(), "python": sys.version.split()[0]}
-    names = "torch transformers peft accelerate liger-kernel".split()
+    names = "torch transformers peft accelerate".split()
     found |= {d.name: d.version for d in distributions() if d.name.replace("_", "-") in names}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if shutil.which("nvidia-smi"):

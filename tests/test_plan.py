@@ -78,7 +78,7 @@ def prepare(model, settings):
         if hasattr(model.encoder.config, key):
             setattr(model.encoder.config, key, off)
     if settings["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
 
 @pytest.mark.parametrize(

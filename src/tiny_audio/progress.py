@@ -19,12 +19,14 @@ def progress_bar(**options: Any) -> tqdm:
 
 
 def quiet_libraries() -> None:
-    """Turn off what other libraries print that asks nothing of the reader.
+    """Silence messages of other libraries that need no action.
 
-    That is Trainer's notice, in every stage, that the special tokens are the tokenizer's; and in a
-    log the bars, because each redraw would add a line.
+    Trainer reports in every stage that the special tokens are the tokenizer's. `datasets` warns
+    that a resumed stream loses its buffer, where ours has none. In a log, a progress bar would add
+    a line for each redraw.
     """
-    logging.get_logger("transformers.trainer_utils").setLevel(logging.ERROR)
+    for name in ("transformers.trainer_utils", "datasets.iterable_dataset"):
+        logging.get_logger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         if "datasets" in sys.modules:  # only training imports it, and the import takes a second

@@ -508,7 +508,7 @@ def synthesize(
 if __name__ == "__main__":
     quiet_libraries()
     try:
-        for made in astuple(prepare()):
+        for made in astuple(prepare(baseline=False)):
             print(made)
     except (AssetError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -184,8 +184,7 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
         print(f"{len(rows)} of {len(clips)} clips were transcribed before, see {work}")
     left = [clip for clip in clips if clip.id not in rows]
     lengths = np.array([max(1.0, clip.duration) for clip in left])
-    order = np.argsort(-lengths, kind="stable")
-    cuts = cut_batches(lengths, order, options["batch_seconds"], len(left)) if left else []
+    cuts = cut_batches(lengths, options["batch_seconds"])
     bar = progress_bar(total=lengths.sum() + 1e-3, unit="s", unit_scale=True, desc="audio")
     with work.open("a") as file, bar:
         for batch in cuts:

@@ -22,13 +22,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from ..asr.asr_config import ASRConfig, check_keys
+from ..asr.asr_config import check_keys
 from ..asr.asr_modeling import ASRModel
 from ..hub import one_line
-from ..training.build import lora_from
+from ..training.build import model_config
 from ..training.parts import freeze_idle
 from ..training.plan import GPUS, PARTS, Cost, count, describe, table, without_weights
-from ..training.recipe import compose_recipe, model_settings, stage_configs
+from ..training.recipe import compose_recipe, stage_configs
 from . import parser_of
 
 OWN: dict[str, Any] = {"gpu": "a40", "price": None, "hours": None}
@@ -84,15 +84,10 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
             bases.append(AutoConfig.from_pretrained(name, revision=revision))
         except OSError as error:
             raise OSError(f"no config of the {part} {name}: {one_line(error)}") from error
-    config = ASRConfig(
-        audio_config=vars(bases[0]).get("encoder_config", bases[0]),
-        text_config=bases[1],
-        encoder_lora=lora_from(cfg.encoder_lora),
-        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
-        ctc_token_ids=list(range(bases[1].vocab_size)) if cfg.model.ctc else [],
-        ctc_alphabet=list(range(LETTERS)) if cfg.model.ctc_characters else [],
-        **model_settings(cfg),
-    )
+    encoder, decoder = vars(bases[0]).get("encoder_config", bases[0]), bases[1]
+    tokens = list(range(decoder.vocab_size)) if cfg.model.ctc else []
+    alphabet = list(range(LETTERS)) if cfg.model.ctc_characters else []
+    config = model_config(cfg, tokens, alphabet, audio_config=encoder, text_config=decoder)
     settings: Any = OmegaConf.to_container(cfg.training, resolve=True)
     meta = without_weights(config, settings["dtype"] and getattr(torch, settings["dtype"]))
     freeze_idle(meta, settings)

@@ -12,20 +12,25 @@ from .manifests import DataError
 
 
 def cut_batches(
-    seconds: np.ndarray, order: np.ndarray, batch_seconds: float, most: int
+    seconds: Sequence[float] | np.ndarray,
+    batch_seconds: float,
+    most: int | None = None,
+    jitter: float | np.ndarray = 1.0,
 ) -> list[list[int]]:
-    """Cut `order` (longest first) into batches of at most `batch_seconds` padded and `most` clips.
+    """Sort clips by length, longest first; cut batches of at most `batch_seconds`, with padding.
 
-    A clip longer than `batch_seconds` is a batch of its own.
+    `most` also limits the clips in a batch. A clip longer than `batch_seconds` is a batch of its
+    own. `jitter` scales each length for the sorting alone.
     """
+    lengths = np.asarray(seconds)
     batches: list[list[int]] = []
     batch: list[int] = []
     longest = 0.0
-    for i in order:
-        longest = max(longest, seconds[i])
+    for i in np.argsort(-lengths * jitter, kind="stable"):
+        longest = max(longest, lengths[i])
         if batch and (len(batch) == most or longest * (len(batch) + 1) > batch_seconds):
             batches.append(batch)
-            batch, longest = [], seconds[i]
+            batch, longest = [], lengths[i]
         batch.append(int(i))
     return [*batches, batch] if batch else batches
 
@@ -49,27 +54,25 @@ class LengthBatchSampler(Sampler[list[int]]):
         seconds: Sequence[float] | Callable[[int], Sequence[float]],
         batch_seconds: float,
         seed: int = 0,
-        shuffle: bool = True,
         most: int | None = None,
         multiple: int = 1,
         largest_first: bool = False,
     ) -> None:
         self.lengths = seconds if callable(seconds) else lambda _epoch: seconds
         first = np.asarray(self.lengths(0))
-        self.most, self.largest_first = most or len(first), largest_first
+        self.most, self.largest_first = most, largest_first
         if (longest := first.max()) > batch_seconds:
             raise DataError(
                 f"training.batch_seconds={batch_seconds} is shorter than the longest clip "
                 f"({longest:.1f} s): raise it, or lower data.max_seconds"
             )
-        self.batch_seconds, self.seed, self.shuffle = batch_seconds, seed, shuffle
+        self.batch_seconds, self.seed = batch_seconds, seed
         self.epoch = 0
         self.count = 0  # batches in every epoch, once it is known
-        if shuffle:
-            most_batches = max(len(self.batches_of(epoch)) for epoch in range(8))
-            with_reserve = most_batches + most_batches // 50 + 1
-            with_reserve += -with_reserve % multiple
-            self.count = min(with_reserve, len(first) // multiple * multiple)
+        most_batches = max(len(self.batches_of(epoch)) for epoch in range(8))
+        with_reserve = most_batches + most_batches // 50 + 1
+        with_reserve += -with_reserve % multiple
+        self.count = min(with_reserve, len(first) // multiple * multiple)
         self.count = len(self.batches_of(0))
         self.batch_size = None  # accelerate reads it; batches have no fixed size
 
@@ -81,9 +84,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         """Cut and shuffle the batches of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         seconds = np.asarray(self.lengths(epoch))
-        jitter = rng.uniform(0.97, 1.03, len(seconds)) if self.shuffle else 1.0
-        order = np.argsort(-seconds * jitter, kind="stable")
-        batches = cut_batches(seconds, order, self.batch_seconds, self.most)
+        jitter = rng.uniform(0.97, 1.03, len(seconds))
+        batches = cut_batches(seconds, self.batch_seconds, self.most, jitter)
         # The number of batches differs a little between epochs, and the trainer needs the same in
         # all of them: join the smallest batches or halve the fullest until it is reached.
         while self.count and len(batches) > self.count:
@@ -93,8 +95,7 @@ class LengthBatchSampler(Sampler[list[int]]):
             fullest = max(range(len(batches)), key=lambda j: len(batches[j]))
             batch = batches.pop(fullest)
             batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        if self.shuffle:
-            rng.shuffle(batches)
+        rng.shuffle(batches)
         if self.largest_first and epoch == 0:
             padded = [len(batch) * seconds[batch].max() for batch in batches]
             batches.insert(0, batches.pop(int(np.argmax(padded))))

@@ -1,5 +1,6 @@
 """Build the model that a stage starts with, and its processor."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from ..asr.asr_saving import NGRAM, WEIGHTS
 from ..asr.asr_writing import Writing
 from ..hub import one_line
 from .parts import keep_new_letters
-from .recipe import model_settings
 from .stream import SpeechStream
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
 
@@ -61,6 +61,21 @@ def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] 
     return settings
 
 
+def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more: Any) -> ASRConfig:
+    """The ASRConfig of a stage; `tokens` and `alphabet` are the classes of its CTC heads."""
+    known = {field.name for field in fields(ASRConfig)}
+    return ASRConfig(
+        encoder_name=cfg.model.encoder_model_name,
+        decoder_name=cfg.model.decoder_model_name,
+        encoder_lora=lora_from(cfg.encoder_lora),
+        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
+        ctc_token_ids=tokens,
+        ctc_alphabet=alphabet,
+        **{key: value for key, value in cfg.model.items() if key in known},
+        **more,
+    )
+
+
 def build_model(
     cfg: DictConfig,
     processor: ASRProcessor,
@@ -79,17 +94,8 @@ def build_model(
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
     """
-    config = ASRConfig(
-        encoder_name=cfg.model.encoder_model_name,
-        decoder_name=cfg.model.decoder_model_name,
-        encoder_lora=lora_from(cfg.encoder_lora),
-        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
-        ctc_token_ids=ctc[0],
-        ctc_alphabet=ctc[1],
-        audio_token_id=processor.audio_token_id,
-        end_token_id=processor.end_token_id,
-        **model_settings(cfg),
-    )
+    ids = {"audio_token_id": processor.audio_token_id, "end_token_id": processor.end_token_id}
+    config = model_config(cfg, *ctc, **ids)
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)

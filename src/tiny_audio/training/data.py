@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
 from ..asr.asr_processing import ASRProcessor
 from .augment import disturb, draw_timing
-from .batches import LengthBatchSampler
+from .batches import cut_batches
 from .checks import Dropped, prepare_text, why_refused
 from .manifests import DataError, Example, Reader
 
@@ -214,8 +214,7 @@ class SpeechDataset(Clips, Dataset):
 
         Clips that cannot be read are recorded as dropped.
         """
-        lengths = self.lengths(self.epoch)
-        for rows in LengthBatchSampler(lengths, max(batch_seconds, *lengths), shuffle=False):
+        for rows in cut_batches(self.lengths(self.epoch), batch_seconds):
             items = {row: self[row] for row in rows}
             good = {row: item for row, item in items.items() if "features" in item}
             for row in items.keys() - good.keys():

@@ -88,6 +88,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
     for row in read_log(folder / UNREAD):  # a stage that reuses the cache reports them too
         data.dropped.add(**row)
     data.serve_encoded(Frames(folder))
+    data.dropped.check(data.total)
 
 
 def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
@@ -128,9 +129,8 @@ def encode_some(
     good = [item for item in items if "features" in item]
     steps = [processor.encoder_steps(len(item["features"])) for item in good]
     seconds = np.array(steps) * processor.frame_seconds
-    longest_first = np.argsort(-seconds, kind="stable")
     with torch.inference_mode():
-        for batch in cut_batches(seconds, longest_first, BATCH_SECONDS, len(good)):
+        for batch in cut_batches(seconds, BATCH_SECONDS):
             together = [good[row] for row in batch]
             inputs = processor.collate([item["features"] for item in together]).to(model.device)
             hidden, lengths = model.encode(inputs["input_features"], inputs["input_features_mask"])

@@ -152,62 +152,22 @@ def choose_columns(source: dict[str, Any], columns: Sequence[str]) -> None:
         print(f"{source['path']}: the {key} is read from column {found!r}")
 
 
-class Shards:
-    """Iterates over a stream's shards in random order, several at a time.
+def mix_shards(rows: Any, draw: tuple[int, int], rank: int = 0, world: int = 1) -> Any:
+    """Shuffle the shards of a stream, and read several at a time.
 
-    Corpora are often sorted by source; reading them in file order would yield one source after the
-    other.
+    Corpora are often sorted by source; in file order, one source would follow the other.
 
     Args:
         rows: a streaming dataset.
         draw: (seed, epoch), which determines the order.
         rank, world: this process and the number of processes. If the shards divide evenly, each
-            process reads its own; otherwise each reads every world-th row, in file order.
-        state: a result of `state` to continue from.
+            process reads its own; otherwise each reads every world-th row.
     """
-
-    def __init__(
-        self, rows: Any, draw: tuple[int, int], rank: int = 0, world: int = 1, state: Any = None
-    ) -> None:
-        self.rows, self.count = rows, rows.num_shards
-        if self.count % world:
-            self.rows, self.count = split_dataset_by_node(rows, rank, world), 1
-            rank, world = 0, 1
-        order = np.random.default_rng(draw).permutation(self.count)
-        self.order: list[int] = order[rank::world].tolist()
-        self.opened, self.turn = 0, 0
-        self.parts: list[tuple[int, Any, Iterator[Any]]] = []  # open shards: number, rows, iterator
-        if state:
-            self.opened, self.turn = state["opened"], state["turn"]
-            self.parts = [self.part(number, at) for number, at in state["parts"]]
-
-    def part(self, number: int, state: Any = None) -> tuple[int, Any, Iterator[Any]]:
-        """Open a shard, at `state` if given."""
-        rows = self.rows if self.count == 1 else self.rows.shard(self.count, number)
-        if state:
-            rows.load_state_dict(state)
-        return number, rows, iter(rows)
-
-    def state(self) -> dict[str, Any]:
-        """The current position, ready for JSON."""
-        parts = [[number, rows.state_dict()] for number, rows, _ in self.parts]
-        return {"opened": self.opened, "turn": self.turn, "parts": parts}
-
-    def __iter__(self) -> "Shards":
-        return self
-
-    def __next__(self) -> Any:
-        while self.parts or self.opened < len(self.order):
-            while len(self.parts) < SHARDS_AT_ONCE and self.opened < len(self.order):
-                self.parts.append(self.part(self.order[self.opened]))
-                self.opened += 1
-            slot = self.turn % len(self.parts)
-            row = next(self.parts[slot][2], None)
-            if row is not None:
-                self.turn += 1
-                return row
-            del self.parts[slot]
-        raise StopIteration
+    # A resumed stream loses the rows that are in the buffer: with one row, it loses none.
+    mixed = rows.shuffle(
+        generator=np.random.default_rng(draw), buffer_size=1, max_buffer_input_shards=SHARDS_AT_ONCE
+    )
+    return split_dataset_by_node(mixed, rank, world)
 
 
 class Reader:
@@ -217,7 +177,7 @@ class Reader:
         source: see `SOURCE`.
         streaming: read the source as a stream.
         state: a result of `state` to continue from; streams only.
-        rank, world, draw: see `Shards`; streams only.
+        rank, world, draw: see `mix_shards`; streams only.
 
     Raises:
         DataError: see `open_rows`.
@@ -243,15 +203,16 @@ class Reader:
                     f"{self.source['path']}: restore it, or start over with run.fresh=true"
                 )
             self.count, self.over = state["count"], state["over"]
-        at = state and state["rows"]
-        self.shards = Shards(self.rows, draw, rank, world, at) if streaming else None
-        self.iterator: Iterator[Any] = self.shards or iter(self.rows)
+        if streaming:
+            self.rows = mix_shards(self.rows, draw, rank, world)
+        if state:
+            self.rows.load_state_dict(state["rows"])
+        self.iterator: Iterator[Any] = iter(self.rows)
 
     def state(self) -> dict[str, Any]:
         """The current position in a stream, ready for JSON."""
-        assert self.shards
-        return {"rows": self.shards.state(), "path": self.source["path"], "count": self.count,
-                "over": self.over}  # fmt: skip
+        return {"rows": self.rows.state_dict(), "path": self.source["path"],
+                "count": self.count, "over": self.over}  # fmt: skip
 
     def read(self) -> Example | None:
         """The next example, or None at the end; its duration is -1 if unreadable."""

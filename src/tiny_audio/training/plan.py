@@ -167,7 +167,7 @@ def count(
         prompt: tokens of the chat format before and after the audio.
     """
     if settings["gradient_checkpointing"]:
-        meta.gradient_checkpointing_enable({"use_reentrant": False})
+        meta.activation_checkpointing_enable({"use_reentrant": False})
     recorder = Recorder()
     with torch.device("meta"), recorder:
         recorder.part = "weights"

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments
 
-from ..asr.asr_config import ASRConfig, check_keys
+from ..asr.asr_config import check_keys
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "hydra"
 # Our own keys of the training group; all others are fields of TrainingArguments.
@@ -49,12 +49,6 @@ def check_config(cfg: DictConfig) -> None:
         check_keys(stage, {"name", "training", "data"}, "a stage")
         check_keys(stage.get("training") or {}, training, f"stage {stage.name}: training")
         check_keys(stage.get("data") or {}, known.data, f"stage {stage.name}: data")
-
-
-def model_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of the model group that `ASRConfig` takes by the same name."""
-    known = {field.name for field in fields(ASRConfig)}
-    return {key: value for key, value in cfg.model.items() if key in known}
 
 
 def stage_configs(cfg: DictConfig) -> list[Any]:

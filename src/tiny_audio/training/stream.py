@@ -151,10 +151,7 @@ class SpeechStream(Clips, IterableDataset):
 
     def batches(self, examples: list[Example], position: dict[str, Any]) -> list[list[int]]:
         """Cut a block into batches; their order depends only on (seed, epoch, block)."""
-        if not examples:
-            return []
-        seconds = np.array([self.features_seconds(e, position["epoch"]) for e in examples])
-        order = np.argsort(-seconds, kind="stable")
-        batches = cut_batches(seconds, order, self.batch_seconds, self.most)
+        seconds = [self.features_seconds(e, position["epoch"]) for e in examples]
+        batches = cut_batches(seconds, self.batch_seconds, self.most)
         np.random.default_rng([self.seed, position["epoch"], position["block"]]).shuffle(batches)
         return batches

@@ -123,7 +123,9 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     print(f"{size_of(data)}; {rewritten}; dropped: {dropped}")
     args = training_arguments(cfg, settings, folder, isinstance(data, SpeechStream))
     if settings["cache_encoder"]:
-        cache_frames(model, data, args, folder.parent)
+        model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
+        with place.main_process_first():  # the main process computes the frames
+            cache_encoder_frames(model, data, folder.parent)
     if resume:
         print(f"continuing from {resume}")
         restore_position(data, dropped, Path(resume))
@@ -179,16 +181,6 @@ def training_arguments(
     if settings["cache_encoder"] and streamed:
         raise ValueError("training.cache_encoder needs data.streaming=false")
     return args
-
-
-def cache_frames(
-    model: ASRModel, data: SpeechDataset, args: TrainingArguments, parent: Path
-) -> None:
-    """Make `data` serve cached encoder frames; the main process computes them once."""
-    model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
-    with PartialState().main_process_first():
-        cache_encoder_frames(model, data, parent)
-    data.dropped.check(data.total)
 
 
 def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:

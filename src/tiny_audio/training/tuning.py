@@ -45,11 +45,14 @@ def tune(
         ("decoder"). The better one is chosen.
     """
     settings, normal = model.config.decoding, normalizer(language)
-    clips = list(encoded(model, data, batch_seconds))
     references = [normal(example.text) for example in data.examples]
     total = max(1, sum(len(text.split()) for text in references))
-    with torch.inference_mode():
-        scored = list(candidates(model, processor, clips, settings))
+    both = {**settings, "decoder": 1.0, "language_model": 1.0}  # each proposal gets both scores
+    scored: list[tuple[int, list[Candidate]]] = []
+    for rows, hidden, steps in encoded(model, data, batch_seconds):
+        with torch.inference_mode():
+            found = model.propose(model.characters(hidden), steps, settings)
+            scored += zip(rows, rescore(model, processor, hidden, steps, found, both), strict=True)
     wrong = [
         np.array([count(references[row], normal(c.proposal.text)).errors for c in of_clip])
         for row, of_clip in scored
@@ -86,16 +89,3 @@ def encoded(
         batch: Any = data.processor.collate(features).to(model.device)
         with torch.inference_mode():
             yield [*items], *model.encode(batch["input_features"], batch["input_features_mask"])
-
-
-def candidates(
-    model: Any, processor: Any, clips: list[Any], settings: dict[str, Any]
-) -> Iterator[tuple[int, list[Candidate]]]:
-    """Yield each row number with its proposals, as scored by both decoders.
-
-    The trained decoder scores them given the audio, the untrained one as text alone.
-    """
-    both = {**settings, "decoder": 1.0, "language_model": 1.0}
-    for rows, hidden, steps in clips:
-        found = model.propose(model.characters(hidden), steps, settings)
-        yield from zip(rows, rescore(model, processor, hidden, steps, found, both), strict=True)
