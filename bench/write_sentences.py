@@ -14,7 +14,7 @@ import re
 import torch
 from transformers import pipeline
 
-from tiny_audio.commands import assets
+from tiny_audio.commands import assets, speech
 from tiny_audio.progress import progress_bar
 
 TITLE = "Announcements of a telephone system:\n"
@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=2500, help="sentences in all")
     number = parser.parse_args().number
     made = assets.prepare(synthetic=False, baseline=False)
-    held_out, rows = assets.held_out_texts(assets.cache_dir()), assets.read_manifest(made.train)
+    held_out, rows = speech.held_out_texts(assets.cache_dir()), speech.read_manifest(made.train)
     prompts = [row["raw_text"].strip() for row in rows if 3 <= len(row["text"].split()) <= 14]
-    file = assets.SENTENCES_FILE
+    file = speech.SENTENCES_FILE
     written = file.read_text().splitlines() if file.exists() else []
-    known = {row["text"] for row in rows} | {assets.clean(text) for text in written}
+    known = {row["text"] for row in rows} | {speech.clean(text) for text in written}
     rng = random.Random(len(written))
     torch.manual_seed(len(written))
     write = pipeline("text-generation", str(made.decoder), dtype=torch.float32)
@@ -46,9 +46,9 @@ def main() -> None:
         found = write(lists, batch_size=LISTS, return_full_text=False, **SAMPLING)
         lines = [line for (one,) in found for line in one["generated_text"].split("\n")[:-1]]
         for text in (line.strip().lstrip("- ") for line in lines):
-            spoken = assets.clean(text)
+            spoken = speech.clean(text)
             new = SENTENCE.fullmatch(text) and " " in spoken and spoken not in known
-            if new and not any(assets.near_duplicate(spoken, other) for other in held_out):
+            if new and not any(speech.near_duplicate(spoken, other) for other in held_out):
                 known.add(spoken)
                 bar.update()
                 with file.open("a") as end:

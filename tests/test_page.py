@@ -20,8 +20,9 @@ from test_serve import Running
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.commands import adapt, demo
-from tiny_audio.commands.assets import Assets, read_manifest
+from tiny_audio.commands.assets import Assets
 from tiny_audio.commands.serve import create_app
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.training.manifests import read_source
 from tiny_audio.training.recipe import compose_recipe
 from tiny_audio.training.train import train

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio
 from tiny_audio.asr.asr_saving import WEIGHTS
-from tiny_audio.commands import assets, cli, dev, quickstart
+from tiny_audio.commands import cli, dev, quickstart
 from tiny_audio.commands.quickstart import ROWS
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.loading import load_pipeline
 from tiny_audio.training.checks import read_log
@@ -120,8 +121,8 @@ def test_same_text_everywhere(workplace, real_rows, capsys):
 
 def make_two_voices(path: Path, real_bases, seconds: float = 26.0) -> tuple[list, str]:
     """An MP3 (44.1 kHz, stereo) of two speakers in turn, 0.7 s apart; its pauses and its words."""
-    prompts = [r for r in assets.read_manifest(real_bases.dev) if 3 < r["duration"] < 9]
-    novel = [r for r in assets.read_manifest(real_bases.librivox) if r["duration"] < 18]
+    prompts = [r for r in read_manifest(real_bases.dev) if 3 < r["duration"] < 9]
+    novel = [r for r in read_manifest(real_bases.librivox) if r["duration"] < 18]
     parts, pauses, words, at = [], [], [], 0.0
     for i in range(1000):
         row = (novel if i % 3 == 2 else prompts)[i % len(novel if i % 3 == 2 else prompts)]
@@ -327,7 +328,7 @@ def test_the_quickstart_is_told_to_stop_and_saves(workplace, real_bases, tmp_pat
 
 def absolute(manifest: Path) -> list[dict]:
     """The rows of a manifest, with absolute paths."""
-    rows = assets.read_manifest(manifest)
+    rows = read_manifest(manifest)
     return [{**row, "audio": str(manifest.parent / row["audio"])} for row in rows]
 
 

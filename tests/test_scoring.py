@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_audio.commands.assets import read_manifest
+from tiny_audio.commands.speech import read_manifest
 from tiny_audio.evaluation import scoring
 
 NINE = "cat dog hen cow pig fox owl ram bee"
