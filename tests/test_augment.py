@@ -15,7 +15,9 @@ from tiny_audio.training.frames import Frames, cache_encoder_frames
 
 def only(monkeypatch, name: str) -> None:
     """Let one disturbance happen always, and no other."""
-    monkeypatch.setattr(augment, "SHARES", {key: key == name for key in augment.SHARES})
+    monkeypatch.setattr(
+        augment, "PROBABILITIES", {key: key == name for key in augment.PROBABILITIES}
+    )
 
 
 def share_of_power(samples: np.ndarray, low: float, high: float) -> float:

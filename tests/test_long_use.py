@@ -181,7 +181,8 @@ def music(tracks: slice, seconds: float) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{file.stem} at {at / SAMPLE_RATE:.0f} s", samples[at:][: round(3 * SAMPLE_RATE)]
 
 
-# Where UNSUPPORTED and PLAUSIBLE are chosen and where it is tried: no clip, noise or track in both.
+# Where MIN_SUPPORT and LOOP_CONFIDENCE are chosen and where they are tried: no clip, noise or track
+# in both.
 SETS = {
     "chosen": (["dev"], (1, 2), slice(0, 2)),
     "tried": (["test", "librivox"], (3, 4), slice(2, 5)),

@@ -18,7 +18,7 @@ from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio, split_blocks
-from tiny_audio.asr.asr_ctc import LAG, align, fits, letters_heard
+from tiny_audio.asr.asr_ctc import LAG, align, fits, letter_support
 from tiny_audio.asr.asr_pipeline import LEAST_FILLED, LOOP, ASRPipeline, Piece, Recording, chunks
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
@@ -131,11 +131,11 @@ def test_letters_are_heard_apart_from_the_words():
     chances[1, [0, 1]] = 0.46, 0.51  # less sure than the frame after it
     chances[5, [0, 2]] = 0.47, 0.5
     log_probs, sure = np.log(chances), (0.96 * 0.5 * 0.96) ** (1 / 3)
-    assert letters_heard(log_probs, 3, space) == pytest.approx(sure)
-    assert letters_heard(log_probs, 2, space) == pytest.approx(sure)  # more than there are
-    assert letters_heard(log_probs, 6, space) == pytest.approx(sure / 2)
-    assert letters_heard(log_probs[:1], 2, space) == 0.0  # only a blank
-    assert letters_heard(log_probs, 3, 0) == pytest.approx((0.96**3 * 0.5) ** (1 / 4))
+    assert letter_support(log_probs, 3, space) == pytest.approx(sure)
+    assert letter_support(log_probs, 2, space) == pytest.approx(sure)  # more than there are
+    assert letter_support(log_probs, 6, space) == pytest.approx(sure / 2)
+    assert letter_support(log_probs[:1], 2, space) == 0.0  # only a blank
+    assert letter_support(log_probs, 3, 0) == pytest.approx((0.96**3 * 0.5) ** (1 / 4))
 
 
 def test_thirty_seconds_are_aligned_in_less_than_50_ms():
@@ -272,7 +272,7 @@ def test_what_the_audio_does_not_support_is_flagged(pipe, monkeypatch):
     for said, confidence, flags in cases:
 
         def timed(piece, *args, text=said, sure=confidence):
-            piece.text, piece.confidence, piece.heard = text, sure, 0.9 if sure > 0.1 else 0.1
+            piece.text, piece.confidence, piece.support = text, sure, 0.9 if sure > 0.1 else 0.1
 
         monkeypatch.setattr(pipe, "_time", timed)
         result = pipe(babble(1.5, 3))

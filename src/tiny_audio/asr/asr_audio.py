@@ -21,8 +21,8 @@ MIN_GAP, MAX_GAP = 0.1, 600.0
 ESTIMATED = ("mp3", "aac")  # containers whose duration is an estimate
 HOP = SAMPLE_RATE // 100  # 10 ms: grid of the search for pauses
 PAUSE_WINDOW = 20  # grid steps (0.2 s) over which the energy is averaged
-# Of the loudest energy (-60 dB); so much silence is kept around the speech of a piece.
-SILENCE_BELOW, SILENCE_MARGIN = 1e-6, SAMPLE_RATE // 4
+SILENCE_BELOW = 1e-6  # share of the energy of the loudest 10 ms (-60 dB)
+SILENCE_MARGIN = SAMPLE_RATE // 4  # silence that is kept around the speech of a piece
 
 # Supported inputs: a path or URL, the bytes of a file, an open file, samples, or a dict.
 AudioInput = str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor | dict[str, Any]

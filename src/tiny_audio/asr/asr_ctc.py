@@ -101,7 +101,7 @@ class CTCHead(nn.Module):
         paths = [row[:n].unique_consecutive() for row, n in zip(best, lengths, strict=True)]
         return [self.token_ids[path[path > 0] - 1].tolist() for path in paths]
 
-    def spelled(self, ids: list[int]) -> list[int]:
+    def classes(self, ids: list[int]) -> list[int]:
         """Map token ids to classes, and skip tokens without a class."""
         return [c for c in self.class_of[ids].tolist() if c > 0]
 
@@ -209,8 +209,8 @@ def fits(frames: int, targets: np.ndarray) -> bool:
     return len(targets) > 0 and len(targets) + (targets[1:] == targets[:-1]).sum() <= frames
 
 
-def letters_heard(log_probs: np.ndarray, letters: int, space: int) -> float:
-    """Tell how surely the best path, without any words, hears as many letters as a text has.
+def letter_support(log_probs: np.ndarray, letters: int, space: int) -> float:
+    """Rate how well the audio alone supports a text with this many letters.
 
     A word that was misread still has sure letters beneath it; noise has few, and unsure ones.
 
@@ -233,13 +233,13 @@ def letters_heard(log_probs: np.ndarray, letters: int, space: int) -> float:
 
 
 def time_words(
-    log_probs: np.ndarray, spelled: list[list[int]], space: int, step: float, seconds: float
+    log_probs: np.ndarray, classes: list[list[int]], space: int, step: float, seconds: float
 ) -> tuple[np.ndarray, list[float | None], float | None]:
     """Compute word times by forced alignment.
 
     Args:
         log_probs: (t, c), as for `align`.
-        spelled: classes of each of n words. A word without classes (only digits or punctuation)
+        classes: classes of each of n words. A word without classes (only digits or punctuation)
             gets the time between its neighbours and has no confidence.
         space: class that belongs to no word.
         step: seconds per frame.
@@ -251,10 +251,10 @@ def time_words(
         overall: the same over all letters; 0.0 if the text does not fit into the frames, and None
             if there are no letters.
     """
-    targets = np.array([c for word in spelled for c in word], int)
-    owner = np.repeat(np.arange(len(spelled)), [len(word) for word in spelled])
+    targets = np.array([c for word in classes for c in word], int)
+    owner = np.repeat(np.arange(len(classes)), [len(word) for word in classes])
     owner[targets == space] = -1
-    edges, sure = np.full((len(spelled), 2), np.nan), dict[int, float]()
+    edges, sure = np.full((len(classes), 2), np.nan), dict[int, float]()
     confidence = 0.0 if (owner >= 0).any() else None
     if confidence is not None and fits(len(log_probs), targets):
         spans, scores = align(log_probs, targets)
@@ -268,4 +268,4 @@ def time_words(
     known = np.minimum(edges[timed], [*edges[timed][1:], seconds])  # no word overlaps the next
     # Words without a time are spread evenly between their neighbours.
     edges = np.interp(position, [-1, *position[timed], edges.size], [0.0, *known, seconds])
-    return edges.reshape(-1, 2), [sure.get(k) for k in range(len(spelled))], confidence
+    return edges.reshape(-1, 2), [sure.get(k) for k in range(len(classes))], confidence

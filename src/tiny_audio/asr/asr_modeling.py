@@ -230,7 +230,7 @@ class ASRModel(SavedModel, GenerationMixin):
             if labels is None:
                 states = states.new_zeros(embeds.shape).masked_scatter(read[..., None], states)
                 return CausalLMOutput(logits=self.decoder.get_output_embeddings()(states))
-            first = read & (read.cumsum(1) == 1)  # no token of its row is before it
+            first = read & (read.cumsum(1) == 1)  # no state of its row predicts it
             targets = labels.masked_fill(first, IGNORE)[read]
             at = targets != IGNORE
             logits = self.decoder.get_output_embeddings()(states[:-1][at[1:]])
@@ -256,7 +256,7 @@ class ASRModel(SavedModel, GenerationMixin):
         Args:
             embeds, mask: from `embed`.
             start: number of tokens at the start of each row that are the same in all rows, and are
-                read once. Gradients are those of rows that each begin with them.
+                read once. Gradients are the same as if each row had its own copy.
 
         Returns:
             The last hidden states (n, d) of the tokens after `start`, and their mask (b, s).

@@ -19,7 +19,7 @@ START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LOG10 = math.log(10.0)
 NEVER = -99 * LOG10  # how ARPA files write the log-probability of the start of a sentence
 PREFERRED = math.log(0.02)  # minimum for preferred words: about the 5th most common word's
-PAIRED = 0.7  # share of the words that follow a word in other text; the rest is for any word
+PAIRED = 0.7  # of the probability goes to words that follow a word in other text, at most
 # Of the transcripts, only the most frequent entries are kept.
 MAX_WORDS, MAX_PAIRS = 200_000, 2_000_000
 

@@ -72,7 +72,7 @@ def packed_attention(
         attend: attention of a batch of rows.
 
     Raises:
-        ValueError: if the layers of the decoder keep `places` to themselves.
+        ValueError: if the decoder's layers do not pass `places` on to their attention.
     """
     if places is None:
         if query.shape[2] > 1 and attention_mask is not None and attention_mask.shape == NO_MASK:

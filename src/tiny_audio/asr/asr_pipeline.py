@@ -18,13 +18,13 @@ from transformers import Pipeline
 
 from .asr_audio import SAMPLE_RATE, AudioError, AudioInput, loud_span, read_audio, split_blocks
 from .asr_config import check_keys
-from .asr_ctc import letters_heard, time_words
+from .asr_ctc import letter_support, time_words
 from .asr_decoding import Transcript, transcribe
 
 logger = logging.getLogger(__name__)
 READ_AHEAD = 64  # pieces read before they are decoded: bounds memory
 BATCH_SECONDS = 60.0
-LEAST_FILLED = 0.8  # share of its row that the shortest clip fills where a CPU encodes
+LEAST_FILLED = 0.8  # on a CPU, clips encoded together are at least this share of the longest
 # Call arguments of _read, _forward and postprocess.
 ARGUMENTS = (
     {"sampling_rate", "limit_seconds", "skip_errors"},
@@ -37,8 +37,8 @@ ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
 # belongs to the module, because a pipeline that holds a lock cannot be pickled.
 DECODE_LOCK = threading.Lock()
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
-# Flag a transcript whose letters are heard less surely, and a loop of less confidence.
-UNSUPPORTED, PLAUSIBLE = 0.65, 0.5
+MIN_SUPPORT = 0.65  # no_speech: the audio supports the text's letters less
+LOOP_CONFIDENCE = 0.5  # repetition: a loop with less confidence
 FLAGS = {
     "truncated": "reached the token limit for its length",
     "repetition": "repeats the same text over and over",
@@ -65,7 +65,7 @@ class Piece:
         words: dicts of `text`, `timestamp` (start, end) in seconds of the input and `confidence`.
             Without a CTC head, the whole text is one word.
         confidence: geometric mean of the CTC probabilities of the text's letters.
-        heard: how surely the CTC head alone hears as many letters, see `letters_heard`; 1.0 for a
+        support: how well the audio supports so many letters, see `letter_support`; 1.0 for a
             text without letters.
         flags: problems with the text, keys of `FLAGS`.
     """
@@ -76,7 +76,7 @@ class Piece:
     text: str = ""
     words: list[dict[str, Any]] = field(default_factory=list)
     confidence: float | None = None
-    heard: float = 1.0
+    support: float = 1.0
     flags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -281,8 +281,8 @@ class ASRPipeline(Pipeline):
     ) -> None:
         """Fill in texts, words and flags of a batch. The encoder runs only once."""
         spans = [loud_span(piece.samples) for piece in batch]
-        heard = [piece.samples[a:b] for piece, (a, b) in zip(batch, spans, strict=True)]
-        features = [self.processor.features(samples) for samples in heard]
+        trimmed = [piece.samples[a:b] for piece, (a, b) in zip(batch, spans, strict=True)]
+        features = [self.processor.features(samples) for samples in trimmed]
         options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
         with DECODE_LOCK:
             hidden, steps = self._encode(features)
@@ -292,11 +292,11 @@ class ASRPipeline(Pipeline):
         ):
             piece.text = transcript.text
             self._time(piece, log_probs, *span)
-            unsure = (piece.confidence or 0.0) < PLAUSIBLE
+            unsure = (piece.confidence or 0.0) < LOOP_CONFIDENCE
             applies = {
                 "truncated": transcript.truncated,
                 "repetition": unsure and LOOP.search(piece.text),
-                "no_speech": piece.heard < UNSUPPORTED or not piece.text,
+                "no_speech": piece.support < MIN_SUPPORT or not piece.text,
             }
             piece.flags = [flag for flag, holds in applies.items() if holds]
 
@@ -316,7 +316,7 @@ class ASRPipeline(Pipeline):
         return [row[:n].cpu().numpy() for row, n in zip(log_probs, lengths, strict=True)]
 
     def _time(self, piece: Piece, log_probs: np.ndarray | None, first: int, last: int) -> None:
-        """Fill in `words`, `confidence` and `heard` of a piece by forced alignment.
+        """Fill in `words`, `confidence` and `support` of a piece by forced alignment.
 
         The log-probabilities (t, c) are those of its samples from `first` to `last`.
         """
@@ -329,14 +329,14 @@ class ASRPipeline(Pipeline):
         if self.model.characters is not None:
             space = self.processor.space
             between = [space] if space else []
-            spelled = [between * (i > 0) + self.processor.spell(w) for i, w in enumerate(words)]
+            classes = [between * (i > 0) + self.processor.spell(w) for i, w in enumerate(words)]
         else:
             step *= self.processor.stack
-            spelled = [self.model.ctc.spelled(self.processor.tokenize(word)) for word in words]
+            classes = [self.model.ctc.classes(self.processor.tokenize(word)) for word in words]
         seconds = (last - first) / SAMPLE_RATE
-        edges, sure, piece.confidence = time_words(log_probs, spelled, space, step, seconds)
-        letters = sum(c != space for word in spelled for c in word)
-        piece.heard = letters_heard(log_probs, letters, space) if letters else 1.0
+        edges, sure, piece.confidence = time_words(log_probs, classes, space, step, seconds)
+        letters = sum(c != space for word in classes for c in word)
+        piece.support = letter_support(log_probs, letters, space) if letters else 1.0
         spans = (piece.start + first / SAMPLE_RATE + edges).round(3).tolist()
         piece.words = [
             {"text": word, "timestamp": tuple(span), "confidence": c}

@@ -177,9 +177,7 @@ class SavedModel(PreTrainedModel):
             for part in (model.encoder, model.decoder):
                 cast_base(part, dtype)
         else:
-            scale = config.projector_scale
             model = cls.from_base(config, dtype=dtype, attn_implementation=attention, **local)
-            config.projector_scale = scale
         model.load_tensors(tensors, f"{name_or_path}/{WEIGHTS}")
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
         files = [file for file in (config.ngram_file, config.writing_file) if file]

@@ -22,8 +22,8 @@ SPACE = 32  # the byte between words
 NO_TEXT, NO_PARENT = -2, -1  # hashes that never match a text
 NO_CLASS = -1  # never equal to a class
 OPEN = -1  # node of a word that the lexicon lacks
-# A frame is silent if a blank is more likely than this, or if fewer letters than this are expected
-# within so many frames on either side (0.5 s at 50 Hz).
+# A frame is silent if its blank is more likely than SURE_BLANK, or if fewer than LEAST_LETTERS are
+# expected within NEAR frames on either side (0.5 s at 50 Hz).
 SURE_BLANK, LEAST_LETTERS, NEAR = 0.99, 1.0, 25
 
 

@@ -20,7 +20,7 @@ OTHER = "??"  # a case of its own, like that of "iPhone"
 START, END = "<s>", "</s>"  # styles before and after a text
 MAX_WORDS = 200_000  # the most frequent ones are kept
 USUAL_STYLES = 10  # tried for every word, even if the transcripts never write it so
-UNSEEN = 1.0  # weight of what holds for all words, in transcripts of one word
+UNSEEN = 1.0  # pseudo-count of the styles of all words, beside those of a word itself
 
 
 def style_of(form: str, word: str) -> str:

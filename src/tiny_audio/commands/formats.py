@@ -7,7 +7,7 @@ from typing import Any
 FORMATS = ("txt", "srt", "vtt", "json")
 
 
-def clock(seconds: float, point: str = ".") -> str:
+def timestamp(seconds: float, point: str = ".") -> str:
     """Format seconds as hh:mm:ss.mmm."""
     ms = round(1000 * seconds)
     return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"
@@ -24,7 +24,7 @@ def render(result: dict[str, Any], kind: str) -> str:
     point = "," if kind == "srt" else "."
     cues = []
     for i, chunk in enumerate(result["chunks"], 1):
-        times = " --> ".join(clock(t, point) for t in chunk["timestamp"])
+        times = " --> ".join(timestamp(t, point) for t in chunk["timestamp"])
         text = " ".join(chunk["text"].split()).replace("-->", "->")  # an empty line ends the cue
         cues.append(f"{i}\n{times}\n{escape(text, quote=False) if kind == 'vtt' else text}\n")
     return ("WEBVTT\n\n" if kind == "vtt" else "") + "\n".join(cues)

@@ -31,7 +31,7 @@ from .transcribe import DECODE_HELP, TERMS_HELP, read_terms
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Unit = Literal["word", "segment"]
-PIECES = 3  # a round takes one piece of each request, and this many more, shared among them
+EXTRA_PIECES = 3  # pieces in a round beyond one per request, shared among the requests
 
 
 class Worker:
@@ -55,7 +55,9 @@ class Worker:
         cut = self.pipe.preprocess(recording, limit_seconds=self.limit_seconds)
         self.requests += 1
         try:
-            while some := await asyncio.to_thread(list, islice(cut, 1 + PIECES // self.requests)):
+            while some := await asyncio.to_thread(
+                list, islice(cut, 1 + EXTRA_PIECES // self.requests)
+            ):
                 for piece in await self.decode(some, request):
                     yield piece
         except AudioError as error:

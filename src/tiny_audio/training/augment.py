@@ -9,7 +9,7 @@ import numpy as np
 from ..asr.asr_audio import SAMPLE_RATE
 
 # The probability of each disturbance. They are drawn independently.
-SHARES = {
+PROBABILITIES = {
     "speed": 0.5,
     "pause": 0.4,
     "reverberation": 0.25,
@@ -33,7 +33,7 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     it.
     """
     speed, before, behind = draw_timing(rng)
-    does = {name: rng.random() < share for name, share in SHARES.items()}
+    does = {name: rng.random() < share for name, share in PROBABILITIES.items()}
     if speed != 1.0:
         samples = resample(samples, speed)
     level = rms(samples)
@@ -59,9 +59,9 @@ def draw_timing(rng: np.random.Generator) -> tuple[float, float, float]:
 
     `disturb` draws this first, so that the length of a disturbed clip is known without reading it.
     """
-    speed = rng.uniform(*SPEED) if rng.random() < SHARES["speed"] else 1.0
+    speed = rng.uniform(*SPEED) if rng.random() < PROBABILITIES["speed"] else 1.0
     pauses = np.minimum(rng.exponential(PAUSE_SECONDS, 2), LONGEST_PAUSE) * (rng.random(2) < 0.7)
-    before, behind = pauses if rng.random() < SHARES["pause"] else (0.0, 0.0)
+    before, behind = pauses if rng.random() < PROBABILITIES["pause"] else (0.0, 0.0)
     return speed, before, behind
 
 

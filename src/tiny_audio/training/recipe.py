@@ -22,10 +22,12 @@ OWN_TRAINING_KEYS = set(
     "early_stopping_patience largest_first language start_share".split()
 )
 # TrainingArguments that a run may not set: fixed in train.py, renamed, or without effect.
-FIXED = "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip"
-FIXED += " accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo"
-FIXED += " dataloader_drop_last dataloader_persistent_workers dataloader_in_order"
-FIXED += " dataloader_multiprocessing_context"
+FIXED_KEYS = (
+    "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip "
+    "accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo "
+    "dataloader_drop_last dataloader_persistent_workers dataloader_in_order "
+    "dataloader_multiprocessing_context"
+)
 # Keys of the data group that select the data; all others are options of `Clips`.
 OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows max_dropped_fraction".split())
 
@@ -40,7 +42,7 @@ def check_config(cfg: DictConfig) -> None:
     known.model = OmegaConf.load(CONFIGS / "model/hubert_smollm3.yaml")
     known.data = OmegaConf.load(CONFIGS / "data/loquacious.yaml")
     training = OWN_TRAINING_KEYS | {field.name for field in fields(TrainingArguments)}
-    training -= {*FIXED.split()}
+    training -= {*FIXED_KEYS.split()}
     check_keys(cfg, [*known, "training"], "the config")
     for group in ("run", "model", "encoder_lora", "peft", "data"):
         check_keys(cfg[group], known[group], group)

@@ -128,7 +128,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
             cache_encoder_frames(model, data, folder.parent)
     if resume:
         print(f"continuing from {resume}")
-        restore_position(data, dropped, Path(resume))
+        restore_progress(data, dropped, Path(resume))
     lines = StepLine(folder, [s.name for s in cfg.stages], cfg.run.price_per_hour)
     trainer = ASRTrainer(settings, gflop, model=model, args=args, train_dataset=data,
                          eval_dataset=evaluation, processing_class=processor,
@@ -183,7 +183,7 @@ def training_arguments(
     return args
 
 
-def restore_position(data: Any, dropped: Dropped, resume: Path) -> None:
+def restore_progress(data: Any, dropped: Dropped, resume: Path) -> None:
     """Restore the dropped examples and the position in a stream from a checkpoint.
 
     Raises:
