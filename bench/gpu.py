@@ -129,6 +129,7 @@ def compile_layers(model: ASRModel) -> None:
         layer.compile(dynamic=True, backend=backend)
 
 
+# Stage, name, overrides, change of the model. Variants that may crash the process come last.
 VARIANTS: list[tuple[str, str, tuple[str, ...], Any]] = [
     ("projector", "the recipe", (), None),
     ("projector", "no gradient checkpointing", ("training.gradient_checkpointing=false",), None),

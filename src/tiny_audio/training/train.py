@@ -126,6 +126,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
         with place.main_process_first():  # the main process computes the frames
             cache_encoder_frames(model, data, folder.parent)
+        dropped.check(data.total)
     if resume:
         print(f"continuing from {resume}")
         restore_progress(data, dropped, Path(resume))
