@@ -77,3 +77,23 @@ def test_too_few_clips_are_refused(texts):
 def test_a_folder_that_is_no_trained_model_is_one_line(own, tmp_path):
     with pytest.raises(SystemExit, match="holds no training_config"):
         adapt.main([str(tmp_path), "--data", str(own), "--out", str(tmp_path / "out")])
+
+
+def test_a_command_that_failed_can_be_corrected(trained, own, tmp_path):
+    out = tmp_path / "out"
+    arguments = [str(trained), "--data", str(own), "--out", str(out), "--steps", "1"]
+    for wrong, said in (
+        (["--device", "cuda:99"], "no device"),
+        (["--keep", str(tmp_path / "gone.jsonl")], "gone.jsonl"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            adapt.main([*arguments, *wrong])
+    with pytest.raises(SystemExit, match="holds no training_config"):
+        adapt.main([str(tmp_path / "typo"), *arguments[1:]])
+    assert adapt.main(arguments) == 0
+
+
+def test_clips_inside_a_table_are_refused(trained, own, tmp_path):
+    audio = {"bytes": b"RIFF", "path": "a.wav"}
+    with pytest.raises(DataError, match="needs a manifest of audio files"):
+        adapt.write_clips([Example("a", audio, "the cat", 1.0)], tmp_path / "train.jsonl")

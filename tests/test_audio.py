@@ -1,5 +1,6 @@
 """Reading audio: formats, rates, channels, arrays; refusals; splitting long recordings."""
 
+import io
 from itertools import pairwise
 
 import numpy as np
@@ -285,3 +286,31 @@ def test_the_cut_avoids_speech_even_beside_silence():
     samples = np.concatenate([tone(2.6), noise, tone(0.5), hush, tone(4.0)])
     cut = split_at_pauses(samples, 5.0)[0][1] / SAMPLE_RATE
     assert 3.6 <= cut <= 3.9
+
+
+def test_channels_that_cancel_at_any_rate():
+    clip = np.random.default_rng(0).standard_normal(44_100).astype(np.float32)
+    assert np.abs(load_audio(np.stack([clip, -clip], 1), 44_100)).max() > 0.1
+
+
+def test_a_track_in_a_codec_that_nobody_knows(tmp_path):
+    data = bytearray(write_audio(tmp_path / "a.wav", tone(1.0), 16_000, "pcm_s16le").read_bytes())
+    at = data.index(b"fmt ") + 8
+    data[at : at + 2] = b"\x31\x00"  # GSM
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(AudioError, match=r"a\.wav"):
+        load_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(
+    "source", [np.array(1.0), np.array(["a"]), np.array([None], object), io.StringIO("text")]
+)
+def test_other_objects_are_no_audio(source):
+    with pytest.raises(AudioError):
+        load_audio(source)
+
+
+@pytest.mark.parametrize("rate", [0.5, float("inf"), float("nan"), 0, "fast"])
+def test_rates_that_are_none(rate):
+    with pytest.raises(AudioError, match="sampling_rate must be"):
+        load_audio(tone(1.0), rate)

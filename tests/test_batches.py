@@ -136,3 +136,12 @@ def test_few_more_batches_are_made_than_the_clips_need(lengths):
     """All epochs have as many batches as the one that needs most, and a few to spare."""
     natural = len(cut_batches(lengths, 120))
     assert natural <= len(LengthBatchSampler(lengths, 120)) <= 1.04 * natural + 2
+
+
+def test_joined_batches_pass_the_budget_by_little():
+    """Each of these clips fills a batch, and two processes need an even number of batches."""
+    lengths = np.random.default_rng(0).uniform(16.0, 30.0, 1001)
+    batches = LengthBatchSampler(lengths, 30.0, multiple=2).batches_of(0)
+    padded = sorted(len(batch) * lengths[batch].max() for batch in batches)
+    assert len(batches) == 1000 and padded[-2] <= 30.0
+    assert padded[-1] < 34.0

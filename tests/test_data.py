@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import TEXTS, babble, write_audio, write_manifest
 from datasets import Audio, Dataset
 from torch.utils.data import DataLoader
 
+from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.training import data as data_module
 from tiny_audio.training import frames
 from tiny_audio.training.batches import LengthBatchSampler
@@ -20,6 +22,8 @@ from tiny_audio.training.checks import Dropped, prepare_text, read_log, why_refu
 from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.frames import Frames, cache_encoder_frames
 from tiny_audio.training.manifests import DataError, Example, Reader, header_seconds, read_source
+from tiny_audio.training.stream import SpeechStream
+from tiny_audio.training.vocabulary import ctc_vocabulary, read_counts
 
 
 @pytest.fixture(scope="module")
@@ -512,3 +516,121 @@ def test_a_file_that_was_replaced_is_encoded_anew(tmp_path, build, processor):
         cache_encoder_frames(model, data, tmp_path)
         heard.append(data[0]["features"])
     assert not torch.equal(*heard)
+
+
+def test_other_weights_of_the_encoder_are_encoded_anew(tmp_path, build, corpus, processor):
+    """Also where the encoder is a folder of the same name."""
+    _, model = build("whisper", ctc=False)
+    for scale in (1.0, 1.0, 1.5):
+        with torch.no_grad():
+            model.encoder.layers[0].fc1.weight.mul_(scale)
+        data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
+        cache_encoder_frames(model, data, tmp_path)
+    assert len(glob_frames(tmp_path)) == 2
+
+
+def test_cached_frames_are_without_dropout(tmp_path, build, corpus, processor):
+    _, model = build("whisper", ctc=False)
+    model.encoder.dropout = 0.5
+    data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
+    inputs = processor.collate([data[0]["features"]])
+    cache_encoder_frames(model.train(), data, tmp_path)
+    with torch.no_grad():
+        expected, _ = model.eval().encode(inputs["input_features"], inputs["input_features_mask"])
+    assert torch.allclose(data.encoded["clip0"].float(), expected[0], atol=2e-3)
+
+
+def test_an_error_ends_encoding_at_once(tmp_path, build, corpus, processor, monkeypatch):
+    """Ctrl-C and a full disk too: the clips that are left are not encoded first."""
+    _, model = build("whisper", ctc=False)
+    begun = []
+
+    def fail(*_):
+        begun.append(1)
+        time.sleep(0.2)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(frames, "CLIPS_PER_TASK", 1)
+    monkeypatch.setattr(frames, "encode_some", fail)
+    data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
+    with pytest.raises(OSError, match="No space left"):
+        cache_encoder_frames(model, data, tmp_path)
+    assert len(begun) < len(data) / 2
+
+
+def whisper_clips(folder, seconds):
+    text = "there are many words in this one"
+    rows = []
+    for i, length in enumerate(seconds):
+        audio = write_audio(folder / f"{i}.wav", babble(length, i), 16_000, "pcm_s16le")
+        rows.append({"id": f"c{i}", "audio": audio.name, "text": text, "duration": length})
+    return write_manifest(folder / "m.jsonl", rows)
+
+
+@pytest.mark.parametrize("disturb", [0.0, 1.0])
+def test_no_clip_is_too_long_for_whisper(tmp_path, build, disturb):
+    """Whisper has positions for 30 s, which the silence behind each clip shares."""
+    like, model = build("whisper", ctc=False)
+    processor = ASRProcessor(like.feature_extractor, like.tokenizer, like.encoder, tail_seconds=0.2)
+    assert processor.max_seconds == 29.8
+    manifest, dropped = whisper_clips(tmp_path, (29.75, 29.9)), Dropped()
+    data = SpeechDataset([{"path": str(manifest)}], processor, dropped, disturb=disturb)
+    assert [example.id for example in data.examples] == ["c0"]
+    assert dropped.counts == {"over max_seconds": 1}
+    for data.epoch in range(20):
+        assert data.lengths(data.epoch)[0] <= 30.0
+        inputs = processor.collate([data[0]["features"]])
+        assert inputs["input_features"].shape[-1] <= 3000
+    with torch.no_grad():
+        model.encode(inputs["input_features"], inputs["input_features_mask"])
+
+
+def test_a_clip_of_which_half_is_missing_is_dropped(tmp_path, processor):
+    """The header of an MP3 file states the length of the whole, wherever the file ends."""
+    path = write_audio(tmp_path / "a.mp3", babble(12.0, 1), 16_000, "libmp3lame")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    rows = [{"id": "half", "audio": "a.mp3", "text": "there are many words", "duration": 12.0}]
+    data = SpeechDataset([{"path": str(write_manifest(tmp_path / "m.jsonl", rows))}], processor,
+                         Dropped())  # fmt: skip
+    assert data[0]["reason"] == "not as long as stated"
+
+
+def test_tokens_may_outnumber_frames_without_a_token_head(tmp_path, processor):
+    manifest = whisper_clips(tmp_path, (2.0,))
+    rows = [json.loads(manifest.read_text()) | {"text": "สวัสดีครับ ผมชื่อสมชาย"}]
+    source = {"path": str(write_manifest(manifest, rows))}
+    with pytest.raises(DataError, match="more tokens than frames"):
+        SpeechDataset([source], processor, Dropped())
+    assert len(SpeechDataset([source], processor, Dropped(), token_head=False)) == 1
+
+
+@pytest.mark.parametrize("kind", [SpeechDataset, SpeechStream])
+def test_copies_of_a_clip_are_disturbed_each_in_its_own_way(kind, corpus, processor):
+    most = (60.0,) if kind is SpeechStream else ()
+    source = {"path": str(corpus), "repeat": 2}
+    data = kind([source], processor, Dropped(), *most, disturb=1.0, max_seconds=20.0)
+    batch = next(iter(data)) if most else data.collate([data[i] for i in range(len(data))])
+    pairs = [(id, f"{id}#1") for id in batch["ids"] if f"{id}#1" in batch["ids"]]
+    for pair in pairs:
+        first, copy = (batch["input_features"][batch["ids"].index(id)] for id in pair)
+        assert not torch.equal(first, copy)
+    assert pairs
+
+
+def test_a_letter_that_occurs_only_as_a_capital_is_learned():
+    texts = [Example("a", None, text, 1.0) for text in ("Åse og Øystein", "Ål")]
+    _, alphabet = ctc_vocabulary(texts)
+    assert {*"åse og øystein ål".encode()} == {*alphabet}
+
+
+def test_capitals_in_a_list_of_words_are_words(tmp_path, build):
+    (tmp_path / "w.tsv").write_text("Cat\t50\ncat\t7\n")
+    assert read_counts(tmp_path / "w.tsv") == {"cat": 57.0}
+
+
+def test_a_text_with_a_comma_needs_quotes(tmp_path):
+    """Otherwise pandas takes the first column for an index and shifts the others."""
+    path = tmp_path / "m.csv"
+    path.write_text("audio,text\na.wav,hello, world\nb.wav,well\n")
+    with pytest.raises(DataError, match="line 2 has 3 fields, but the header has 2"):
+        rows_of({"path": str(path)})

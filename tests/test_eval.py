@@ -162,6 +162,22 @@ def test_a_mended_reference_is_scored_anew(model, tmp_path):
     assert found[0] >= 100 and found[1] == 0
 
 
+def test_a_transcript_stays_with_its_audio(model, tmp_path):
+    """Of a folder without ids the rows are numbered: a new first row moves all of them."""
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    for i in range(3):
+        write_audio(folder / f"{i}.wav", babble(0.8 + i, i), 16_000, "pcm_s16le")
+    args = ["eval", str(model), "--dataset", str(folder), "--out"]
+    for names in ((1, 2), (0, 1, 2)):
+        rows = "".join(f"{i}.wav,the cat\n" for i in names)
+        (folder / "metadata.csv").write_text(f"file_name,text\n{rows}")
+        assert cli.main([*args, str(out)]) == 0
+    write_audio(folder / "2.wav", babble(1.1, 9), 16_000, "pcm_s16le")  # another recording
+    assert cli.main([*args, str(out)]) == 0 == cli.main([*args, str(tmp_path / "fresh")])
+    assert read(out) == read(tmp_path / "fresh")
+
+
 def test_results_of_other_code_are_not_used(model, tmp_path, monkeypatch, capsys):
     """Not even of changes that are not committed; those of the same code are, and it says so."""
     manifest = make_set(tmp_path / "set", 4)
@@ -447,6 +463,12 @@ def test_the_leaderboard_adds_in_order(clone):
 )
 def test_the_leaderboard_refuses(changed, why, clone):
     is_refused(submission(clone / "s", **changed), why)
+
+
+def test_a_quickstart_is_no_evaluation(clone):
+    (clone / "q").mkdir()
+    (clone / "q/summary.json").write_text(json.dumps({"wer": 9.0, "seed": 0}))
+    is_refused(clone / "q", "holds no finished evaluation")
 
 
 def speedrun(folder: Path, seeds=(0, 1, 2), **changed) -> Path:

@@ -35,32 +35,53 @@ def test_each_example_once_an_epoch_over_all_processes(world, count):
         assert len(set(batches)) == 1, "one process would wait for another for ever"
 
 
+# src/train.py, in which a process can be killed in the middle of a step.
+DYING = """
+import os
+from tiny_audio.training import train
+
+compute_loss = train.ASRTrainer.compute_loss
+
+def compute_or_die(trainer, *arguments, **options):
+    if trainer.state.global_step == int(os.environ["DIES_AT"]):
+        os._exit(9)
+    return compute_loss(trainer, *arguments, **options)
+
+train.ASRTrainer.compute_loss = compute_or_die
+train.main()
+"""
+
+
 @pytest.fixture
 def losses(tiny_bases, corpus, tmp_path):
     """`losses("name", processes, accumulation)`: per-step losses and final weights of a run."""
 
-    def run(name: str, processes: int, accumulation: int, streaming: bool = False):
+    script = tmp_path / "train.py"
+    script.write_text(DYING)
+
+    def run(name, processes, accumulation, streaming=False, steps=6, dies_at=-1):
         launch = [sys.executable]
         if processes > 1:
             launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
             launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
         command = [
-            *launch, str(CONFIGS.parents[3] / "src" / "train.py"),
+            *launch, str(script),
             f"model.encoder_model_name={tiny_bases / 'whisper'}",
             f"model.decoder_model_name={tiny_bases / 'decoder'}", "model.projector_hidden=32",
             "encoder_lora.r=0", "peft.r=2", f"data.train=[{{path: {corpus}}}]",
             f"data.streaming={streaming}", "data.max_seconds=4", "data.block=5",
             f"data.eval=[{{path: {corpus}, sample: 2}}]", f"run.output_dir={tmp_path / name}",
-            "training.max_steps=6", "training.eval_steps=3", "training.logging_steps=1",
+            f"training.max_steps={steps}", "training.eval_steps=3", "training.logging_steps=1",
+            "training.save_steps=5",
             "training.warmup_steps=0", "training.batch_seconds=5", "+training.use_cpu=true",
             f"training.gradient_accumulation_steps={accumulation}",
             "training.dataloader_num_workers=0", "training.report_to=none",
         ]  # fmt: skip
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at)},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, "died on purpose" * (dies_at > 0) or done.stderr[-3000:]
         assert done.stdout.count("== stage train") == 1  # one of them speaks
         rows = read_log(tmp_path / name / "train" / LOG)
         loss = [row["loss"] for row in rows if "loss" in row]
@@ -81,6 +102,18 @@ def test_two_processes_are_one_with_twice_the_batches(losses):
 
 
 @pytest.mark.long
+@pytest.mark.long
+def test_two_processes_continue_in_a_later_epoch(losses):
+    """accelerate tells only the dataset which epoch it is when a run resumes."""
+    whole = losses("whole", 2, 1, steps=10)
+    with pytest.raises(AssertionError, match="died on purpose"):
+        losses("killed", 2, 1, steps=10, dies_at=7)
+    resumed = losses("killed", 2, 1, steps=10)
+    assert resumed[0] == whole[0]
+    for name, tensor in whole[2].items():
+        assert torch.equal(resumed[2][name], tensor), name
+
+
 def test_two_processes_share_a_stream(losses):
     loss, _, _ = losses("stream", 2, 1, streaming=True)
     assert len(loss) == 6

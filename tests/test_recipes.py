@@ -1,15 +1,17 @@
 """The shipped recipes: exact sizes of the big one, every preset and override that is promised."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 
 from tiny_audio.asr.asr_config import ASRConfig
 from tiny_audio.asr.asr_modeling import ASRModel
-from tiny_audio.training.build import lora_from
+from tiny_audio.training.build import build_processor, lora_from
 from tiny_audio.training.recipe import compose_recipe, stage_configs
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -173,3 +175,41 @@ def test_values_that_are_given_reach_the_trainer():
     assert cfg.training.learning_rate == 1e-4 and cfg.training.max_steps == 20
     assert cfg.data.max_train_samples == 1000
     assert cfg.model.encoder_model_name == "facebook/hubert-large-ls960-ft"
+
+
+def test_a_stage_without_evaluation_has_no_best_checkpoint():
+    cfg = composed("+experiments=quickstart", "training.load_best_model_at_end=true",
+                   "training.early_stopping_patience=3")  # fmt: skip
+    kept = [stage.training.load_best_model_at_end for stage in stage_configs(cfg)]
+    patience = [stage.training.early_stopping_patience for stage in stage_configs(cfg)]
+    assert kept == [True, False, True] and patience == [3, None, 3]
+
+
+@pytest.mark.parametrize("stages", ["null", "[]", "[{name: a}, {name: a}]", "[{training: {}}]"])
+def test_every_stage_has_a_name_of_its_own(stages):
+    with pytest.raises(ValueError, match="a name each"):
+        composed(f"stages={stages}")
+
+
+def test_a_part_of_what_a_stage_sets_cannot_be_overridden():
+    with pytest.raises(ValueError, match="overridden by stage only"):
+        composed("stages=[{name: only, data: {train: [{path: a}]}}]", "data.train.0.path=b")
+
+
+def test_a_pinned_revision_holds_for_everything_that_is_read(monkeypatch):
+    pinned = {}
+
+    def recorded(kind, real):
+        def read(name, **options):
+            pinned[kind.__name__] = options.get("revision")
+            return real(name)
+
+        return read
+
+    cfg = composed("model.encoder_revision=abc", "model.decoder_revision=def")
+    for kind in (AutoConfig, AutoFeatureExtractor, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", recorded(kind, kind.from_pretrained))
+    with contextlib.suppress(ValueError):
+        build_processor(cfg)
+    assert pinned.items() <= {"AutoConfig": "abc", "AutoFeatureExtractor": "abc",
+                              "AutoTokenizer": "def"}.items() and pinned  # fmt: skip

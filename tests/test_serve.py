@@ -254,6 +254,14 @@ def test_a_failure_is_answered_and_the_next_request_served(endpoint, talk, monke
     assert ask(endpoint.client(), talk).text
 
 
+def test_an_unexpected_failure_has_the_form_that_clients_read(pipe, talk, monkeypatch):
+    monkeypatch.setattr("tiny_audio.commands.serve.answer", lambda *_: 1 / 0)
+    running = Running(create_app(pipe, "tiny"))
+    with pytest.raises(openai.InternalServerError, match="the server failed: division by zero"):
+        ask(running.client(), talk)
+    running.stop()
+
+
 def test_a_port_that_is_taken_is_named(endpoint, model_folder, capfd):
     from tiny_audio.commands import serve
 

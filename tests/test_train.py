@@ -241,6 +241,26 @@ def test_a_finished_run_names_the_settings_that_differ(compose, capsys):
     assert "other settings (peft.r: 16 -> 4)" in capsys.readouterr().out
 
 
+def test_a_setting_that_names_the_environment_does_not_differ(compose, capsys, monkeypatch):
+    monkeypatch.setenv("CLIP_LIMIT", "100")
+    for _ in range(2):
+        runner.train(compose("data.max_train_samples=${oc.decode:${oc.env:CLIP_LIMIT}}",
+                             steps=(1, 1)))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "is finished" in said and "other settings" not in said
+
+
+def test_the_weights_of_decoding_are_those_of_the_start(compose):
+    first = runner.train(compose(steps=(1, 1)))
+    config = json.loads((first / "config.json").read_text())
+    config["decoding"] |= {"prior": 0.2, "language_model": 1.5}
+    (first / "config.json").write_text(json.dumps(config))
+    start = f"model.pretrained_model_path={first}"
+    for more, expected in (([], 0.2), (["model.decoding={prior: 0.3}"], 0.3)):
+        again = runner.train(compose(start, *more, steps=(1, 1), output=f"next{expected}"))
+        assert json.loads((again / "config.json").read_text())["decoding"]["prior"] == expected
+
+
 def test_mended_data_is_trained_on(compose, corpus, tmp_path):
     """What was dropped in a run that ended with an error is not held against the next one."""
     folder = tmp_path / "holes"

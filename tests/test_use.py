@@ -53,6 +53,12 @@ def test_a_file_that_ends_early_says_so(tmp_path, pipe):
     assert result["text"] and "6.0" in result["missing"][-1]
 
 
+def test_a_file_of_which_only_the_container_states_the_length(tmp_path, pipe):
+    path = write_audio(tmp_path / "a.mka", babble(12.0, 1), 16_000, "aac")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "ends at 6.0 s of 12." in pipe(str(path))["missing"][-1]
+
+
 @pytest.mark.parametrize("late", [0.0, 3.0])
 def test_the_sound_of_a_video(tmp_path, pipe, late):
     """Where it begins later than the picture, times count from the picture all the same."""
@@ -327,7 +333,8 @@ def test_out_of_memory_makes_batches_smaller(pipe, monkeypatch, caplog):
     alone = pipe(babble(1.1, 4))
     assert pipe([babble(1.1, 4)] * 5, batch_seconds=60.0) == [alone] * 5
     assert "batches have" in caplog.text
-    with pytest.raises(RuntimeError, match=r"a piece of 3\.5 s does not fit; lower max_seconds"):
+    too_long = r"a piece of 3\.5 s does not fit; lower max_seconds"
+    with pytest.raises(torch.OutOfMemoryError, match=too_long):
         pipe(babble(3.5, 4))
 
 
@@ -472,6 +479,26 @@ def test_command_line_reads_stdin(model_folder, files, capsys, monkeypatch, pipe
 def test_a_wrong_model_folder_is_named(tmp_path, files):
     with pytest.raises(UserError, match=r"config\.json"):
         transcribe.main([files[0], "--model", str(tmp_path)])
+
+
+def test_words_to_prefer_are_a_list(pipe, caplog):
+    clip = babble(1.1, 4)
+    assert pipe(clip, decoding={"words": None}) == pipe(clip)
+    with pytest.raises(ValueError, match="words must be a list, not 'Agent'"):
+        pipe(clip, decoding={"words": "Agent"})
+    pipe(clip, decoding={"words": ["cat"]}, decode="generate")
+    assert "no words are preferred" in caplog.text
+
+
+def test_terms_of_a_windows_editor(tmp_path, monkeypatch):
+    (tmp_path / "terms.txt").write_bytes("\ufeffDashwood\r\nJean-Luc\r\n".encode())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert transcribe.read_terms("~/terms.txt") == ["Dashwood", "Jean-Luc"]
+
+
+def test_a_model_of_another_kind_is_named(tiny_bases, files):
+    with pytest.raises(UserError, match="is a hubert model, which only `tiny-audio eval` takes"):
+        transcribe.main([files[0], "--model", str(tiny_bases / "hubert")])
 
 
 def test_a_long_task_logs_a_line_now_and_then(capsys):

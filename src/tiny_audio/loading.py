@@ -28,14 +28,16 @@ def load_pipeline(
     device: str | None = None,
     decode: str | None = None,
     terms: Sequence[str] | None = None,
+    any_kind: bool = False,
 ) -> Any:
     """Load the ASR pipeline of a trained folder or Hub id.
 
-    It runs on the best available device unless `device` names one. `decode` and `terms` (words to
-    prefer) apply only to tiny-audio models, see `asr_decoding.transcribe`.
+    It runs on the best available device unless `device` names one. For `decode` and `terms` (words
+    to prefer), see `asr_decoding.transcribe`. `any_kind` also allows other models than those of
+    tiny-audio; they get neither.
 
     Raises:
-        UserError: if `model` does not exist or cannot be loaded.
+        UserError: if `model` does not exist, is of another kind or cannot be loaded.
     """
     logging.set_verbosity_error()
     quiet_libraries()
@@ -50,6 +52,8 @@ def load_pipeline(
     try:
         kind = AutoConfig.from_pretrained(model).model_type
         ours = ASRPipeline if kind == ASRConfig.model_type else None  # not the folder's copy
+        if ours is None and not any_kind:
+            raise UserError(f"{model} is a {kind} model, which only `tiny-audio eval` takes")
         return pipeline(
             "automatic-speech-recognition",
             model=model,
@@ -58,7 +62,7 @@ def load_pipeline(
             trust_remote_code=ours is not None,
             **(options if ours else {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         where = "cannot be loaded" if folder else "is not a folder; loading it from the Hub failed"
         raise UserError(f"{model} {where}: {reason}") from error

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from numbers import Real
@@ -79,7 +80,7 @@ def read_audio(
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
-        if not isinstance(sampling_rate, Real) or sampling_rate <= 0:
+        if not isinstance(sampling_rate, Real) or not 1 <= sampling_rate < math.inf:
             raise AudioError(f"sampling_rate must be a positive number (Hz), not {sampling_rate!r}")
         samples = _resample(np.asarray(source), int(sampling_rate), mixer)
         # one-second blocks: pieces of a single block would keep a copy of the rest in memory
@@ -155,17 +156,20 @@ def _decode(
                 raise AudioError(f"{name}: holds no audio track")
             if len(container.streams.audio) > 1:
                 mixer.note(f"it has {len(container.streams.audio)} audio tracks: one is used")
-            track = container.streams.best("audio")  # the one that a player would choose
+            # The one that a player would choose; FFmpeg has no choice if it knows no codec.
+            track = container.streams.best("audio") or container.streams.audio[0]
+            whole = track.duration and float(track.duration * (track.time_base or 0))
+            if not whole and len(container.streams) == 1:  # Matroska states only the file's length
+                whole = (container.duration or 0) / av.time_base
             for block in _blocks(container, track, missing, mixer):
                 done += len(block)
                 yield _finite(block, name)
-            if missing is not None and track.duration and container.format.name not in ESTIMATED:
-                total, end = float(track.duration * (track.time_base or 0)), done / SAMPLE_RATE
-                if end < 0.98 * total - 1:
-                    missing.append(f"ends at {end:.1f} s of {total:.1f}")
+            end, known = done / SAMPLE_RATE, whole and container.format.name not in ESTIMATED
+            if missing is not None and known and end < 0.98 * whole - 1:
+                missing.append(f"ends at {end:.1f} s of {whole:.1f}")
     except AudioError:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AudioError(f"{name}: not readable as audio ({reason})") from error
     if not done:
@@ -216,8 +220,9 @@ def _blocks(
 
 def _resample(samples: np.ndarray, rate: int, mixer: Mixer) -> np.ndarray:
     """Samples (n,) or (channels, n) in any dtype at `rate` Hz -> mono float32 at 16 kHz."""
-    if samples.ndim > 2 or samples.size == 0:
-        raise AudioError(f"an array of shape {samples.shape} is not audio: expected (samples,)")
+    shape, kind = samples.shape, samples.dtype
+    if samples.ndim not in (1, 2) or samples.size == 0 or not np.issubdtype(kind, np.number):
+        raise AudioError(f"a {kind} array of shape {shape} is not audio: expected (samples,)")
     if samples.dtype == np.int64:  # Python's integers: they hold 16 or 32 bits
         samples = samples.astype(np.int16 if np.abs(samples).max() < 2**15 else np.int32)
     if np.issubdtype(samples.dtype, np.integer):
@@ -228,7 +233,9 @@ def _resample(samples: np.ndarray, rate: int, mixer: Mixer) -> np.ndarray:
     if samples.ndim == 2:
         samples = mixer(samples if samples.shape[0] <= samples.shape[1] else samples.T)
     if rate != SAMPLE_RATE:
-        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples[None]), format="flt", layout="mono"
+        )
         frame.sample_rate = rate
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         blocks = [*resampler.resample(frame), *resampler.resample(None)]

@@ -225,7 +225,11 @@ def transcribe(
     if generate_kwargs and decode != "generate":
         raise ValueError(f"generate_kwargs need decode='generate', not {decode!r}")
     settings = decoding_settings({**model.config.decoding, **(decoding or {})})
-    terms = list(settings["words"])
+    terms = settings["words"] or []
+    if isinstance(terms, str):
+        raise ValueError(f"decoding: words must be a list, not {terms!r}")
+    if terms and (decode == "generate" or model.characters is None):
+        logger.warning_once("no words are preferred: this way of decoding writes freely")
     settings["words"] = spell_terms(processor, terms)
     if model.characters is None:
         if decode == "ctc":

@@ -221,7 +221,7 @@ class ASRPipeline(Pipeline):
         """Transcribe pieces, in place, in batches of `batch_seconds`, longest first.
 
         Raises:
-            RuntimeError: if a piece alone does not fit into memory.
+            torch.OutOfMemoryError: if a piece alone does not fit into memory.
         """
         silent = [p for p in pieces if np.abs(p.samples).max(initial=0.0) < SILENCE]
         for piece in silent:
@@ -238,7 +238,7 @@ class ASRPipeline(Pipeline):
                 if not OUT_OF_MEMORY.search(str(error)):
                     raise
                 if len(batch) == 1:
-                    raise RuntimeError(
+                    raise torch.OutOfMemoryError(
                         f"out of memory: a piece of {batch[0].seconds:.1f} s does not fit; lower "
                         f"max_seconds (now {self.processor.max_seconds:g}) in processor_config.json"
                     ) from error

@@ -69,7 +69,8 @@ class ASRProcessor(ProcessorMixin):
         self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix
         self.audio_token, self.end_token = audio_token, end_token
         self.min_seconds, self.tail_seconds = min_seconds, tail_seconds
-        self.max_seconds, self.alphabet = max_seconds, list(alphabet)
+        self.max_seconds = min(max_seconds, self.longest_seconds)
+        self.alphabet = list(alphabet)
         names = [audio_token, end_token]
         self.audio_token_id, self.end_token_id = tokenizer.convert_tokens_to_ids(names)
         if self.end_token_id is None or self.end_token_id == tokenizer.unk_token_id:
@@ -115,6 +116,12 @@ class ASRProcessor(ProcessorMixin):
         """Seconds between two encoder frames."""
         steps = 1_000_000
         return round(steps * self.hop / self.encoder_steps(steps)) / SAMPLE_RATE
+
+    @property
+    def longest_seconds(self) -> float:
+        """Longest clip that the encoder can take: Whisper has positions for 30 s."""
+        whisper = self.encoder["model_type"] == "whisper"
+        return 30.0 - self.tail_seconds if whisper else math.inf
 
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..asr.asr_config import ASRConfig
 from ..evaluation.recognisers import load_recogniser
-from ..training.manifests import DataError, Example, read_source
+from ..training.manifests import DataError, Example, Reader, read_source
 from ..training.plan import without_weights
 from ..training.recipe import CONFIGS
 from ..training.train import clean_exit, train
@@ -62,7 +62,13 @@ def hold_out(clips: list[Example], seed: int) -> tuple[list[Example], list[Examp
 
 
 def write_clips(clips: list[Example], path: Path) -> str:
-    """Write a manifest with absolute paths; returns its path."""
+    """Write a manifest with absolute paths; returns its path.
+
+    Raises:
+        DataError: if the audio is inside a table, not in files.
+    """
+    if any(not isinstance(clip.audio, str) for clip in clips):
+        raise DataError("adapt needs a manifest of audio files, not a table that holds the audio")
     rows = [{"id": c.id, "audio": str(Path(c.audio).absolute()), "text": c.text,
              "duration": c.duration} for c in clips]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -125,10 +131,11 @@ def run(args: Any) -> int:
     request = json.dumps([vars(args), said], default=str)
     if made_from.exists() and made_from.read_text() != request:
         raise ValueError(f"{args.out} was made from other clips or options: choose another --out")
-    made_from.write_text(request)
     own = write_clips(kept, args.out / "train.jsonl")
     old = recipe_of(args.model)
     keep = [{"path": str(args.keep)}] if args.keep else existing(old.data.train)
+    for source in keep:
+        Reader(dict(source), streaming=False)  # an error now rather than after measuring
     keep = [{**source, "sample": KEPT_CLIPS, "repeat": 1} for source in keep]
     if not keep:
         print("warning: none of the old training data is here: the model may forget (see --keep)")
@@ -138,14 +145,15 @@ def run(args: Any) -> int:
         sets[f"old clips ({name})"] = [*read_source(source)]
     cfg = adapted_recipe(args.model, own, sum(c.duration for c in kept), keep, args)
 
-    def measure(model: Path, when: str) -> None:
-        recogniser = load_recogniser(str(model), args.device, args.language)
+    def measure(recogniser: Any, when: str) -> None:
         for i, examples in enumerate(sets.values()):
             evaluate(recogniser, [replace(e) for e in examples], args.out / f"{when}{i}")
 
-    measure(args.model, "before")
+    given = load_recogniser(str(args.model), args.device, args.language)
+    made_from.write_text(request)  # from here on, the folder holds results
+    measure(given, "before")
     adapted = train(cfg)
-    measure(adapted, "after")
+    measure(load_recogniser(str(adapted), args.device, args.language), "after")
     print(f"\n{'WER %':<34}{'before':>8}{'after':>8}   difference [95 % interval], p")
     for i, name in enumerate(sets):
         before, after = (read_rows(args.out / f"{when}{i}") for when in ("before", "after"))

@@ -18,7 +18,7 @@ from ..training.batches import LengthBatchSampler
 from ..training.build import build_processor
 from ..training.checks import Dropped
 from ..training.data import Clips
-from ..training.train import read_data
+from ..training.train import limits, read_data
 from . import parser_of
 from .plan import recipe_stages
 
@@ -59,8 +59,8 @@ def check(cfgs: Sequence[Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "data_check.jsonl"
     processor, dropped = build_processor(cfg), Dropped(report, cfg.data.max_dropped_fraction)
-    limits = ("min_seconds", "max_seconds", "lowercase", "max_train_samples")
-    clips = Clips(processor, dropped, **{key: cfg.data[key] for key in limits})
+    most = cfg.data.max_train_samples
+    clips = Clips(processor, dropped, max_train_samples=most, **limits(cfg))
     print(f"{'clips':>9}{'hours':>9}{'dropped':>9}{'rewritten':>11}{'speakers':>10}{'clips/s':>9}")
     for source in cfg.data.train:
         check_source(clips, source, cfg.data.streaming)

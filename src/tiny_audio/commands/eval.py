@@ -35,7 +35,7 @@ from ..hub import git_hash, one_line
 from ..progress import progress_bar
 from ..training.batches import cut_batches
 from ..training.checks import read_log
-from ..training.manifests import SOURCE, DataError, Example, read_source
+from ..training.manifests import SOURCE, DataError, Example, audio_checksum, read_source
 from . import home_path, parser_of
 from .transcribe import DECODE_HELP
 
@@ -70,7 +70,8 @@ def decode(pipe: Any, batch: list[Example], options: Row) -> Iterator[Row]:
     spent = (time.perf_counter() - started) / len(batch)
     for example in batch:
         answer = answers[example.id]
-        row = {"id": example.id, "duration": len(clips.get(example.id, ())) / SAMPLE_RATE}
+        row = {"id": example.id, "audio": audio_checksum(example.audio)}
+        row |= {"duration": len(clips.get(example.id, ())) / SAMPLE_RATE}
         row |= {"reference": example.text, "prediction": answer.pop("text"), **answer}
         yield row | {"decode_seconds": round(spent, 4)}
 
@@ -170,7 +171,8 @@ def settings_of(pipe: Any, options: Row, about: Row) -> Row:
 def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) -> list[Row]:
     """Transcribe clips, longest first, and append each batch's rows to the file `work`.
 
-    Skips clips that `work` already contains. Returns the rows in the order of `clips`.
+    Skips clips that `work` already contains with the same audio. Returns the rows in the order of
+    `clips`.
     """
     text = work.read_text() if work.exists() else ""
     work.write_text(text[: text.rfind("\n") + 1])  # drop the partial line of a killed run
@@ -178,7 +180,7 @@ def transcribe_all(pipe: Any, clips: list[Example], work: Path, options: Row) ->
     rows = {
         clip.id: with_errors({**done[clip.id], "reference": clip.text}, pipe.language)
         for clip in clips
-        if clip.id in done
+        if clip.id in done and done[clip.id].get("audio") == audio_checksum(clip.audio)
     }
     if rows:
         print(f"{len(rows)} of {len(clips)} clips were transcribed before, see {work}")

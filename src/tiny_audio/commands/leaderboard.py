@@ -36,9 +36,10 @@ def is_committed(git_hash: str) -> bool:
 
 def evaluation_entry(folder: Path) -> dict[str, Any]:
     """Make the entry of an evaluation; refuse it if it is not comparable to the others."""
-    if not (folder / "summary.json").is_file():
+    path = folder / "summary.json"
+    s = json.loads(path.read_text()) if path.is_file() else {}
+    if "dataset" not in s:
         raise UserError(f"{folder} holds no finished evaluation; create one with tiny-audio eval")
-    s = json.loads((folder / "summary.json").read_text())
     reasons = {
         f"it is not on {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) != (DATASET, SPLIT),
         f"{s['errors']} clips failed": s["errors"] > 0,

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException as StarletteError
 from ..asr.asr_audio import AudioError
 from ..asr.asr_config import DECODE
 from ..asr.asr_pipeline import Piece, Recording
+from ..hub import one_line
 from ..loading import load_pipeline
 from . import parser_of
 from .formats import render
@@ -146,6 +147,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(StarletteError)
     def failed(request: Request, error: StarletteError) -> Response:
         return refusal(error.detail, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    def broken(request: Request, error: Exception) -> Response:
+        return refusal(f"the server failed: {one_line(error)}", 500)
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -286,5 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     name = Path(args.model).resolve().name
     app = create_app(pipe, name, args.queue, args.max_mb, 60 * args.max_minutes, args.cors)
     print(f"http://{args.host}:{args.port}/docs", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    uvicorn.run(
+        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5
+    )
     return 0

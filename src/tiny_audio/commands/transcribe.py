@@ -22,7 +22,7 @@ TERMS_HELP = "file of names and terms to prefer, one per line"
 def read_terms(path: str) -> list[str]:
     """Argparse type: read names and terms to prefer from a text file, one per line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = home_path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from error
     if not (terms := [line.strip() for line in lines if line.strip()]):

@@ -66,7 +66,7 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
     elif config is not None and not any(type(config) in kind for kind in RECOGNISERS):
         raise UserError(f"{name} is not a speech recogniser: it is of type {config.model_type}")
     else:
-        pipe = load_pipeline(name, device)
+        pipe = load_pipeline(name, device, any_kind=True)
         if pipe.tokenizer.pad_token is None:  # transformers needs one to batch
             pipe.tokenizer.pad_token = pipe.tokenizer.eos_token
         generation: Any = pipe.model.generation_config if pipe.model.can_generate() else config

@@ -89,7 +89,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         # The number of batches differs a little between epochs, and the trainer needs the same in
         # all of them: join the smallest batches or halve the fullest until it is reached.
         while self.count and len(batches) > self.count:
-            batches.sort(key=len)
+            batches.sort(key=lambda batch: len(batch) * seconds[batch].max())
             batches[:2] = [batches[0] + batches[1]]
         while len(batches) < self.count:
             fullest = max(range(len(batches)), key=lambda j: len(batches[j]))

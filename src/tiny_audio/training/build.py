@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 
+from ..asr.asr_bases import load_weights
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_modeling import ASRModel
 from ..asr.asr_processing import ASRProcessor
@@ -26,15 +26,16 @@ def build_processor(cfg: DictConfig) -> ASRProcessor:
     Raises:
         ValueError: if a base model cannot be loaded; names its key.
     """
-    names = {key: cfg.model[key] for key in ("encoder_model_name", "decoder_model_name")}
+    choices = cfg.model
     key = "encoder_model_name"
     try:
-        audio_config = AutoConfig.from_pretrained(names[key])
-        extractor = AutoFeatureExtractor.from_pretrained(names[key])
+        encoder = {"revision": choices.encoder_revision}
+        audio_config = AutoConfig.from_pretrained(choices[key], **encoder)
+        extractor = AutoFeatureExtractor.from_pretrained(choices[key], **encoder)
         key = "decoder_model_name"
-        tokenizer = AutoTokenizer.from_pretrained(names[key])
+        tokenizer = AutoTokenizer.from_pretrained(choices[key], revision=choices.decoder_revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model.{key}={names[key]}: {one_line(error)}") from error
+        raise ValueError(f"model.{key}={choices[key]}: {one_line(error)}") from error
     audio_config = vars(audio_config).get("encoder_config", audio_config)  # Parakeet
     geometry = ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
     own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
@@ -89,20 +90,23 @@ def build_model(
         processor: the model's processor.
         ctc: the token ids and bytes of the CTC heads, see `ctc_vocabulary`; an empty list omits
             that head.
-        start: folder of a trained model; its n-gram, capitals and punctuation are loaded too.
+        start: folder of a trained model; its n-gram, capitals, punctuation and decoding weights
+            are taken over too.
 
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
     """
     ids = {"audio_token_id": processor.audio_token_id, "end_token_id": processor.end_token_id}
     config = model_config(cfg, *ctc, **ids)
+    if start and cfg.model.decoding is None:
+        config.decoding = ASRConfig.from_pretrained(start).decoding
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation
     model = ASRModel.from_base(config, dtype=dtype, attn_implementation=attention)
     processor.alphabet = list(ctc[1])
     if start:
         model.load_words(Path(start))
-        tensors = load_file(Path(start) / WEIGHTS)
+        tensors = load_weights(str(Path(start) / WEIGHTS))
         keep_new_letters(tensors, model)
         model.load_tensors(tensors, str(start), fresh_lora=True)
     return model

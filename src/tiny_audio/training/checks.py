@@ -92,14 +92,14 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
 
 
 def why_refused(
-    example: Example, frames: int, shortest: float, longest: float
+    example: Example, frames: float, shortest: float, longest: float
 ) -> dict[str, str] | None:
     """Return `reason` and `detail` if an example cannot be used, else None.
 
     Args:
         example: with its prepared text and its tokens.
-        frames: number of projected frames of its audio. CTC needs one for each token, and one for
-            the blank between equal neighbours.
+        frames: number of projected frames of its audio. A CTC head over tokens needs one for each,
+            and one for the blank between equal neighbours; without that head, infinity.
         shortest, longest: limits on its length in seconds.
     """
     seconds, letters = example.duration, len(example.text)

@@ -4,6 +4,7 @@ An example that cannot be used is skipped; its id and the reason are logged and 
 transcripts are never truncated to fit.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ class Clips:
         time_mask: longest run of cached encoder frames that is zeroed.
         disturb: share of the clips that `augment.disturb` changes.
         seed: seed of the augmentation, together with the epoch and the example's id.
+        token_head: whether the model has a CTC head over tokens, which limits them.
     """
 
     processor: ASRProcessor
@@ -51,11 +53,14 @@ class Clips:
     time_mask: int = 0
     disturb: float = 0.0
     seed: int = 0
+    token_head: bool = True
 
     def __post_init__(self) -> None:
         self.total = self.rewritten = self.epoch = 0  # rewritten: texts that `prepare_text` changed
         self.known: set[str] = set()  # ids so far; reports and cached frames need unique ones
         self.encoded: Any = None  # cached encoder frames by id, if any
+        self.sampler: Any = None  # makes the batches of an epoch, if any
+        self.max_seconds = min(self.max_seconds, self.processor.longest_seconds)
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise DataError(f"data.max_train_samples={self.max_train_samples}: at least 1, or null")
 
@@ -71,6 +76,16 @@ class Clips:
             else:
                 yield example
 
+    def repeated(self, example: Example) -> list[Example]:
+        """Repeat an example as often as its source says.
+
+        If clips are disturbed, each repetition has its own id and thus its own random numbers.
+        """
+        copies = range(example.repeat)
+        ids = [f"{example.id}#{i}" if i and self.disturb else example.id for i in copies]
+        self.total += len({*ids}) - 1  # each is dropped by itself, too
+        return [replace(example, id=id) for id in ids]
+
     def admit(self, example: Example) -> dict[str, Any] | None:
         """Prepare the text and tokens of an example, in place.
 
@@ -79,8 +94,8 @@ class Clips:
         original, example.text = example.text, prepare_text(example.text, self.lowercase)
         self.rewritten += example.text != original
         example.target = self.processor.tokenize(example.text)
-        frames = self.processor.frames_for_seconds(example.duration)
-        refusal = why_refused(example, frames, self.min_seconds, self.max_seconds)
+        most = self.processor.frames_for_seconds(example.duration) if self.token_head else math.inf
+        refusal = why_refused(example, most, self.min_seconds, self.max_seconds)
         return refusal and {"id": example.id, **refusal}
 
     def read(self, example: Example) -> dict[str, Any]:
@@ -99,7 +114,9 @@ class Clips:
             return {"id": example.id, "reason": "unreadable audio", "detail": str(error)}
         if not samples.any():
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
-        if not self.min_seconds <= len(samples) / SAMPLE_RATE <= self.max_seconds + 0.1:
+        longest = min(self.max_seconds + 0.1, self.processor.longest_seconds)
+        shortest = max(self.min_seconds, 0.9 * example.duration - 0.5)
+        if not shortest <= len(samples) / SAMPLE_RATE <= longest:
             detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
             return {"id": example.id, "reason": "not as long as stated", "detail": detail}
         return {**item, "features": self.processor.features(self.disturbed(samples, example))}
@@ -131,6 +148,8 @@ class Clips:
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that seeds the augmentation; the trainer calls this."""
         self.epoch = epoch
+        if self.sampler:
+            self.sampler.set_epoch(epoch)
 
     def perturb(self, frames: torch.Tensor, example_id: str) -> torch.Tensor:
         """Add noise to cached encoder frames (t, d); zero some channels and one stretch of frames.
@@ -184,16 +203,6 @@ class SpeechDataset(Clips, Dataset):
         if not self.examples:
             raise DataError(f"no usable example in {list(sources)}: {dropped}")
         dropped.check(self.total)
-
-    def repeated(self, example: Example) -> list[Example]:
-        """Repeat an example as often as its source says.
-
-        If clips are disturbed, each repetition has its own id and thus its own random numbers.
-        """
-        copies = range(example.repeat)
-        ids = [f"{example.id}#{i}" if i and self.disturb else example.id for i in copies]
-        self.total += len({*ids}) - 1  # each is dropped by itself, too
-        return [replace(example, id=id) for id in ids]
 
     def collate(self, items: list[dict[str, Any]]) -> BatchFeature:
         """Collate the readable items as `Clips.collate` does; `dropped` holds the others.

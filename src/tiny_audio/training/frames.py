@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,6 +20,7 @@ from ..progress import progress_bar
 from .batches import cut_batches
 from .checks import read_log
 from .data import SpeechDataset
+from .manifests import audio_checksum
 
 CLIPS_PER_TASK = 128
 BATCH_SECONDS = 64.0  # padded audio in a batch; limits the memory of attention
@@ -67,16 +68,14 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
     """
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
-    made_of: list[Any] = [model.config.encoder_name, model.config.encoder_revision]
-    made_of += [str(next(model.encoder.parameters()).dtype)]
+    model.eval()  # frames without dropout
+    made_of: list[Any] = [model.config.encoder_lora]
+    for part in model.encoder.parameters():
+        made_of.append(crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()))
     made_of += [data.processor.tail_seconds, data.processor.min_seconds, data.max_seconds]
     made_of += [data.disturb, data.disturb and data.seed]
-    lora = [p for name, p in model.encoder.named_parameters() if ".lora_B" in name]
-    made_of += [crc32(p.detach().cpu().numpy().tobytes()) for p in lora if p.any()]
     for e in sorted(data.examples, key=lambda e: e.id):
-        audio = e.audio if isinstance(e.audio, dict) else {"path": e.audio}
-        with suppress(OSError, TypeError):  # unreadable clips have no frames
-            made_of += [e.id, crc32(audio.get("bytes") or Path(audio["path"]).read_bytes())]
+        made_of += [e.id, audio_checksum(e.audio)]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = parent / f"encoder_frames-{digest}"
     if not folder.exists():
@@ -105,7 +104,8 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     threads = 1 if stateful else min(cores, MAX_THREADS)
     bar = progress_bar(total=len(order), desc="encoding", unit="clip")
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ThreadPoolExecutor(threads, **one_core) as pool, bar:
+    with ThreadPoolExecutor(threads, **one_core) as pool, bar, ExitStack() as at_the_end:
+        at_the_end.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C or an error
         work = [pool.submit(encode_some, model, data, rows, frames) for rows in parts]
         for rows, part in zip(parts, work, strict=True):
             for item in part.result():

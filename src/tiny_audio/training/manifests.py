@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import av
 import numpy as np
@@ -107,6 +108,15 @@ def open_rows(source: dict[str, Any], streaming: bool = False) -> tuple[Any, Pat
     return rows, path.parent
 
 
+def audio_checksum(audio: Any) -> int | None:
+    """The CRC-32 of a clip's file or bytes; None if they cannot be read."""
+    source = audio if isinstance(audio, dict) else {"path": audio}
+    try:
+        return crc32(source.get("bytes") or Path(source["path"]).read_bytes())
+    except (OSError, TypeError):
+        return None
+
+
 def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
     """Read the column names of a table or JSON-lines file, and its options for `load_dataset`.
 
@@ -115,7 +125,7 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            first = file.readline().rstrip("\n")
+            first, second = (file.readline().rstrip("\n") for _ in range(2))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not in UTF-8: {error}") from error
     if path.suffix == ".jsonl":
@@ -125,6 +135,12 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
             raise DataError(f"{path}, line 1 is not a JSON object: {error}") from error
     separator = max(SEPARATORS, key=first.count)
     columns = next(csv.reader([first], delimiter=separator), [])
+    fields = next(csv.reader([second], delimiter=separator), [])
+    if len(fields) > len(columns):  # pandas would shift the columns
+        raise DataError(
+            f"{path}, line 2 has {len(fields)} fields, but the header has {len(columns)}: put a "
+            f"text that contains {separator!r} in double quotes"
+        )
     # Read every value as text: "007" is not a number, and "None" is a word.
     options = {"converters": dict.fromkeys(columns, str), "sep": separator}
     if separator == "\t":  # Common Voice does not quote fields

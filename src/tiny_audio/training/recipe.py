@@ -47,6 +47,9 @@ def check_config(cfg: DictConfig) -> None:
     for group in ("run", "model", "encoder_lora", "peft", "data"):
         check_keys(cfg[group], known[group], group)
     check_keys(cfg.training, training, "training")
+    names = [stage.get("name") for stage in cfg.stages or ()]
+    if not all(names) or len({*names}) != len(names) or not names:
+        raise ValueError(f"stages need a name each, all different, not {names}")
     for stage in cfg.stages:
         check_keys(stage, {"name", "training", "data"}, "a stage")
         check_keys(stage.get("training") or {}, training, f"stage {stage.name}: training")
@@ -56,14 +59,19 @@ def check_config(cfg: DictConfig) -> None:
 def stage_configs(cfg: DictConfig) -> list[Any]:
     """The config of each stage: the run's, updated by the stage's own `training` and `data`."""
     own = [{k: stage[k] for k in ("training", "data") if stage.get(k)} for stage in cfg.stages]
-    return [OmegaConf.merge(cfg, part) for part in own]
+    merged = [OmegaConf.merge(cfg, part) for part in own]
+    for stage in merged:
+        if stage.training.eval_strategy == "no" and cfg.training.eval_strategy != "no":
+            # Without evaluation, this stage has no best checkpoint.
+            stage.training.update(load_best_model_at_end=False, early_stopping_patience=None)
+    return merged
 
 
 def refuse_shadowed(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse an override of `training.x` or `data.x` if a stage sets the same key."""
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
-        group, _, name = key.partition(".")
+        group, name = [*key.split("."), ""][:2]
         for i, stage in enumerate(cfg.stages):
             if name and name in (stage.get(group) or {}):
                 raise ValueError(f"{key} is overridden by stage {stage.name}: set stages.{i}.{key}")

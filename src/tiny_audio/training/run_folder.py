@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
@@ -93,8 +92,8 @@ def keep_recipe(cfg: DictConfig, folder: Path) -> None:
 
 def changed_settings(cfg: DictConfig, path: Path, ignored: str) -> str:
     """List the settings that differ from a saved config, except keys that match `ignored`."""
-    now: Any = OmegaConf.to_container(cfg, resolve=True)
-    before, now = flatten_dict(yaml.safe_load(path.read_text())), flatten_dict(now)
+    configs: Any = [OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(path), cfg)]
+    before, now = map(flatten_dict, configs)
     keys = [key for key in before | now if not re.match(ignored, key)]
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys
                      if before.get(key) != now.get(key))  # fmt: skip

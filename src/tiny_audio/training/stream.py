@@ -136,7 +136,7 @@ class SpeechStream(Clips, IterableDataset):
             if refusal := self.admit(example):
                 dropped.append(refusal)
             else:
-                examples += [example] * example.repeat
+                examples += self.repeated(example)
         if not position["epoch"]:
             position["seen"] = count
         return examples

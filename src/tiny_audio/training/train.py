@@ -65,7 +65,7 @@ def read_data(
     """Read a stage's training data (SpeechDataset or SpeechStream) and its evaluation data."""
     place = PartialState()
     options = {key: value for key, value in cfg.data.items() if key not in recipe.OWN_DATA_KEYS}
-    options["seed"] = cfg.run.seed
+    options |= {"seed": cfg.run.seed, "token_head": cfg.model.ctc}
     if cfg.data.streaming:
         data: Any = SpeechStream(
             cfg.data.train, processor, dropped, settings["batch_seconds"], cfg.data.block,
@@ -79,9 +79,13 @@ def read_data(
     if not cfg.data.eval:
         raise ValueError("data.eval names no clips: set it, or training.eval_strategy=no")
     unused = Dropped(dropped.path and dropped.path.with_name("dropped_eval.jsonl"))
-    limits = {key: options[key] for key in ("min_seconds", "max_seconds", "lowercase")}
-    limits["streaming"] = cfg.data.streaming
-    return data, SpeechDataset(cfg.data.eval, processor, unused, **limits)
+    return data, SpeechDataset(cfg.data.eval, processor, unused, cfg.data.streaming, **limits(cfg))
+
+
+def limits(cfg: DictConfig) -> dict[str, Any]:
+    """The options of `Clips` for clips that are not augmented."""
+    options = {key: cfg.data[key] for key in ("min_seconds", "max_seconds", "lowercase")}
+    return {**options, "token_head": cfg.model.ctc}
 
 
 def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | None = None) -> Path:
@@ -231,8 +235,9 @@ def finish(cfg: DictConfig, start: str, output: Path) -> None:
     evaluated = cfg.data.eval and cfg.training.eval_strategy != "no"
     if cfg.model.tune and model.characters is not None and evaluated:
         model.to(PartialState().device)  # type: ignore[arg-type]
-        limits = {k: cfg.data[k] for k in ("min_seconds", "max_seconds", "lowercase", "streaming")}
-        clips = SpeechDataset(cfg.data.eval, processor, Dropped(), **limits)
+        clips = SpeechDataset(
+            cfg.data.eval, processor, Dropped(), cfg.data.streaming, **limits(cfg)
+        )
         print(f"\n== tuning decoding on {len(clips)} clips")
         found = tune(model, processor, clips, cfg.training.language)
         for name, choice in found.items():

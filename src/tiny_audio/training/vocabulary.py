@@ -22,9 +22,9 @@ def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
     """
     examples = list(examples)
     tokens = {token for example in examples for token in example.target}
-    text_bytes = {byte for example in examples for byte in f" {example.text}".encode()}
-    letters = set(bytes(text_bytes).lower()) - set(string.punctuation.encode())
-    return sorted(tokens), sorted(letters | (text_bytes & set(b"'")))
+    text_bytes = {byte for example in examples for byte in f" {example.text.lower()}".encode()}
+    marks = string.punctuation.replace("'", "")
+    return sorted(tokens), sorted(text_bytes - set(marks.encode()))
 
 
 def extend_vocabulary(
@@ -107,7 +107,7 @@ def read_counts(path: Path) -> dict[str, float]:
         word, _, count = line.partition("\t")
         if not word or not count.strip().isdigit() or int(count) < 1:
             raise DataError(f"{path}, line {number} is not word<TAB>count: {line[:60]!r}")
-        counts[word] = float(count)
+        counts[word.lower()] = counts.get(word.lower(), 0.0) + float(count)
     return counts
 
 
