@@ -290,11 +290,12 @@ def test_what_does_not_fit_is_said_before_the_encoding(override, message, real_b
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["adapt", "hour"])
-def test_a_preset_goes_on_from_the_quickstarts_model(name, workplace, real_bases):
+@pytest.mark.parametrize(("name", "stages"), [("adapt", 1), ("hour", 2)])
+def test_a_preset_goes_on_from_the_quickstarts_model(name, stages, workplace, real_bases):
     few = f"'data.train=[{{path: {real_bases.train}, sample: 20}}]' model.tune=false"
     few += f" 'data.eval=[{{path: {real_bases.dev}, sample: 2}}]'"
-    start = "model.pretrained_model_path=outputs/quickstart stages.0.training.max_steps=2"
+    few += "".join(f" stages.{i}.training.max_steps=2" for i in range(stages))
+    start = "model.pretrained_model_path=outputs/quickstart"
     options = f"{start} {few} run.output_dir=outputs/{name}"
     done = bash(f"python src/train.py +experiments={name} {options}", workplace)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -151,11 +151,17 @@ def test_the_other_presets():
 @pytest.mark.parametrize("name", ["adapt", "hour"])
 def test_the_presets_that_go_on_train_the_encoder_and_the_character_head(name):
     cfg = composed(f"+experiments={name}")
-    (stage,) = stage_configs(cfg)
-    assert cfg.encoder_lora.r and stage.training.encoder_learning_rate
-    assert not stage.training.cache_encoder and not stage.training.decoder_learning_rate
-    assert stage.training.character_loss_weight
-    assert not stage.training.decoder_loss_weight and not stage.training.ctc_loss_weight
+    stage = stage_configs(cfg)[0].training
+    assert cfg.encoder_lora.r and stage.encoder_learning_rate
+    assert not stage.cache_encoder and not stage.decoder_learning_rate
+    assert stage.character_loss_weight and not stage.decoder_loss_weight
+
+
+def test_the_preset_hour_ends_with_the_decoder():
+    encoder, decoder = (stage.training for stage in stage_configs(composed("+experiments=hour")))
+    assert encoder.ctc_loss_weight  # the decoder is to hear by this head
+    assert decoder.decoder_loss_weight and decoder.decoder_learning_rate
+    assert not decoder.encoder_learning_rate and not decoder.cache_encoder
 
 
 @pytest.mark.parametrize("name", ["dutch", "mac_minimal", "parakeet", "quickstart", "stage1"])
