@@ -77,6 +77,12 @@ def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more
     )
 
 
+def is_tuned(cfg: DictConfig) -> bool:
+    """Whether the weights of decoding are chosen at the end of the run."""
+    wanted = cfg.model.tune and cfg.training.eval_strategy != "no"
+    return bool(wanted and cfg.data.eval)
+
+
 def build_model(
     cfg: DictConfig,
     processor: ASRProcessor,
@@ -90,15 +96,15 @@ def build_model(
         processor: the model's processor.
         ctc: the token ids and bytes of the CTC heads, see `ctc_vocabulary`; an empty list omits
             that head.
-        start: folder of a trained model; its n-gram, capitals, punctuation and decoding weights
-            are taken over too.
+        start: folder of a trained model; its n-gram, capitals and punctuation are taken over too,
+            and its decoding weights if the run chooses none.
 
     Raises:
         ValueError: if `start` holds tensors that do not fit this config.
     """
     ids = {"audio_token_id": processor.audio_token_id, "end_token_id": processor.end_token_id}
     config = model_config(cfg, *ctc, **ids)
-    if start and cfg.model.decoding is None:
+    if start and cfg.model.decoding is None and not is_tuned(cfg):
         config.decoding = ASRConfig.from_pretrained(start).decoding
     dtype = cfg.training.dtype and getattr(torch, cfg.training.dtype)
     attention = cfg.training.attn_implementation

@@ -71,7 +71,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
     model.eval()  # frames without dropout
     made_of: list[Any] = [model.config.encoder_lora]
     for part in model.encoder.parameters():
-        made_of.append(crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        made_of.append(crc32(part.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
     made_of += [data.processor.tail_seconds, data.processor.min_seconds, data.max_seconds]
     made_of += [data.disturb, data.disturb and data.seed]
     for e in sorted(data.examples, key=lambda e: e.id):

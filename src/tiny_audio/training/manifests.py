@@ -137,10 +137,8 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
     columns = next(csv.reader([first], delimiter=separator), [])
     fields = next(csv.reader([second], delimiter=separator), [])
     if len(fields) > len(columns):  # pandas would shift the columns
-        raise DataError(
-            f"{path}, line 2 has {len(fields)} fields, but the header has {len(columns)}: put a "
-            f"text that contains {separator!r} in double quotes"
-        )
+        hint = f"put texts that contain {separator!r} in double quotes"
+        raise DataError(f"{path}, line 2 has more fields than the header: {hint}")
     # Read every value as text: "007" is not a number, and "None" is a word.
     options = {"converters": dict.fromkeys(columns, str), "sep": separator}
     if separator == "\t":  # Common Voice does not quote fields

@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
 from ..progress import quiet_libraries
 from . import recipe
-from .build import build_processor, stage_model
+from .build import build_processor, is_tuned, stage_model
 from .checks import Dropped, read_log
 from .data import SpeechDataset
 from .frames import cache_encoder_frames, return_freed_memory
@@ -232,8 +232,7 @@ def stage_summary(name: str, trainer: ASRTrainer, data: Any, seconds: float) -> 
 def finish(cfg: DictConfig, start: str, output: Path) -> None:
     """Tune decoding on the evaluation clips and save the last stage's model in `output`."""
     model, processor = ASRModel.from_pretrained(start), ASRProcessor.from_pretrained(start)
-    evaluated = cfg.data.eval and cfg.training.eval_strategy != "no"
-    if cfg.model.tune and model.characters is not None and evaluated:
+    if is_tuned(cfg) and model.characters is not None:
         model.to(PartialState().device)  # type: ignore[arg-type]
         clips = SpeechDataset(
             cfg.data.eval, processor, Dropped(), cfg.data.streaming, **limits(cfg)
