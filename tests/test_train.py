@@ -244,8 +244,9 @@ def test_a_finished_run_names_the_settings_that_differ(compose, capsys):
 def test_a_setting_that_names_the_environment_does_not_differ(compose, capsys, monkeypatch):
     monkeypatch.setenv("CLIP_LIMIT", "100")
     for _ in range(2):
-        runner.train(compose("data.max_train_samples=${oc.decode:${oc.env:CLIP_LIMIT}}",
-                             steps=(1, 1)))  # fmt: skip
+        cfg = compose(steps=(1, 1))
+        cfg.data.max_train_samples = "${oc.decode:${oc.env:CLIP_LIMIT}}"
+        runner.train(cfg)
     said = capsys.readouterr().out
     assert "is finished" in said and "other settings" not in said
 
