@@ -135,7 +135,7 @@ def run(args: Any) -> int:
     old = recipe_of(args.model)
     keep = [{"path": str(args.keep)}] if args.keep else existing(old.data.train)
     for source in keep:
-        Reader(dict(source), streaming=False)  # an error now rather than after measuring
+        Reader(source)  # raises an error now rather than after measuring
     keep = [{**source, "sample": KEPT_CLIPS, "repeat": 1} for source in keep]
     if not keep:
         print("warning: none of the old training data is here: the model may forget (see --keep)")

@@ -80,7 +80,7 @@ class ASRTrainer(Trainer):
             multiple=self.args.world_size,
             largest_first=self.settings["largest_first"],
         )
-        data.sampler = sampler  # when several processes resume, only the dataset gets the epoch
+        data.sampler = sampler  # a resumed process tells only its dataset the epoch
         # Workers do not persist: they must see the dataset's epoch.
         loader = DataLoader(
             data, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers, **loading
