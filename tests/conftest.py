@@ -386,6 +386,7 @@ def compose_in(tiny_bases, corpus):
                     "training.logging_steps=1",
                     "training.save_steps=1000",
                     "training.eval_strategy=no",
+                    "training.bf16=false",  # not every CPU has it
                     "++training.use_cpu=true",
                     *overrides,
                 ],

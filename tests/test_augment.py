@@ -10,7 +10,7 @@ from tiny_audio.training import augment
 from tiny_audio.training.augment import disturb
 from tiny_audio.training.checks import Dropped
 from tiny_audio.training.data import SpeechDataset
-from tiny_audio.training.frames import Frames, cache_encoder_frames
+from tiny_audio.training.frames import Frames, cache_frames
 
 
 def only(monkeypatch, name: str) -> None:
@@ -115,7 +115,7 @@ def test_every_copy_of_a_clip_is_disturbed_anew_and_cached(build, tmp_path):
     again, other = made(0), made(1)
     assert all(np.array_equal(f, again[i]["features"]) for i, f in enumerate(features))
     assert not all(np.array_equal(f, other[i]["features"]) for i, f in enumerate(features))
-    cache_encoder_frames(model, data, tmp_path)
+    cache_frames(model, data, tmp_path)
     (folder,) = tmp_path.glob("encoder_frames-*")
     for example in data.examples:
         frames = Frames(folder)[example.id]

@@ -20,7 +20,7 @@ from tiny_audio.training import frames
 from tiny_audio.training.batches import LengthBatchSampler
 from tiny_audio.training.checks import Dropped, prepare_text, read_log, why_refused
 from tiny_audio.training.data import SpeechDataset
-from tiny_audio.training.frames import Frames, cache_encoder_frames
+from tiny_audio.training.frames import Frames, cache_frames
 from tiny_audio.training.manifests import DataError, Example, Reader, header_seconds, read_source
 from tiny_audio.training.stream import SpeechStream
 from tiny_audio.training.vocabulary import ctc_vocabulary, read_counts
@@ -420,7 +420,7 @@ def test_cached_frames_of_clips_with_one_id_are_not_mixed_up(tmp_path, build, pr
     dropped = Dropped()
     data = SpeechDataset(sources, processor, dropped)
     try:
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
     except DataError:
         return  # refusing ids that occur twice is as good
     assert len(data) == 2
@@ -447,10 +447,10 @@ def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monke
     monkeypatch.setattr(model, "encode", stopped)
     monkeypatch.setattr(frames, "BATCH_SECONDS", 0.1)  # a batch for each clip
     with pytest.raises(KeyboardInterrupt):
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
     assert not glob_frames(tmp_path), "half of it looks whole"
     plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
-    cache_encoder_frames(model, data, tmp_path)
+    cache_frames(model, data, tmp_path)
     (folder,) = glob_frames(tmp_path)
     for clip, features in plain.items():
         inputs = processor.collate([features])
@@ -458,6 +458,20 @@ def test_frames_are_whole_or_not_there(tmp_path, build, corpus, processor, monke
             expected, _ = encode(inputs["input_features"], inputs["input_features_mask"])
         assert torch.equal(Frames(folder)[clip], expected[0].half())
     assert "no such clip" not in Frames(folder)
+
+
+def test_frames_made_in_bfloat16_are_nearly_the_same(tmp_path, build, corpus):
+    processor, model = build("whisper", ctc=False)
+    made = {}
+    for bf16 in (False, True):
+        data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
+        cache_frames(model, data, tmp_path, bf16)
+        (folder,) = {*glob_frames(tmp_path)} - {*made.values()}
+        made[bf16] = folder
+    for example in data.examples:
+        exact, rounded = (Frames(made[bf16])[example.id].float() for bf16 in (False, True))
+        assert not torch.equal(exact, rounded)
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 def test_why_a_clip_has_no_cached_frames_is_told_to_every_stage(tmp_path, build, processor):
@@ -471,7 +485,7 @@ def test_why_a_clip_has_no_cached_frames_is_told_to_every_stage(tmp_path, build,
     for stage in ("first", "second"):
         dropped = Dropped(tmp_path / f"{stage}.jsonl", allowed=0.5)
         data = SpeechDataset([{"path": str(manifest)}], processor, dropped)
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
         assert [example.id for example in data.examples] == ["good"]
         (row,) = read_log(tmp_path / f"{stage}.jsonl")
         assert row == {"id": "silent", "reason": "silent", "detail": "every sample is zero"}
@@ -484,7 +498,7 @@ def test_threads_do_not_take_each_others_lengths(tmp_path, build, corpus, monkey
     plain = {example.id: data[i]["features"] for i, example in enumerate(data.examples)}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(frames, "CLIPS_PER_TASK", 1)
-    cache_encoder_frames(model, data, tmp_path)
+    cache_frames(model, data, tmp_path)
     (folder,) = glob_frames(tmp_path)
     for clip, features in plain.items():
         inputs = processor.collate([features])
@@ -499,7 +513,7 @@ def test_another_limit_of_disturbed_clips_is_encoded_anew(tmp_path, build, corpu
     for longest in (4.0, 30.0):
         options = {"max_seconds": longest, "disturb": 1.0}
         data = SpeechDataset([{"path": str(corpus)}], processor, Dropped(allowed=1.0), **options)
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
     assert len(glob_frames(tmp_path)) == 2
 
 
@@ -513,7 +527,7 @@ def test_a_file_that_was_replaced_is_encoded_anew(tmp_path, build, processor):
         path = write_audio(tmp_path / "a.wav", babble(1.0, seed), 16_000, "pcm_s16le")
         os.utime(path, (1, 1))  # nor does the time tell
         data = SpeechDataset([{"path": str(manifest)}], processor, Dropped())
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
         heard.append(data[0]["features"])
     assert not torch.equal(*heard)
 
@@ -525,7 +539,7 @@ def test_other_weights_of_the_encoder_are_encoded_anew(tmp_path, build, corpus, 
         with torch.no_grad():
             model.encoder.layers[0].fc1.weight.mul_(scale)
         data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
     assert len(glob_frames(tmp_path)) == 2
 
 
@@ -534,7 +548,7 @@ def test_cached_frames_are_without_dropout(tmp_path, build, corpus, processor):
     model.encoder.dropout = 0.5
     data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
     inputs = processor.collate([data[0]["features"]])
-    cache_encoder_frames(model.train(), data, tmp_path)
+    cache_frames(model.train(), data, tmp_path)
     with torch.no_grad():
         expected, _ = model.eval().encode(inputs["input_features"], inputs["input_features_mask"])
     assert torch.allclose(data.encoded["clip0"].float(), expected[0], atol=2e-3)
@@ -554,7 +568,7 @@ def test_an_error_ends_encoding_at_once(tmp_path, build, corpus, processor, monk
     monkeypatch.setattr(frames, "encode_some", fail)
     data = SpeechDataset([{"path": str(corpus)}], processor, Dropped())
     with pytest.raises(OSError, match="No space left"):
-        cache_encoder_frames(model, data, tmp_path)
+        cache_frames(model, data, tmp_path)
     assert len(begun) < len(data) / 2
 
 

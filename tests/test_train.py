@@ -427,6 +427,22 @@ def test_lora_overrides_reach_the_model(compose, override, part, rank):
     assert set(shapes) == ({rank} if rank else set())
 
 
+def test_a_cpu_trains_in_bfloat16_if_it_can(compose, capsys):
+    cpu = torch.cpu.get_capabilities()
+    losses = {}
+    for bf16 in (False, True):
+        folder = runner.train(compose(f"training.bf16={bf16}", output=f"bf16-{bf16}"))
+        rows = log_of(folder / "align") + log_of(folder / "decoder")
+        losses[bf16] = [row["loss"] for row in rows if "loss" in row]
+        weights = load_file(folder / WEIGHTS)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert losses[True] == pytest.approx(losses[False], rel=0.03)
+    if cpu.get("avx512_bf16") or cpu.get("amx_bf16"):
+        assert losses[True] != losses[False]
+    else:
+        assert "training.bf16=True is off: this device does not have it" in capsys.readouterr().out
+
+
 def test_encoder_lora_and_a_cache_of_its_frames_exclude_each_other(compose):
     with pytest.raises(
         ValueError, match=r"cache_encoder needs a frozen encoder.*encoder_lora\.r=0"

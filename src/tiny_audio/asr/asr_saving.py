@@ -85,12 +85,11 @@ class SavedModel(PreTrainedModel):
         tensors = self.checkpoint(self_contained) if state_dict is None else state_dict
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
         (folder / (WEIGHTS + ".tmp")).replace(folder / WEIGHTS)
-        self.config.ngram_file = self.config.writing_file = None
+        self.config.ngram_file = NGRAM if self.ngram else None
+        self.config.writing_file = WRITING if self.writing else None
         if self.ngram:
-            self.config.ngram_file = NGRAM
             save_arpa(self.ngram, folder / NGRAM)
         if self.writing:
-            self.config.writing_file = WRITING
             self.writing.save(folder / WRITING)
         config = self.config.to_dict()
         config.update(AUTO_MAP, architectures=["ASRModel"], self_contained=self_contained)
@@ -155,8 +154,7 @@ class SavedModel(PreTrainedModel):
             ValueError: if tensors are missing, unexpected or of another shape.
         """
         hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
-        for key in AUTO_CLASS_KEYS:
-            kwargs.pop(key, None)
+        kwargs = {k: v for k, v in kwargs.items() if k not in AUTO_CLASS_KEYS}
         dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None)
         if isinstance(device, dict) and len({*device.values()}) == 1:  # one device for all
             device = next(iter(device.values()))

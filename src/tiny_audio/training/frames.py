@@ -51,17 +51,17 @@ class Frames:
 
 def return_freed_memory() -> None:
     """Make glibc return freed heap memory: tensors of varying sizes leave up to 1.5 GB there."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # not in musl
-            libc.malloc_trim(0)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):  # not in musl
+        libc.malloc_trim(0)
 
 
-def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> None:
+def cache_frames(model: ASRModel, data: SpeechDataset, parent: Path, bf16: bool = False) -> None:
     """Encode `data` once with the frozen encoder, and make `data` serve the frames.
 
     The frames are kept in a folder under `parent`, named by a hash of all inputs. A frozen encoder
     gives the same frames in every epoch, and computing them dominates the time of a small recipe.
+    `bf16` multiplies matrices in bfloat16.
 
     Raises:
         ValueError: if the encoder is trained.
@@ -69,7 +69,7 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
     if model.encoder_is_trained:
         raise ValueError("training.cache_encoder needs a frozen encoder: set encoder_lora.r=0")
     model.eval()  # frames without dropout
-    made_of: list[Any] = [model.config.encoder_lora]
+    made_of: list[Any] = [model.config.encoder_lora, bf16]
     for part in model.encoder.parameters():
         made_of.append(crc32(part.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
     made_of += [data.processor.tail_seconds, data.processor.min_seconds, data.max_seconds]
@@ -82,14 +82,14 @@ def cache_encoder_frames(model: ASRModel, data: SpeechDataset, parent: Path) -> 
         unfinished = Frames(folder.with_suffix(".tmp"))  # renamed when complete
         shutil.rmtree(unfinished.folder, ignore_errors=True)
         unfinished.folder.mkdir(parents=True)
-        encode_all(model, data, unfinished)
+        encode_all(model, data, unfinished, bf16)
         unfinished.folder.replace(folder)
     for row in read_log(folder / UNREAD):  # a stage that reuses the cache reports them too
         data.dropped.add(**row)
     data.serve_encoded(Frames(folder))
 
 
-def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
+def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames, bf16: bool) -> None:
     """Encode every example once into `frames`, longest first.
 
     Several threads each encode `CLIPS_PER_TASK` clips at a time on one core. That is faster than
@@ -106,7 +106,7 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ThreadPoolExecutor(threads, **one_core) as pool, bar, ExitStack() as at_the_end:
         at_the_end.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C or an error
-        work = [pool.submit(encode_some, model, data, rows, frames) for rows in parts]
+        work = [pool.submit(encode_some, model, data, rows, frames, bf16) for rows in parts]
         for rows, part in zip(parts, work, strict=True):
             for item in part.result():
                 with (frames.folder / UNREAD).open("a") as file:
@@ -117,7 +117,7 @@ def encode_all(model: ASRModel, data: SpeechDataset, frames: Frames) -> None:
 
 
 def encode_some(
-    model: ASRModel, data: SpeechDataset, rows: list[int], frames: Frames
+    model: ASRModel, data: SpeechDataset, rows: list[int], frames: Frames, bf16: bool
 ) -> list[dict[str, Any]]:
     """Encode the examples at `rows`; return those that cannot be read.
 
@@ -128,7 +128,8 @@ def encode_some(
     good = [item for item in items if "features" in item]
     steps = [processor.encoder_steps(len(item["features"])) for item in good]
     seconds = np.array(steps) * processor.frame_seconds
-    with torch.inference_mode():
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)  # of this thread
+    with torch.inference_mode(), autocast:
         for batch in cut_batches(seconds, BATCH_SECONDS):
             together = [good[row] for row in batch]
             inputs = processor.collate([item["features"] for item in together]).to(model.device)

@@ -48,7 +48,8 @@ def explain_full_disk(output: Path) -> Iterator[None]:
         free = shutil.disk_usage(output).free
         if "No space left" not in str(error) and free > NO_SPACE:
             raise
-        sizes = [folder_size(path) for path in output.glob("*/checkpoint-*")]
+        saved = output.glob("*/checkpoint-*")
+        sizes = [sum(file.stat().st_size for file in folder.rglob("*")) for folder in saved]
         safe = [last_checkpoint(stage) for stage in output.iterdir() if stage.is_dir()]
         for path in output.rglob("*.tmp*"):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
@@ -58,11 +59,6 @@ def explain_full_disk(output: Path) -> Iterator[None]:
             f"the disk of {output} is full ({free / 1e6:.0f} MB free{needed}). Safe: {kept}. Free "
             "some space; then the same command continues"
         ) from error
-
-
-def folder_size(folder: Path) -> int:
-    """Total size of the files in a folder, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def last_checkpoint(folder: Path) -> str | None:

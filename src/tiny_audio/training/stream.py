@@ -98,8 +98,7 @@ class SpeechStream(Clips, IterableDataset):
                     if good := [item for item in items if "features" in item]:
                         batch, useful = self.collate(good), True
                         batch["dropped"], dropped = dropped, []
-                        last = i + 1 == len(batches)
-                        batch["position"] = following if last else {**position}
+                        batch["position"] = {**position} if i + 1 < len(batches) else following
                         yield batch
                 if following["epoch"] > position["epoch"]:
                     if not useful:

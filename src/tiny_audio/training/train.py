@@ -36,7 +36,7 @@ from . import recipe
 from .build import build_processor, is_tuned, stage_model
 from .checks import Dropped, read_log
 from .data import SpeechDataset
-from .frames import cache_encoder_frames, return_freed_memory
+from .frames import cache_frames, return_freed_memory
 from .manifests import Reader
 from .parts import average_with_start, freeze_idle
 from .plan import describe, expected_cost
@@ -50,12 +50,14 @@ FINISHED, TUNING = "finished.json", "tuning.json"
 
 
 def fit_device(training: DictConfig) -> None:
-    """Turn off GPU-only settings (bf16, TF32, dtype) on a CPU, and print them."""
+    """Turn off TF32 and dtype on a CPU, and bf16 on one without instructions for it; print them."""
     if torch.cuda.is_available():
         return
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
-        if training.get(key):
-            print(f"training.{key}={training[key]} is off: there is no CUDA device")
+        if training.get(key) and not (key == "bf16" and has_bf16):
+            print(f"training.{key}={training[key]} is off: this device does not have it")
             training[key] = instead
 
 
@@ -129,7 +131,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if settings["cache_encoder"]:
         model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
         with place.main_process_first():  # the main process computes the frames
-            cache_encoder_frames(model, data, folder.parent)
+            cache_frames(model, data, folder.parent, settings["bf16"])
         dropped.check(data.total)
     if resume:
         print(f"continuing from {resume}")
@@ -168,6 +170,8 @@ def training_arguments(
     arguments = {k: v for k, v in settings.items() if k not in recipe.OWN_TRAINING_KEYS}
     # transformers renamed this field; our configs keep the common name
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+    if settings["bf16"] and not torch.cuda.is_available():
+        arguments["use_cpu"] = True  # transformers allows bf16 on a CPU only so
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
     main = PartialState().is_main_process
     args = TrainingArguments(
