@@ -125,8 +125,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     print(describe(model))
     gflop, cost = expected_cost(model, settings, getattr(data, "examples", []))
     print(cost)
-    rewritten = f"{data.rewritten} transcripts changed by the text rules"
-    print(f"{size_of(data)}; {rewritten}; dropped: {dropped}")
+    print(f"{size_of(data)}; {data.rewritten} texts changed by the text rules; dropped: {dropped}")
     args = training_arguments(cfg, settings, folder, isinstance(data, SpeechStream))
     if settings["cache_encoder"]:
         model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
