@@ -53,8 +53,9 @@ def fit_device(training: DictConfig) -> None:
     """Turn off TF32 and dtype on a CPU, and bf16 on one without instructions for it; print them."""
     if torch.cuda.is_available():
         return
-    cpu = torch.cpu.get_capabilities()
-    has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    has_bf16 = any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
+    # In bf16, oneDNN compiles code for each shape of a batch and keeps it: gigabytes by default.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
         if training.get(key) and not (key == "bf16" and has_bf16):
             print(f"training.{key}={training[key]} is off: this device does not have it")
