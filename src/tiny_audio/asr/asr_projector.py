@@ -34,6 +34,6 @@ class AudioProjector(nn.Module):
         b, t, _ = hidden.shape
         hidden = F.pad(hidden.to(self.gate_proj.weight.dtype), (0, 0, 0, -t % self.stack))
         x = self.input_norm(hidden.view(b, -1, self.input_norm.normalized_shape[0]))
-        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # bf16 under autocast
-        norm = self.output_norm
-        return norm(x.to(norm.weight.dtype)), (lengths + self.stack - 1) // self.stack
+        x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (b, f, hidden)
+        x = self.down_proj(x).to(self.output_norm.weight.dtype)  # autocast may return bf16
+        return self.output_norm(x), (lengths + self.stack - 1) // self.stack

@@ -54,8 +54,6 @@ def fit_device(training: DictConfig) -> None:
     if torch.cuda.is_available():
         return
     has_bf16 = any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
-    # In bf16, oneDNN compiles code for each shape of a batch and keeps it: gigabytes by default.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
         if training.get(key) and not (key == "bf16" and has_bf16):
             print(f"training.{key}={training[key]} is off: this device does not have it")
@@ -171,7 +169,9 @@ def training_arguments(
     # transformers renamed this field; our configs keep the common name
     arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
     if settings["bf16"] and not torch.cuda.is_available():
-        arguments["use_cpu"] = True  # transformers allows bf16 on a CPU only so
+        arguments["use_cpu"] = True  # without it, transformers refuses bf16 on a CPU
+        # In bf16, oneDNN compiles code for each shape of a batch; by default it keeps gigabytes.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
     main = PartialState().is_main_process
     args = TrainingArguments(
