@@ -11,7 +11,6 @@ may be stopped after that:
         training.save_total_limit=null
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from tiny_audio.asr.asr_audio import load_audio
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_processing import ASRProcessor
-from tiny_audio.commands import cache_dir
+from tiny_audio.commands import cache_dir, parser_of
 from tiny_audio.training.checks import read_log
 from tiny_audio.training.manifests import read_source
 from tiny_audio.training.run_log import LOG
@@ -106,9 +105,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def main() -> None:
     """Draw, and measure before it if asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("python bench/figures.py", __doc__)
     parser.add_argument("--measure", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=FOLDER, help="default: docs/figures")
     args = parser.parse_args()

@@ -40,9 +40,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tiny_audio.asr.asr_bases import cast_base
 from tiny_audio.asr.asr_decoding import transcribe
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_search import PrefixSearch, silent_frames, squeeze
+from tiny_audio.commands import parser_of
 from tiny_audio.commands.plan import OWN, plan_stage
 from tiny_audio.evaluation.scoring import score
 from tiny_audio.hub import one_line
@@ -312,9 +314,7 @@ def precision(bench: Bench) -> Iterator[Row]:
     weights = {key: cfg.training[key] for key in LOSS_KEYS}
     exact = gradients(bench, model, batch, weights, half=False)
     for part in (model.encoder, model.decoder):  # as `ASRModel.from_pretrained` does
-        for name, tensor in part.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point() and ".lora_" not in name:
-                tensor.data = tensor.data.bfloat16()
+        cast_base(part, torch.bfloat16)
     half = gradients(bench, model, batch, weights, half=True)
     for part, x in exact.items():
         sizes = float(x.norm()), float(half[part].norm())
@@ -418,9 +418,7 @@ PARTS = {
 
 def main() -> int:
     """Run the requested parts that are not done; return 1 if a part failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("python bench/gpu.py", __doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu_<date>")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")

@@ -13,7 +13,6 @@ the FLOPs of the clips, without those of padding, with a multiplication of two l
 same core.
 """
 
-import argparse
 import contextlib
 import random
 import time
@@ -28,6 +27,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tiny_audio.commands import parser_of
 from tiny_audio.commands.eval import peak_memory
 from tiny_audio.training.batches import LengthBatchSampler
 from tiny_audio.training.build import build_model, build_processor
@@ -138,9 +138,7 @@ def measure(variant: dict[str, Any], encoder: str, clips: int) -> dict[str, floa
 
 def main() -> None:
     """Measure every variant; print a Markdown table and write it to bench/results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("python bench/training_speed.py", __doc__)
     parser.add_argument("--clips", type=int, default=64, help="number of clips to train on")
     parser.add_argument("--encoder", default="", help="folder; default: the quickstart's")
     args = parser.parse_args()

@@ -7,14 +7,13 @@ training prompts as a list and adds to it. What is close to a held-out text is d
 writes some two sentences a second.
 """
 
-import argparse
 import random
 import re
 
 import torch
 from transformers import pipeline
 
-from tiny_audio.commands import assets, speech
+from tiny_audio.commands import assets, parser_of, speech
 from tiny_audio.progress import progress_bar
 
 TITLE = "Announcements of a telephone system:\n"
@@ -25,9 +24,7 @@ SENTENCE = re.compile(r"[A-Za-z][A-Za-z' ,;-]{8,110}[.!?]?")
 
 def main() -> None:
     """Add sentences to the file until it has `--number`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("python bench/write_sentences.py", __doc__)
     parser.add_argument("--number", type=int, default=2500, help="sentences in all")
     number = parser.parse_args().number
     made = assets.prepare(synthetic=False, baseline=False)

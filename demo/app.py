@@ -1,6 +1,6 @@
 """Run the web page as a Hugging Face Space; TINY_AUDIO_MODEL names the model.
 
-The `requirements.txt` beside this file installs the package with its `demo` extra.
+A Space also needs a `requirements.txt` that installs the package with its `demo` extra.
 """
 
 import os

@@ -1,11 +1,15 @@
 """A trained model is adapted to clips of one's own, and measured before and after."""
 
 import json
+import shutil
 
 import pytest
 from conftest import TEXTS, babble, write_audio, write_manifest
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from tiny_audio.asr.asr_modeling import ASRModel
+from tiny_audio.asr.asr_saving import WEIGHTS
 from tiny_audio.commands import adapt
 from tiny_audio.training import train as runner
 from tiny_audio.training.manifests import DataError, Example
@@ -68,6 +72,15 @@ def test_no_text_and_no_speaker_is_on_both_sides():
     assert len(kept) + len(held_out) == 120
 
 
+def test_one_who_speaks_most_of_the_clips_is_not_held_out():
+    names = ["anna", "ben", "carl", "dora"]
+    for main in ("aaron", "me", "zoe"):
+        speakers = [main] * 200 + names * 5
+        said = clips(speakers, [f"text {i}" for i in range(220)])
+        kept, held_out = adapt.hold_out(said, seed=0)
+        assert {c.speaker for c in kept} == {main} and {c.speaker for c in held_out} == {*names}
+
+
 @pytest.mark.parametrize("texts", [["one", "two"], ["the same"] * 60])
 def test_too_few_clips_are_refused(texts):
     with pytest.raises(DataError, match="too few to hold out 10: record more, or name"):
@@ -91,6 +104,23 @@ def test_a_command_that_failed_can_be_corrected(trained, own, tmp_path):
     with pytest.raises(SystemExit, match="holds no training_config"):
         adapt.main([str(tmp_path / "typo"), *arguments[1:]])
     assert adapt.main(arguments) == 0
+
+
+def test_a_model_of_a_large_recipe_is_adapted(trained, own, tmp_path):
+    """It was streamed and stopped early, and its list of words is on another machine."""
+    model = shutil.copytree(trained, tmp_path / "large")
+    recipe = OmegaConf.load(model / "training_config.yaml")
+    recipe.training.update({"early_stopping_patience": 10, "load_best_model_at_end": True})
+    recipe.data.update({"streaming": True, "words": str(tmp_path / "gone.tsv")})
+    OmegaConf.save(recipe, model / "training_config.yaml")
+    out = tmp_path / "adapted"
+    arguments = [str(model), "--data", str(own), "--out", str(out), "--steps", "1"]
+    assert adapt.main(arguments) == 0
+    weights = load_file(model / WEIGHTS)
+    weights["projector.input_norm.weight"] *= 2
+    save_file(weights, model / WEIGHTS)  # the model was trained again
+    with pytest.raises(SystemExit, match="was made from other clips or options"):
+        adapt.main(arguments)
 
 
 def test_clips_inside_a_table_are_refused(trained, own, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import babble, split_at_pauses, tone, write_audio
+from datasets import Audio, Dataset
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio
 from tiny_audio.training.manifests import header_seconds
@@ -132,6 +133,15 @@ def test_channels_of_arrays():
         assert np.abs(load_audio(array) - mix).max() < 1e-6
     assert np.array_equal(load_audio(torch.from_numpy(left)), left)
     assert np.array_equal(load_audio(np.repeat(left, 2)[::2]), left)  # a view with strides
+
+
+def test_a_column_of_datasets(tmp_path):
+    """`datasets` gives torchcodec's decoders, which need FFmpeg's own libraries to run."""
+    pytest.importorskip("torchcodec", exc_type=Exception)
+    path = write_audio(tmp_path / "a.wav", tone(0.5), 16_000, "pcm_s16le")
+    column = Dataset.from_dict({"audio": [str(path)] * 2}).cast_column("audio", Audio())["audio"]
+    for clip in column:
+        assert np.abs(load_audio(clip) - load_audio(path)).max() < 1e-6
 
 
 def test_dict_forms(tmp_path):

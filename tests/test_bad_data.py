@@ -144,7 +144,9 @@ def test_thirty_kinds_of_bad_input_are_named_and_nothing_good_is_lost(
         assert cli.main(["data", "check", *limits, f"data.max_dropped_fraction={allowed}"]) == code
         rows = (tmp_path / "check" / "data_check.jsonl").read_text().splitlines()
         assert {row["id"]: row["reason"] for row in map(json.loads, rows)} == reasons
+    assert cli.main(["data", "check", *limits, f"data.words={tmp_path / 'gone.tsv'}"]) == 1
     said = capsys.readouterr()
+    assert "gone.tsv: no such file" in said.err
     assert f"{len(good):>9,}" in said.out and "more than data.max_dropped_fraction" in said.err
     processor = build_processor(cfg)
     data = SpeechDataset([{"path": str(manifest)}], processor, Dropped(), max_seconds=6.0)

@@ -1,6 +1,7 @@
 """From manifests to batches: nothing is lost, everything dropped is named, order repeats."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -313,19 +314,34 @@ def test_nothing_usable_is_an_error(tmp_path, corpus, processor):
         SpeechDataset([{"path": str(path)}], processor, Dropped())
 
 
-def test_token_budget_is_exact(processor):
-    """The clip with as many frames as tokens (and blanks between repeats) is kept."""
-    for seconds in (0.5, 1.0, 1.7):
-        frames = processor.frames_for_seconds(seconds)
-        for target, fits in (
-            (list(range(frames)), True),
-            (list(range(frames + 1)), False),
-            ([7] * ((frames + 1) // 2), True),
-            ([7] * ((frames + 1) // 2 + 1), False),
-        ):
-            example = Example("a", None, "text", seconds, target)
-            refusal = why_refused(example, frames, 0.1, 30.0)
-            assert (refusal or {}).get("reason") == (None if fits else "more tokens than frames")
+@pytest.mark.parametrize("head", ["tokens", "letters"])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.7])
+def test_frames_limit_the_text(head, seconds, processor, monkeypatch):
+    """The clip with as many frames as targets (and blanks between repeats) is kept."""
+    frames = processor.frames_for_seconds(seconds)
+    frames = math.ceil(frames / processor.stack) if head == "tokens" else frames
+    for target, fits in (
+        (list(range(frames)), True),
+        (list(range(frames + 1)), False),
+        ([7] * ((frames + 1) // 2), True),
+        ([7] * ((frames + 1) // 2 + 1), False),
+    ):
+        tokens, letters = (target, [1]) if head == "tokens" else ([1], target)
+        monkeypatch.setattr(processor, "spell", lambda text, letters=letters: letters)
+        example = Example("a", None, "text", seconds, tokens)
+        refusal = why_refused(example, processor, True, (0.1, 30.0))
+        assert (refusal or {}).get("reason") == (None if fits else f"more {head} than frames")
+
+
+def test_letters_need_encoder_frames(tmp_path, processor):
+    """In UTF-8, Thai has three bytes for a letter, and the character head spells bytes."""
+    text = "สวัสดีครับ ผมชื่อสมชาย ยินดีที่ได้รู้จัก"
+    processor.alphabet = sorted({*text.encode()})
+    manifest = whisper_clips(tmp_path, (2.0,))
+    rows = [json.loads(manifest.read_text()) | {"text": text}]
+    source = {"path": str(write_manifest(manifest, rows))}
+    with pytest.raises(DataError, match="more letters than frames"):
+        SpeechDataset([source], processor, Dropped(), token_head=False)
 
 
 def test_repeat_mixes_sources(corpus, tmp_path, processor):

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from conftest import babble, write_audio, write_manifest
+from datasets import Audio, Dataset
 from hub import serve
 from transformers import (
     HubertConfig,
@@ -201,6 +202,24 @@ def test_evaluations_do_not_overwrite_one_another(model, tmp_path, monkeypatch):
         assert cli.main(["eval", str(model), "--dataset", str(manifest), *more]) == 0
     found = sorted(path.parent.name for path in tmp_path.glob("outputs/*/summary.json"))
     assert found == ["eval_tiny_one_test", "eval_tiny_one_test_ctc", "eval_tiny_two_test"]
+    for name in ("first", "second"):  # as `tiny-audio adapt` names its models
+        shutil.copytree(model, tmp_path / name / "model")
+        assert cli.main(["eval", f"{name}/model", "--dataset", str(manifest)]) == 0
+    for name in ("first", "second"):
+        assert (tmp_path / f"outputs/eval_{name}_model_one_test/summary.json").exists()
+
+
+def test_a_folder_of_parquet_has_splits(model, tmp_path):
+    manifest = make_set(tmp_path / "set", 4)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["audio"] = {"bytes": (manifest.parent / row["audio"]).read_bytes(), "path": "a.wav"}
+    (tmp_path / "mine").mkdir()
+    table = Dataset.from_list(rows).cast_column("audio", Audio())
+    table.to_parquet(tmp_path / "mine/train.parquet")
+    arguments = ["eval", str(model), "--dataset", str(tmp_path / "mine"), "--out"]
+    assert cli.main([*arguments, str(tmp_path / "out"), "--split", "train"]) == 0
+    assert len(read(tmp_path / "out")[1]) == 4
 
 
 def test_references_without_a_word_are_scored(model, tmp_path):

@@ -156,6 +156,7 @@ def test_push_by_hand_and_merged(hub, trained, corpus, tmp_path):
     assert done.stdout.strip() == f"{hub.url}/someone/whole"
     whole = hub.repos["someone/whole"]
     assert json.loads(whole["config.json"])["self_contained"]
+    assert whole["training_config.yaml"] == (output / "training_config.yaml").read_bytes()
     assert len(whole["model.safetensors"]) > len(hub.repos[REPO]["model.safetensors"])
     clip = str(corpus.parent / "wav/0.wav")
     python = (sys.executable, "-c", PIPELINE)

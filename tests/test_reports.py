@@ -202,6 +202,15 @@ def test_a_duration_that_is_no_number_names_its_row(tmp_path, said):
         reader.read()
 
 
+def test_a_stretch_of_a_recording_is_no_clip(tmp_path):
+    """The rows of NeMo's manifests may name a stretch by its offset."""
+    rows = [{"audio_filepath": "a.wav", "text": "go", "offset": x, "duration": 1} for x in (0, 9.5)]
+    reader = Reader({"path": str(write_manifest(tmp_path / "m.jsonl", rows))})
+    assert reader.read().duration == 1.0
+    with pytest.raises(DataError, match=r"m\.jsonl, row 2: offset is not supported"):
+        reader.read()
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_other_encodings_name_the_file(tmp_path, encoding, suffix):

@@ -20,6 +20,7 @@ from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import demo, transcribe
 from tiny_audio.commands.formats import render
 from tiny_audio.commands.serve import create_app
+from tiny_audio.loading import load_pipeline
 from tiny_audio.training.manifests import read_source
 
 KINDS = {
@@ -307,6 +308,19 @@ def everywhere(files: list[Path], model: str, pipe, client, capsys) -> list[str]
 def test_one_text_everywhere(twenty, model_folder, pipe, endpoint, capsys):
     texts = everywhere(twenty, str(model_folder), pipe, endpoint.client(), capsys)
     assert sum(map(bool, texts)) > 15
+
+
+def test_the_endpoint_decodes_as_it_was_told_to(model_folder, talk, pipe):
+    """--decode and --terms of `tiny-audio serve`."""
+    for options in ({"decode": "generate"}, {"decode": "ctc", "terms": ["zzz"]}):
+        told = load_pipeline(str(model_folder), "cpu", **options)
+        expected = told(str(talk))["text"]
+        assert expected != pipe(str(talk))["text"]
+        running = Running(create_app(told, "tiny"))
+        try:
+            assert ask(running.client(), talk).text == expected
+        finally:
+            running.stop()
 
 
 def test_the_page_says_what_is_wrong(model_folder, tmp_path):

@@ -18,7 +18,7 @@ from conftest import babble, split_at_pauses, tone, write_audio
 from transformers import TextIteratorStreamer
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio, split_blocks
-from tiny_audio.asr.asr_ctc import LAG, align, fits, letter_support
+from tiny_audio.asr.asr_ctc import LAG, align, frames_needed, letter_support
 from tiny_audio.asr.asr_pipeline import LEAST_FILLED, LOOP, ASRPipeline, Piece, Recording, chunks
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
@@ -116,7 +116,7 @@ def test_alignment_is_the_best_of_all_paths(targets, frames):
         runs = [c for i, c in enumerate(path) if i == 0 or c != path[i - 1]]
         if [c for c in runs if c] == targets.tolist():
             found[path] = sum(log_probs[i, c] for i, c in enumerate(path))
-    if not fits(frames, targets):
+    if frames_needed(targets) > frames:
         assert not found
         return
     best = max(found, key=found.__getitem__)

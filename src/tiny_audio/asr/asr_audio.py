@@ -76,6 +76,10 @@ def read_audio(
         return
     name = str(source) if isinstance(source, str | Path) else "audio"
     mixer = Mixer(name, notes)
+    if decode := getattr(source, "get_all_samples", None):  # torchcodec's, in columns of `datasets`
+        found = decode()
+        yield from read_audio(found.data, found.sample_rate, missing, notes)
+        return
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()

@@ -25,14 +25,8 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
     beforehand and names them.
     """
     present = targets > 0
-    return F.ctc_loss(
-        log_probs.transpose(0, 1),
-        targets[present],
-        lengths,
-        present.sum(1),
-        reduction="sum",
-        zero_infinity=True,
-    )
+    loss = nn.CTCLoss(reduction="sum", zero_infinity=True)
+    return loss(log_probs.transpose(0, 1), targets[present], lengths, present.sum(1))
 
 
 class CTCHead(nn.Module):
@@ -171,7 +165,7 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
 
     Args:
         log_probs: (t, c) float32, class 0 is the blank.
-        targets: (s,) classes from 1 on, which must fit into t frames (see `fits`).
+        targets: (s,) classes from 1 on, which need at most t frames (see `frames_needed`).
 
     Returns:
         `spans` (s, 2): the first frame of each target and the frame after its last, and `scores`
@@ -204,9 +198,9 @@ def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
     return spans, scores
 
 
-def fits(frames: int, targets: np.ndarray) -> bool:
-    """Tell whether `targets` fit: one frame each, and a blank between equal neighbours."""
-    return len(targets) > 0 and len(targets) + (targets[1:] == targets[:-1]).sum() <= frames
+def frames_needed(targets: list[int] | np.ndarray) -> int:
+    """Count the frames that CTC needs: one for each target, and a blank between equal ones."""
+    return len(targets) + int(np.equal(targets[1:], targets[:-1]).sum())
 
 
 def letter_support(log_probs: np.ndarray, letters: int, space: int) -> float:
@@ -239,7 +233,7 @@ def time_words(
 
     Args:
         log_probs: (t, c), as for `align`.
-        classes: classes of each of n words. A word without classes (only digits or punctuation)
+        classes: classes of each of n words. A word without classes (only punctuation, say)
             gets the time between its neighbours and has no confidence.
         space: class that belongs to no word.
         step: seconds per frame.
@@ -256,7 +250,7 @@ def time_words(
     owner[targets == space] = -1
     edges, sure = np.full((len(classes), 2), np.nan), dict[int, float]()
     confidence = 0.0 if (owner >= 0).any() else None
-    if confidence is not None and fits(len(log_probs), targets):
+    if confidence is not None and frames_needed(targets) <= len(log_probs):
         spans, scores = align(log_probs, targets)
         confidence = float(np.exp(scores[owner >= 0].mean()))
         for k in np.unique(owner[owner >= 0]):

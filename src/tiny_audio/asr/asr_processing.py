@@ -100,10 +100,10 @@ class ASRProcessor(ProcessorMixin):
         return encoder_frames(SimpleNamespace(**self.encoder), steps)
 
     def frames_for_seconds(self, seconds: float) -> int:
-        """Number of projected frames, or placeholder tokens, for a clip of `seconds`."""
+        """Number of encoder frames for a clip of `seconds`."""
         samples = int(max(seconds, self.min_seconds) * SAMPLE_RATE)
         samples += round(self.tail_seconds * SAMPLE_RATE)
-        return math.ceil(self.encoder_steps(samples // self.hop) / self.stack)
+        return self.encoder_steps(samples // self.hop)
 
     @property
     def hop(self) -> int:

@@ -18,12 +18,10 @@ def home_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def parser_of(verb: str, doc: str | None) -> ArgumentParser:
-    """Create the argument parser of a verb, with `doc` as its unformatted description."""
+def parser_of(program: str, doc: str | None) -> ArgumentParser:
+    """Create the argument parser of a program, with `doc` as its unformatted description."""
     form = RawDescriptionHelpFormatter
-    return ArgumentParser(
-        f"tiny-audio {verb}", description=cleandoc(doc or ""), formatter_class=form
-    )
+    return ArgumentParser(program, description=cleandoc(doc or ""), formatter_class=form)
 
 
 def append_row(table: Path, row: dict[str, Any]) -> None:

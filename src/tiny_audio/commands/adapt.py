@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..asr.asr_config import ASRConfig
-from ..evaluation.recognisers import load_recogniser
-from ..training.manifests import DataError, Example, Reader, read_source
+from ..evaluation.recognisers import fingerprint, load_recogniser
+from ..training.manifests import DataError, Example, Reader, audio_checksum, read_source
 from ..training.plan import without_weights
 from ..training.recipe import CONFIGS
 from ..training.train import clean_exit, train
@@ -48,10 +48,11 @@ def hold_out(clips: list[Example], seed: int) -> tuple[list[Example], list[Examp
         groups[str(clip.speaker) if by_speaker else text].append(clip)
     names = sorted(groups)
     random.Random(seed).shuffle(names)
-    held_out: list[Example] = []
-    while names and len(held_out) < HELD_OUT * len(clips):
-        held_out += groups[names.pop()]
-    kept = [clip for name in names for clip in groups[name]]
+    wanted = HELD_OUT * len(clips)
+    held_out, kept = list[Example](), list[Example]()
+    for name in names:  # one who speaks most of the clips is not held out
+        fits = len(held_out) < wanted and len(held_out) + len(groups[name]) <= 2 * wanted
+        (held_out if fits else kept).extend(groups[name])
     if len(held_out) < MIN_CLIPS or not kept:
         kind = "speakers" if by_speaker else "texts"
         raise DataError(
@@ -117,6 +118,8 @@ def adapted_recipe(
     cfg.model.pretrained_model_path = str(model)
     copies = max(1, min(MOST_COPIES, round(COPIES_SECONDS / max(seconds, 1.0))))
     cfg.data.train = [{"path": own, "repeat": copies}, *keep]
+    if cfg.data.words and not Path(cfg.data.words).expanduser().is_file():
+        cfg.data.words = None  # the model's own n-gram has these words already
     return cfg
 
 
@@ -127,8 +130,9 @@ def run(args: Any) -> int:
         hold_out(clips, args.seed))  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     made_from = args.out / "adapt.json"  # the options and clips of this folder's adaptation
-    said = [[(clip.id, clip.text) for clip in part] for part in (kept, held_out)]
-    request = json.dumps([vars(args), said], default=str)
+    said = [[(c.id, c.text, audio_checksum(c.audio)) for c in part] for part in (kept, held_out)]
+    weights = fingerprint(sorted(args.model.glob("*.safetensors")))
+    request = json.dumps([vars(args), weights, said], default=str)
     if made_from.exists() and made_from.read_text() != request:
         raise ValueError(f"{args.out} was made from other clips or options: choose another --out")
     own = write_clips(kept, args.out / "train.jsonl")
@@ -166,7 +170,7 @@ def run(args: Any) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Adapt a model; an error is one line."""
-    parser = parser_of("adapt", __doc__)
+    parser = parser_of("tiny-audio adapt", __doc__)
     parser.add_argument("model", type=home_path, help="folder of a trained model")
     parser.add_argument("--data", type=home_path, required=True, help="manifest of your clips")
     parser.add_argument("--dev", type=home_path, help="held-out clips; default: a fifth of --data")

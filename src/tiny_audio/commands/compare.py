@@ -52,7 +52,7 @@ def compared(
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison."""
-    parser = parser_of("compare", __doc__)
+    parser = parser_of("tiny-audio compare", __doc__)
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER")
     parser.add_argument("--show", type=int, default=10, metavar="N", help="utterances; default: 10")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """`tiny-audio cut RECORDING... --model MODEL`: make training clips from recordings with subtitles.
 
-The subtitles of talk.mp3 are beside it: talk.srt, talk.vtt, talk.ass, talk.TextGrid (the first tier
-of Praat's), or talk.txt (labels of Audacity: "start<TAB>end<TAB>text" lines). Their times may be
+The subtitles of talk.mp3 must be beside it: talk.srt, talk.vtt, talk.ass, talk.TextGrid (Praat; its
+first tier), or talk.txt (labels of Audacity: "start<TAB>end<TAB>text" lines). Their times may be
 off by up to a second, because the model finds where each text is spoken. A text that it does not
-hear there becomes no clip; refused.csv says why. clips.csv is a manifest for `tiny-audio adapt`.
+hear there is refused; refused.csv says why. clips.csv is a manifest for `tiny-audio adapt`.
 """
 
 import re
@@ -21,7 +21,7 @@ import torch
 from praatio import textgrid
 
 from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
-from ..asr.asr_ctc import LAG, align, fits
+from ..asr.asr_ctc import LAG, align, frames_needed
 from ..loading import load_pipeline
 from ..progress import progress_bar
 from . import append_row, home_path, parser_of
@@ -98,7 +98,7 @@ def locate(pipe: Any, samples: np.ndarray, cue: Cue) -> tuple[float, float, floa
     log_probs = np.concatenate([log_probs, log_probs.max(1, keepdims=True)], 1)
     anything = log_probs.shape[1] - 1
     targets = np.array([anything, *processor.spell(cue.text), anything])
-    if len(targets) < 3 or not fits(len(log_probs), targets):
+    if len(targets) < 3 or frames_needed(targets) > len(log_probs):
         return cue.start, cue.end, 0.0
     spans, scores = align(log_probs, targets)
     start, end = spans[1, 0], spans[-2, 1]
@@ -143,7 +143,7 @@ def cut(pipe: Any, recording: Path, out: Path, number: int) -> Iterator[dict[str
 
 def main(argv: list[str] | None = None) -> int:
     """Cut all recordings; the exit code is 1 if one of them cannot be read."""
-    parser = parser_of("cut", __doc__)
+    parser = parser_of("tiny-audio cut", __doc__)
     parser.add_argument("recordings", nargs="+", type=home_path, metavar="RECORDING")
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
     parser.add_argument("--out", type=home_path, default=Path("clips"), help="default: %(default)s")

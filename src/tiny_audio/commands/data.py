@@ -19,6 +19,7 @@ from ..training.build import build_processor
 from ..training.checks import Dropped
 from ..training.data import Clips
 from ..training.train import limits, read_data
+from ..training.vocabulary import read_counts
 from . import parser_of
 from .plan import recipe_stages
 
@@ -61,10 +62,12 @@ def check(cfgs: Sequence[Any]) -> None:
     processor, dropped = build_processor(cfg), Dropped(report, cfg.data.max_dropped_fraction)
     most = cfg.data.max_train_samples
     clips = Clips(processor, dropped, max_train_samples=most, **limits(cfg))
+    if cfg.data.words:
+        read_counts(Path(cfg.data.words).expanduser())
     print(f"{'clips':>9}{'hours':>9}{'dropped':>9}{'rewritten':>11}{'speakers':>10}{'clips/s':>9}")
     for source in cfg.data.train:
         check_source(clips, source, cfg.data.streaming)
-    print(f"dropped clips are named in {report}")
+    print(f"dropped clips are named in {report}" if dropped.counts else "no clip is dropped")
     dropped.check(clips.total)
     for stage in cfgs:  # read the data as training does
         settings: Any = OmegaConf.to_container(stage.training, resolve=True)
@@ -81,7 +84,7 @@ def check(cfgs: Sequence[Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the data."""
-    parser = parser_of("data", __doc__)
+    parser = parser_of("tiny-audio data", __doc__)
     parser.add_argument("action", choices=["check"])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)

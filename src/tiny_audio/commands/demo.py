@@ -190,7 +190,7 @@ def build(
 
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until interrupted."""
-    parser = parser_of("demo", __doc__)
+    parser = parser_of("tiny-audio demo", __doc__)
     parser.add_argument("models", nargs="*", help="default: every model in outputs")
     parser.add_argument("--examples", nargs="*",
                         help="recordings to offer; default: two held-out clips")  # fmt: skip

@@ -19,7 +19,7 @@ TASKS["check"] = [*TASKS["lint"], *TASKS["type-check"], *TASKS["test"]]
 
 def main(argv: list[str] | None = None) -> int:
     """Run a task and stop at its first failure; further arguments go to its last command."""
-    parser = parser_of("dev", main.__doc__)
+    parser = parser_of("tiny-audio dev", main.__doc__)
     parser.add_argument("task", choices=TASKS)
     args, rest = parser.parse_known_args(argv)
     commands = [list(command) for command in TASKS[args.task]]

@@ -218,7 +218,8 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
     source = {"path": args.dataset, "split": "test", **SETS.get(args.dataset, {}), **given}
     path = Path(args.dataset).expanduser()
     local = path.exists() or path.suffix in (".json", ".jsonl", ".csv", ".tsv")
-    if local and (unfit := given.keys() & {"name", "split", "revision"}):
+    tables = path.is_dir() and not any(path.glob("metadata.*"))  # a Hub dataset, downloaded
+    if local and not tables and (unfit := given.keys() & {"name", "split", "revision"}):
         raise DataError(f"{path} is local: only a Hub dataset takes --{', --'.join(sorted(unfit))}")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty")
@@ -243,7 +244,7 @@ def read_examples(args: argparse.Namespace) -> tuple[list[Example], Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a model; return 1 if some clips failed. On an error, the exit code is 2."""
-    parser = parser_of("eval", __doc__)
+    parser = parser_of("tiny-audio eval", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--dataset", default=LOQUACIOUS, help="default: %(default)s")
     parser.add_argument("--name", help="configuration of a Hub dataset")
@@ -264,7 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     options |= {"decode": args.decode} if args.decode else {}
     data = Path(args.dataset)
     what = f"{data.resolve().parent.name}_{data.stem}" if data.is_file() else data.name
-    parts = ["eval", Path(args.model).name, what, args.name, args.split, args.decode]
+    model = Path(args.model)
+    name = "_".join(model.parts[-2:]) if model.name in ("model", "final") else model.name
+    parts = ["eval", name, what, args.name, args.split, args.decode]
     out = args.out or Path("outputs", "_".join(filter(None, parts)))
     examples, about = read_examples(args)
     about["command"] = shlex.join(["tiny-audio", "eval", *(argv or sys.argv[1:])])

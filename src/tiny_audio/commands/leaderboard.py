@@ -76,13 +76,13 @@ def table(board: str, entries: list[dict[str, Any]]) -> str:
     columns = COLUMNS[board]
     lines = [["rank", *(c.replace("_", " ") for c in columns)], ["---"] * (len(columns) + 1)]
     for rank, entry in enumerate(sorted(entries, key=lambda e: e[columns[0]]), 1):
-        lines.append([str(rank), *(str(entry[column]) for column in columns)])
+        lines.append([str(rank), *(str(entry[column]).replace("|", "\\|") for column in columns)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Add a line to a leaderboard and regenerate its table."""
-    parser = parser_of("leaderboard", __doc__)
+    parser = parser_of("tiny-audio leaderboard", __doc__)
     parser.add_argument("action", choices=["add"])
     parser.add_argument("folder", type=Path, help="of tiny-audio eval, or of make speedrun")
     parser.add_argument("--contributor", required=True, metavar="NAME")

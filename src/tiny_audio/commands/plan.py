@@ -155,7 +155,7 @@ def report(own: dict[str, Any], stages: list[Stage]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan."""
-    parser = parser_of("plan", __doc__)
+    parser = parser_of("tiny-audio plan", __doc__)
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     own, overrides = dict(OWN), []

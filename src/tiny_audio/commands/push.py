@@ -4,6 +4,7 @@ Needs HF_TOKEN. Uploads the config, trained tensors, processor, code and a model
 --merged, also uploads the weights of the base models, so the model does not depend on them.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from . import parser_of
 
 def main(argv: list[str] | None = None) -> int:
     """Push the model; changes no local file except the model card."""
-    parser = parser_of("push", __doc__)
+    parser = parser_of("tiny-audio push", __doc__)
     parser.add_argument("folder", type=Path, help="finished model, e.g. outputs/stage1")
     parser.add_argument("repo", nargs="?", help="user/name; default: <user>/tiny-audio")
     parser.add_argument("--merged", action="store_true", help="include the base models' weights")
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(scratch) / args.folder.resolve().name
             ASRModel.from_pretrained(args.folder).save_pretrained(folder, self_contained=True)
             ASRProcessor.from_pretrained(args.folder).save_pretrained(folder)
+            if (recipe := args.folder / "training_config.yaml").is_file():
+                shutil.copy(recipe, folder)
         (folder / "README.md").write_text(model_card(args.folder))
         print(push_folder(folder, repo, "tiny-audio push", private=args.private or None))
     return 0

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from transformers.utils import logging
 
 from ..asr.asr_decoding import SCORE_WEIGHTS, transcribe
@@ -118,7 +117,6 @@ def run(overrides: list[str]) -> int:
     cfg = compose_recipe(["+experiments=quickstart", *overrides])
     assets = prepare(baseline=False)
     prepared = time.monotonic() - started
-    OmegaConf.resolve(cfg)
     cpu_started = time.process_time()
     model = train(cfg)
     cpu_seconds = time.process_time() - cpu_started
@@ -158,7 +156,7 @@ def run(overrides: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the quickstart."""
-    parser = parser_of("quickstart", __doc__)
+    parser = parser_of("tiny-audio quickstart", __doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of +experiments=quickstart")
     args = parser.parse_args(argv)
     with clean_exit():

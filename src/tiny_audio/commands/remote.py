@@ -274,7 +274,7 @@ def stop(machine: Machine, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one task."""
-    parser = parser_of("remote", __doc__)
+    parser = parser_of("tiny-audio remote", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, (_, text) in TASKS.items():
         task = tasks.add_parser(name, help=text, description=text)

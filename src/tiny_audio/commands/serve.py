@@ -40,6 +40,7 @@ class Worker:
 
     def __init__(self, pipe: Any, limit_seconds: float, queue: int) -> None:
         self.pipe, self.limit_seconds, self.queue = pipe, limit_seconds, queue
+        _, self.options, _ = pipe.settings()  # how to decode, names to prefer
         self.requests = 0  # accepted and not answered yet
         self.waiting: list[tuple[list[Piece], asyncio.Future]] = []
         self.task: asyncio.Task | None = None
@@ -84,7 +85,7 @@ class Worker:
             batch, self.waiting, error = self.waiting, [], None
             try:
                 todo = [piece for pieces, _ in batch for piece in pieces]
-                await asyncio.to_thread(self.pipe._forward, todo)
+                await asyncio.to_thread(self.pipe._forward, todo, **self.options)
             except Exception as caught:  # fail these requests and keep serving
                 logging.getLogger(__name__).exception("a batch failed")
                 error = caught
@@ -273,7 +274,7 @@ def create_app(
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted."""
-    parser = parser_of("serve", __doc__)
+    parser = parser_of("tiny-audio serve", __doc__)
     parser.add_argument("model", nargs="?", default="outputs/quickstart")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, local only")
     parser.add_argument("--port", type=int, default=8000)

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     transcribed. With --output-dir, repeating an interrupted command continues it. Without it,
     several files as json are written as JSON lines, one object per file.
     """
-    parser = parser_of("transcribe", main.__doc__)
+    parser = parser_of("tiny-audio transcribe", main.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio or video; - is stdin")
     parser.add_argument("--model", default="outputs/quickstart", help="trained folder or Hub id")
     parser.add_argument("--device", help="cpu, cuda, mps; default: the best one")
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.words and kind == "txt":
         parser.error(f"--words gives times: choose --format {', '.join(FORMATS[1:])}")
     if folder and len({*targets.values()}) < len(targets):
-        parser.error("two inputs have the same output file: their names differ only in the suffix")
+        parser.error("two inputs have the same output file (same name without folder and suffix)")
     if len(targets) > 1 and kind not in ("txt", "json") and not folder:
         parser.error(f"several files as {kind} need --output-dir")
     if folder:

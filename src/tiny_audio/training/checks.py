@@ -1,14 +1,16 @@
 """Which examples are refused, the log of these, and the rules for transcripts."""
 
 import json
+import math
 import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
 from ..asr.asr_audio import AudioError, load_audio
+from ..asr.asr_ctc import frames_needed
+from ..asr.asr_processing import ASRProcessor
 from .manifests import DataError, Example
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
@@ -92,26 +94,29 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
 
 
 def why_refused(
-    example: Example, frames: float, shortest: float, longest: float
+    example: Example, processor: ASRProcessor, token_head: bool, limits: tuple[float, float]
 ) -> dict[str, str] | None:
     """Return `reason` and `detail` if an example cannot be used, else None.
 
     Args:
         example: with its prepared text and its tokens.
-        frames: number of projected frames of its audio. A CTC head over tokens needs one for each,
-            and one for the blank between equal neighbours; without that head, infinity.
-        shortest, longest: limits on its length in seconds.
+        processor: knows the number of frames, and the letters of the character head.
+        token_head: whether the model has a CTC head over tokens.
+        limits: shortest and longest length in seconds.
     """
-    seconds, letters = example.duration, len(example.text)
+    shortest, longest = limits
+    seconds, size = example.duration, len(example.text)
     slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
-    repeats = sum(a == b for a, b in pairwise(example.target))
+    frames = processor.frames_for_seconds(seconds)
+    projected = math.ceil(frames / processor.stack)
     wrong = {
-        "empty text": not letters,
+        "empty text": not size,
         "unreadable audio": seconds < 0,
         "shorter than min_seconds": seconds < shortest,
         "over max_seconds": seconds > longest,
-        "more tokens than frames": len(example.target) + repeats > frames,
-        "implausible characters per second": letters and not slow <= letters <= fast,
+        "more tokens than frames": token_head and frames_needed(example.target) > projected,
+        "more letters than frames": frames_needed(processor.spell(example.text)) > frames,
+        "implausible characters per second": not slow <= size <= fast,
     }
     reasons = [reason for reason, holds in wrong.items() if holds]
     if not reasons:

@@ -4,7 +4,6 @@ An example that cannot be used is skipped; its id and the reason are logged and 
 transcripts are never truncated to fit.
 """
 
-import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -94,8 +93,8 @@ class Clips:
         original, example.text = example.text, prepare_text(example.text, self.lowercase)
         self.rewritten += example.text != original
         example.target = self.processor.tokenize(example.text)
-        most = self.processor.frames_for_seconds(example.duration) if self.token_head else math.inf
-        refusal = why_refused(example, most, self.min_seconds, self.max_seconds)
+        limits = self.min_seconds, self.max_seconds
+        refusal = why_refused(example, self.processor, self.token_head, limits)
         return refusal and {"id": example.id, **refusal}
 
     def read(self, example: Example) -> dict[str, Any]:
