@@ -61,13 +61,16 @@ def test_the_big_recipe_costs_what_was_counted_before(overrides, gflop):
     assert (cost.gflop["encoder"] == 0) == ("training.cache_encoder=true" in overrides)
 
 
-def real_step(model, processor, settings, clips=3, seconds=2.0, text="the cat sat on a red mat"):
+def real_step(
+    monkeypatch, model, processor, settings, clips=3, seconds=2.0, text="the cat sat on a red mat"
+):
     """Loss of a real batch of equal clips, and the arguments of `plan.count` that describe it."""
     batch = processor([babble(seconds, i) for i in range(clips)], [text] * clips)
     tokens = len(processor.tokenize(text))
     prompt = len(processor.prefix_ids), len(processor.suffix_ids)
+    monkeypatch.setattr(plan, "PROMPT_TOKENS", prompt)
     weights = {key: settings[key] for key in LOSS_KEYS}
-    described = {"seconds": seconds, "tokens": tokens, "clips": clips, "prompt": prompt}
+    described = {"seconds": seconds, "tokens": tokens, "clips": clips}
     return (lambda: model(**batch, **weights).loss), described
 
 
@@ -93,12 +96,12 @@ def prepare(model, settings):
         ("whisper", "decoder", {"decoder_loss_weight": 0.0}),
     ],
 )
-def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
+def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes, monkeypatch):
     processor, model = build(encoder, lora=lora)
     settings = SETTINGS | changes
     model.encoder.config._attn_implementation = "eager"
     prepare(model, settings)
-    loss, described = real_step(model, processor, settings)
+    loss, described = real_step(monkeypatch, model, processor, settings)
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
         loss().backward()
     cost = plan.count(plan.meta_copy(model), settings, **described)
@@ -119,7 +122,7 @@ def test_the_flops_are_those_of_a_real_step(build, encoder, lora, changes):
         ("parakeet", "both", {}),
     ],
 )
-def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
+def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes, monkeypatch):
     """Tensor bytes at the fullest moment of a real step with its optimizer, attention fused."""
     processor, model = build(encoder, lora=lora)
     settings = SETTINGS | changes
@@ -127,7 +130,7 @@ def test_the_memory_is_that_of_a_real_step(build, encoder, lora, changes):
     for module in model.encoder.modules():  # a GPU's fused attention has dropout, a CPU's has none
         for key in {"dropout", "attention_dropout"} & set(vars(module)):
             setattr(module, key, 0.0)
-    loss, described = real_step(model, processor, settings, clips=4, seconds=6.0)
+    loss, described = real_step(monkeypatch, model, processor, settings, clips=4, seconds=6.0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     loss().backward()
     optimizer.step()  # makes its states

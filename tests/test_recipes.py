@@ -36,7 +36,7 @@ def config_of(cfg, **more) -> ASRConfig:
         stack=cfg.model.stack,
         projector_hidden=cfg.model.projector_hidden,
         encoder_lora=lora_from(cfg.encoder_lora),
-        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
+        decoder_lora=lora_from(cfg.peft),
         **more,
     )
 

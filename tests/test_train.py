@@ -219,7 +219,7 @@ def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
     assert (tmp_path / "run/years of work").exists()
     start = tmp_path / "run/align/final"  # of what it is to start from
     start.mkdir(parents=True)
-    with pytest.raises(ValueError, match="or holds its starting model"):
+    with pytest.raises(ValueError, match="pretrained_model_path is inside"):
         runner.train(compose("run.fresh=true", f"model.pretrained_model_path={start}"))
     assert start.exists()
 

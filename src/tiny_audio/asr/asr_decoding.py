@@ -84,11 +84,9 @@ class Prompts:
 
 def read_prompts(decoder: Any, embeds: Tensor, attention_mask: Tensor) -> Prompts:
     """Run a transformers language model over prompts (b, s, d) with their mask (b, s)."""
+    places = (attention_mask.cumsum(1) - 1).clamp(min=0)
     output = decoder.base_model(
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
+        inputs_embeds=embeds, attention_mask=attention_mask, position_ids=places, use_cache=True
     )
     return Prompts(attention_mask, output.last_hidden_state[:, -1], output.past_key_values)
 
@@ -304,9 +302,9 @@ def rescore(
     proposals: list[list[Proposal]],
     settings: dict[str, Any],
 ) -> list[list[Candidate]]:
-    """With the decoder, score each clip's proposals that are close to its best one.
+    """Score with the decoder those proposals of each clip that are close to its best one.
 
-    A clip with only one such proposal is not scored, because there is nothing to choose.
+    They are within `margin` of it, at most `proposals`. If only one is left, it is not scored.
     """
     kept = []
     for ranked in proposals:

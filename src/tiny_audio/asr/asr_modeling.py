@@ -5,13 +5,12 @@ tokens, d the decoder's hidden size, c CTC classes (class 0 is the blank).
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -219,7 +218,7 @@ class ASRModel(SavedModel, GenerationMixin):
             if self.characters is None:
                 raise ValueError("character_loss_weight is set but the model has no character head")
             if character_labels is None:
-                raise ValueError("character_loss_weight needs character_labels, from the processor")
+                raise ValueError("character_loss_weight needs character_labels: give a text")
             nll = self.characters.loss(hidden, steps, character_labels)
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
@@ -362,9 +361,9 @@ class ASRModel(SavedModel, GenerationMixin):
     def propose(
         self, log_probs: Tensor, steps: Tensor, settings: dict[str, Any]
     ) -> list[list[Proposal]]:
-        """Search the character head's output (b, t, c) of `steps` (b,) frames for texts.
+        """Find texts in the character head's output (b, t, c) of clips with `steps` (b,) frames.
 
-        Returns the proposals of each clip, best first, as the training transcripts are written.
+        Returns the proposals of each clip, best first, written like the training transcripts.
         """
         proposals = self.search(settings)(log_probs, steps)
         if self.writing is None:
@@ -380,20 +379,11 @@ class ASRModel(SavedModel, GenerationMixin):
         frames, lengths = self.projector(hidden, steps)
         return self.ctc.greedy(self.ctc(frames, self.get_input_embeddings().weight), lengths)
 
-    @contextmanager
-    def decoder_without_lora(self) -> Iterator[None]:
-        """Disable the decoder's LoRA: this leaves a plain language model."""
-        layers = [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
-        frozen = [p for p in self.decoder.parameters() if not p.requires_grad]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)  # which also makes the LoRA trainable
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+    def decoder_without_lora(self) -> AbstractContextManager[None]:
+        """Turn off the decoder's LoRA: this leaves a plain language model."""
+        if not self.config.decoder_lora["r"]:
+            return nullcontext()
+        return rescale_adapter_scale(self.decoder, 0.0)
 
     # -- modes, parts --------------------------------------------------------------------------
 
@@ -406,7 +396,7 @@ class ASRModel(SavedModel, GenerationMixin):
         """Set training or evaluation mode, as `nn.Module.train` does.
 
         A frozen encoder always stays in evaluation mode, so it applies no dropout, layer drop or
-        time masking. In a trained one, batch norms and the feature extractor stay in it.
+        time masking. Of a trained one, only batch norms and the feature extractor do.
         """
         super().train(mode)
         # Checkpoints do not save the statistics of batch norms. Feature extractors of waveform

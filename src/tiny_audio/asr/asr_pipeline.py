@@ -272,18 +272,11 @@ class ASRPipeline(Pipeline):
         return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), numbers
 
     @torch.no_grad()
-    def _decode(
-        self,
-        batch: list[Piece],
-        decode: str | None = None,
-        decoding: dict[str, Any] | None = None,
-        generate_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """Fill in texts, words and flags of a batch. The encoder runs only once."""
+    def _decode(self, batch: list[Piece], **options: Any) -> None:
+        """Fill in texts, words and flags of a batch; `options` are those of `transcribe`."""
         spans = [loud_span(piece.samples) for piece in batch]
         trimmed = [piece.samples[a:b] for piece, (a, b) in zip(batch, spans, strict=True)]
         features = [self.processor.features(samples) for samples in trimmed]
-        options = {"decode": decode, "decoding": decoding, "generate_kwargs": generate_kwargs}
         with DECODE_LOCK:
             hidden, steps = self._encode(features)
             found = transcribe(self.model, self.processor, hidden, steps, **options)

@@ -66,7 +66,7 @@ class SavedModel(PreTrainedModel):
         self, save_directory: str | Path, self_contained: bool | None = None,
         state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Write config, generation config, tensors and the code that loads them.
+        """Write config, generation config, tensors, n-gram, writing, and the code that loads them.
 
         Args:
             save_directory: folder, created if missing.

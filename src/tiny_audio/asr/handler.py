@@ -18,9 +18,7 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         model = path or str(Path(__file__).parent)
-        self.pipeline = pipeline(
-            "automatic-speech-recognition", model=model, trust_remote_code=True
-        )
+        self.pipeline = pipeline("automatic-speech-recognition", model, trust_remote_code=True)
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """Transcribe `data["inputs"]`; `data["parameters"]` are the pipeline's call arguments.

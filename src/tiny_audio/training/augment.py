@@ -1,7 +1,8 @@
-"""Waveform augmentation: pauses, noise, music, rooms and telephones.
+"""Waveform augmentation: speed, pauses, rooms, telephones, noise, music and clipping.
 
-`disturb` changes one clip at random. Samples are mono at 16 kHz, (n,) float32. Noise and music are
-synthesized, so no recordings are needed. All randomness comes from the generator passed in.
+`disturb` applies random changes to a clip. Samples are mono at 16 kHz, (n,) float32. Noise and
+music are synthesized, so no recordings are needed. All randomness comes from the generator passed
+in.
 """
 
 import numpy as np

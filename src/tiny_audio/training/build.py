@@ -47,19 +47,17 @@ def build_processor(cfg: DictConfig) -> ASRProcessor:
     )
 
 
-def lora_from(group: DictConfig, method: str | None = "lora") -> dict[str, Any] | None:
-    """LoRA settings of a config group; None if the rank is 0 or the method is null.
+def lora_from(group: DictConfig) -> dict[str, Any] | None:
+    """LoRA settings of a config group; None if its `peft_method` is null.
 
     Raises:
         ValueError: if the method is neither lora nor null.
     """
+    settings: Any = OmegaConf.to_container(group)
+    method = settings.pop("peft_method", "lora")
     if method not in ("lora", None):
         raise ValueError(f"peft.peft_method must be lora or null, not {method!r}")
-    if not group.r or method is None:
-        return None
-    settings: Any = OmegaConf.to_container(group)
-    settings.pop("peft_method", None)
-    return settings
+    return settings if method else None
 
 
 def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more: Any) -> ASRConfig:
@@ -69,7 +67,7 @@ def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
         encoder_lora=lora_from(cfg.encoder_lora),
-        decoder_lora=lora_from(cfg.peft, cfg.peft.peft_method),
+        decoder_lora=lora_from(cfg.peft),
         ctc_token_ids=tokens,
         ctc_alphabet=alphabet,
         **{key: value for key, value in cfg.model.items() if key in known},

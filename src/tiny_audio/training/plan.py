@@ -146,12 +146,7 @@ def meta_copy(model: ASRModel) -> ASRModel:
 
 
 def count(
-    meta: ASRModel,
-    settings: Mapping[str, Any],
-    seconds: float,
-    tokens: int,
-    clips: int = 1,
-    prompt: tuple[int, int] = PROMPT_TOKENS,
+    meta: ASRModel, settings: Mapping[str, Any], seconds: float, tokens: int, clips: int = 1
 ) -> Cost:
     """Count the cost of a training step on `clips` clips without padding.
 
@@ -164,7 +159,6 @@ def count(
         seconds: length of a clip.
         tokens: transcript tokens of a clip, without the end token.
         clips: clips in a step, which determine the memory.
-        prompt: tokens of the chat format before and after the audio.
     """
     if settings["gradient_checkpointing"]:
         meta.activation_checkpointing_enable({"use_reentrant": False})
@@ -177,7 +171,7 @@ def count(
         for module in meta.encoder.children():
             if hasattr(module, "layers"):  # transformers 5.17 applies layer dropout while training
                 module.training = False
-        step.forward(settings, clips, seconds, tokens, prompt)
+        step.forward(settings, clips, seconds, tokens)
         step.backward()
     audio = 1e9 * clips * seconds
     return Cost({part: recorder.flops[part] / audio for part in PARTS}, dict(recorder.peak))
@@ -199,9 +193,7 @@ class _Step:
         self.cuts.append((self.recorder.part, output, fresh))
         return fresh
 
-    def forward(
-        self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int, prompt: Any
-    ) -> None:
+    def forward(self, settings: Mapping[str, Any], clips: int, seconds: float, tokens: int) -> None:
         """Run the model's parts one by one; `cuts` keeps each output for `backward`."""
         model, recorder, cuts = self.model, self.recorder, self.cuts
         audio, text = model.config.audio_config, model.config.text_config
@@ -235,7 +227,7 @@ class _Step:
         fed, _ = model.bridge(frames, lengths, shared)
         fed = self.cut(fed if model.residual is None else fed[:, :tokens])
         recorder.part = "decoder"
-        start, end = prompt  # the start is read once for all clips
+        start, end = PROMPT_TOKENS  # the start is read once for all clips
         words = end + tokens + 1
         shape = clips, start + fed.shape[1] + words, start
         others = torch.empty(start + clips * words, text.hidden_size, dtype=rows.dtype)

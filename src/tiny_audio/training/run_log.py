@@ -117,8 +117,7 @@ def draw_curves(output: Path, stages: Sequence[str]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
-    figure.savefig(output / "curves.tmp.png", dpi=110)
-    (output / "curves.tmp.png").replace(output / "curves.png")
+    figure.savefig(output / "curves.png", dpi=110)
 
 
 def start_trackers(wanted: Any, folder: Path, config: dict[str, Any]) -> list[str]:

@@ -203,10 +203,8 @@ def restore_progress(data: Any, dropped: Dropped, resume: Path) -> None:
     for row in read_log(resume / dropped.path.name):
         dropped.add(**row)
     if isinstance(data, SpeechStream):
-        if (shares := len(list(resume.glob("stream-*.json")))) != place.num_processes:
-            raise ValueError(
-                f"{resume} was saved by {shares} process(es): continue it with as many"
-            )
+        if (saved := len(list(resume.glob("stream-*.json")))) != place.num_processes:
+            raise ValueError(f"{resume} was saved by {saved} process(es): continue it with as many")
         data.start = json.loads((resume / f"stream-{place.process_index}.json").read_text())
 
 
@@ -271,7 +269,8 @@ def train(cfg: DictConfig) -> Path:
             needed = start and Path(start).resolve().is_relative_to(output.resolve())
             if needed or not any((output / stage.name).exists() for stage in cfg.stages):
                 raise ValueError(
-                    f"{output} is not a run of this recipe, or holds its starting model"
+                    f"run.fresh=true would delete {output}: it is no run of this recipe, or model."
+                    "pretrained_model_path is inside; choose another run.output_dir"
                 )
             for stage in recipe.stage_configs(cfg):  # check paths before deleting the old run
                 for source in [*stage.data.train, *stage.data.eval]:

@@ -115,7 +115,7 @@ class ASRTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss.
+        """Compute the loss; note the clips that could not be read, and the audio seen so far.
 
         Raises:
             DataError: if the loss is not finite, naming the clips of the batch; or if a stream
@@ -242,10 +242,9 @@ class ASRTrainer(Trainer):
         self._load_from_checkpoint(str(best))
 
 
-def stopped_early(state: TrainerState) -> bool:
-    """Whether early stopping had ended the run when it saved this state."""
-    callbacks: Any = state.stateful_callbacks
-    callback = callbacks.get("EarlyStoppingCallback", {})
+def stopped_early(state: Any) -> bool:
+    """Whether early stopping had ended the run when it saved this TrainerState."""
+    callback = state.stateful_callbacks.get("EarlyStoppingCallback", {})
     patience = callback.get("args", {}).get("early_stopping_patience")
     waited = callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return patience is not None and waited >= patience
