@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LogitsProcessor
+from transformers import StoppingCriteria
 
 from .asr_config import IGNORE, ASRConfig
 
@@ -143,19 +143,16 @@ class CharacterHead(nn.Module):
         return ctc_loss(self(hidden), lengths, targets)
 
 
-class LengthLimit(LogitsProcessor):
-    """End each row at its own number of new tokens, independent of the batch."""
+class LengthLimit(StoppingCriteria):
+    """Stop each row at its own number of new tokens, independent of the batch."""
 
-    def __init__(self, limits: Tensor, end: int) -> None:
-        self.limits, self.end = limits, end
+    def __init__(self, limits: Tensor) -> None:
+        self.limits = limits
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Allow only the end token in rows of `scores` (rows, vocab) that reached their limit."""
-        rows = self.limits.repeat_interleave(len(scores) // len(self.limits))
-        over = (input_ids.shape[1] >= rows)[:, None]
-        only_end = torch.full_like(scores, float("-inf"))
-        only_end[:, self.end] = 0.0
-        return torch.where(over, only_end, scores)
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Tell which rows of `input_ids` (rows, n) have reached their limit."""
+        rows = self.limits.repeat_interleave(len(input_ids) // len(self.limits))
+        return input_ids.shape[1] >= rows
 
 
 def align(log_probs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

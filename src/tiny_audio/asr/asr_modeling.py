@@ -14,7 +14,7 @@ from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutput
 
 from .asr_bases import add_lora, is_trained
@@ -291,7 +291,7 @@ class ASRModel(SavedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor,
         generation_config: GenerationConfig | None = None,
-        logits_processor: list[LogitsProcessor] | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
         encoded: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -300,7 +300,7 @@ class ASRModel(SavedModel, GenerationMixin):
         Args:
             input_features, input_features_mask, input_ids, attention_mask: from `ASRProcessor`.
             generation_config: replaces the model's own.
-            logits_processor: additional processors.
+            stopping_criteria: additional criteria.
             encoded: see `encode`.
             kwargs: any argument of `GenerationMixin.generate` (num_beams, streamer, ...).
 
@@ -311,16 +311,15 @@ class ASRModel(SavedModel, GenerationMixin):
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
         embeds, attention_mask, lengths = self.prompts(hidden, steps, input_ids, attention_mask)
         limits = lengths + SPARE_TOKENS
-        limit = LengthLimit(limits, self.config.end_token_id)
-        processors = LogitsProcessorList([*(logits_processor or []), limit])
+        stop = StoppingCriteriaList([*(stopping_criteria or []), LengthLimit(limits)])
         config = copy.deepcopy(generation_config or self.generation_config)
-        most = config.max_new_tokens or int(limits.max()) + 1
+        most = config.max_new_tokens or int(limits.max())
         kwargs = config.update(**{"max_new_tokens": most, **kwargs})
         return self.decoder.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             generation_config=config,
-            logits_processor=processors,
+            stopping_criteria=stop,
             **kwargs,
         )
 
