@@ -44,4 +44,4 @@ docs: install  # the figures, and the documentation as a site, in site/
 	$(BIN)/zensical build
 
 clean:
-	rm -rf .venv outputs site .cache
+	rm -rf .venv site .cache

@@ -1,7 +1,6 @@
 """From manifests to batches: nothing is lost, everything dropped is named, order repeats."""
 
 import json
-import math
 import os
 import shutil
 import time
@@ -314,34 +313,30 @@ def test_nothing_usable_is_an_error(tmp_path, corpus, processor):
         SpeechDataset([{"path": str(path)}], processor, Dropped())
 
 
-@pytest.mark.parametrize("head", ["tokens", "letters"])
-@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.7])
-def test_frames_limit_the_text(head, seconds, processor, monkeypatch):
+@pytest.mark.parametrize("frames", [7, 12, 21])
+def test_frames_limit_the_text(frames):
     """The clip with as many frames as targets (and blanks between repeats) is kept."""
-    frames = processor.frames_for_seconds(seconds)
-    frames = math.ceil(frames / processor.stack) if head == "tokens" else frames
-    for target, fits in (
-        (list(range(frames)), True),
-        (list(range(frames + 1)), False),
-        ([7] * ((frames + 1) // 2), True),
-        ([7] * ((frames + 1) // 2 + 1), False),
-    ):
-        tokens, letters = (target, [1]) if head == "tokens" else ([1], target)
-        monkeypatch.setattr(processor, "spell", lambda text, letters=letters: letters)
-        example = Example("a", None, "text", seconds, tokens)
-        refusal = why_refused(example, processor, True, (0.1, 30.0))
-        assert (refusal or {}).get("reason") == (None if fits else f"more {head} than frames")
+    fit = (frames + 1) // 2  # of one letter or token again and again
+    for n, m, fits in ((frames, fit, True), (frames + 1, fit + 1, False)):
+        for target in (list(range(n)), [7] * m):
+            refusal = why_refused(Example("a", None, "text", 1.0, target), frames, 99, (0.1, 30.0))
+            assert (refusal or {}).get("reason") == (None if fits else "more tokens than frames")
+        for text in (("ab" * n)[:n], "a" * m, "A" * m + ".,!"):
+            refusal = why_refused(Example("a", None, text, 1.0, [1]), 99, frames, (0.1, 30.0))
+            assert (refusal or {}).get("reason") == (None if fits else "more letters than frames")
 
 
 def test_letters_need_encoder_frames(tmp_path, processor):
     """In UTF-8, Thai has three bytes for a letter, and the character head spells bytes."""
-    text = "สวัสดีครับ ผมชื่อสมชาย ยินดีที่ได้รู้จัก"
-    processor.alphabet = sorted({*text.encode()})
     manifest = whisper_clips(tmp_path, (2.0,))
-    rows = [json.loads(manifest.read_text()) | {"text": text}]
-    source = {"path": str(write_manifest(manifest, rows))}
+    text = "สวัสดีครับ ผมชื่อสมชาย ยินดีที่ได้รู้จัก"
+    source = {
+        "path": str(write_manifest(manifest, [json.loads(manifest.read_text()) | {"text": text}]))
+    }
     with pytest.raises(DataError, match="more letters than frames"):
         SpeechDataset([source], processor, Dropped(), token_head=False)
+    data = SpeechDataset([source], processor, Dropped(), token_head=False, character_head=False)
+    assert len(data) == 1
 
 
 def test_repeat_mixes_sources(corpus, tmp_path, processor):
@@ -488,6 +483,17 @@ def test_frames_made_in_bfloat16_are_nearly_the_same(tmp_path, build, corpus):
         exact, rounded = (Frames(made[bf16])[example.id].float() for bf16 in (False, True))
         assert not torch.equal(exact, rounded)
         assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+def test_a_corrected_duration_is_read_again(tmp_path, build, processor):
+    _, model = build("whisper", ctc=False)
+    write_audio(tmp_path / "a.wav", babble(1.0, 1), 16_000, "pcm_s16le")
+    row = {"id": "a", "audio": "a.wav", "text": "the cat"}
+    for stated, there in ((9.0, 0), (1.0, 1)):
+        manifest = write_manifest(tmp_path / "m.jsonl", [row | {"duration": stated}])
+        data = SpeechDataset([{"path": str(manifest)}], processor, Dropped())
+        cache_frames(model, data, tmp_path)
+        assert len(data) == there
 
 
 def test_why_a_clip_has_no_cached_frames_is_told_to_every_stage(tmp_path, build, processor):

@@ -24,8 +24,8 @@ from tiny_audio.asr.asr_pipeline import ASRPipeline
 from tiny_audio.asr.asr_search import Lexicon, PrefixSearch, silent_frames, squeeze
 from tiny_audio.commands.transcribe import main as transcribe_command
 from tiny_audio.commands.transcribe import read_terms
-from tiny_audio.training.manifests import DataError
-from tiny_audio.training.vocabulary import blend, read_counts
+from tiny_audio.training.manifests import DataError, Example
+from tiny_audio.training.vocabulary import blend, read_counts, transcript_ngram
 
 ALPHABET = list(b" ab")
 NGRAM = build_ngram([["a", "b"], ["ab", "a"], ["ba"]], {"bb": 3})
@@ -34,6 +34,18 @@ WHOLE = {  # nothing is pruned
     **DECODING_DEFAULTS, "beams": 400, "temperature": 1.0, "candidates": 3, "ngram": 0.7,
     "word": 0.3, "open_character": 0.9,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("texts", [["打开客厅的灯", "关灯"], ["เปิดไฟ", "ปิดไฟ"], ["ライト"]])
+def test_short_texts_without_spaces_are_no_words(build, texts):
+    """As words of a lexicon, the search would find nothing but whole training texts."""
+    processor, _ = build("whisper")
+    processor.alphabet = sorted({*"".join(texts).encode(), 32})
+    examples = [Example(text, None, text, 1.0) for text in texts]
+    assert transcript_ngram(processor, examples) is None
+    processor.alphabet = sorted({*b"no yest", 32})
+    words = transcript_ngram(processor, [Example("a", None, "yes", 1.0)]).words
+    assert "yes" in words
 
 
 def random_log_probs(*shape):

@@ -2,12 +2,21 @@
 
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import LORAS, TEXTS, babble, build_asr
-from transformers import LlamaConfig, WhisperConfig, WhisperModel
+from transformers import (
+    AutoConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE
 from tiny_audio.asr.asr_bases import add_lora
@@ -138,6 +147,35 @@ def test_every_row_stops_at_its_own_token_limit(build, clips):
     out = model.generate(**batch, logits_processor=never_end)
     for row, limit in zip(out, lengths + SPARE_TOKENS, strict=True):
         assert int((row != processor.end_token_id).sum()) == int(limit)
+
+
+def test_what_the_decoder_s_authors_prefer_is_not_used(tiny_bases, clips, tmp_path):
+    """Many decoders come with settings that sample; a transcript is the most likely text."""
+    decoder = shutil.copytree(tiny_bases / "decoder", tmp_path / "decoder")
+    GenerationConfig(do_sample=True, temperature=5.0).save_pretrained(decoder)
+    processor, model = build_asr(tiny_bases / "whisper", decoder)
+    batch = processor(clips)
+    assert len({str(model.generate(**batch).tolist()) for _ in range(4)}) == 1
+
+
+def test_a_decoder_that_scales_its_embeddings_gets_frames_as_loud(tiny_bases, tmp_path):
+    """Gemma's embedding layer multiplies its weights."""
+    like = AutoConfig.from_pretrained(tiny_bases / "decoder")
+    shape = {k: getattr(like, k) for k in ("vocab_size", "hidden_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads", "intermediate_size")}  # fmt: skip
+    folder = shutil.copytree(tiny_bases / "decoder", tmp_path / "decoder")
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8, layer_types=None))
+    gemma.save_pretrained(folder)
+    model = build_asr(tiny_bases / "whisper", folder, bridge="posteriors", fresh=True)[1]
+    said = model.get_input_embeddings()(torch.arange(shape["vocab_size"]))
+    assert model.config.projector_scale == pytest.approx(said.pow(2).mean().sqrt().item())
+    weight = model.get_input_embeddings().weight
+    assert model.config.projector_scale > 2 * weight.pow(2).mean().sqrt().item()
+    hidden = (
+        torch.randn(1, 400, model.config.text_config.hidden_size) * model.config.projector_scale
+    )
+    mixed, keep = model.bridge(hidden, torch.tensor([400]))
+    assert mixed[keep].norm(dim=-1).mean() > 2 * weight.norm(dim=-1).mean() / len(weight) ** 0.5
 
 
 # -- loss and gradients --------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import (
     FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    GraniteConfig,
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
@@ -88,6 +90,13 @@ def test_packed_clips_have_the_states_and_gradients_of_each_clip_alone(kind, sha
     assert torch.allclose(ours[1][own], theirs[1][own], rtol=1e-4, atol=1e-4)
     start = mask & ~own  # read in the first row alone, which takes the gradients of all
     assert torch.allclose(ours[1][start].sum(0), theirs[1][start].sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [GraniteConfig(**SHAPE, logits_scaling=8.0),
+                                  Gemma2Config(**SHAPE, final_logit_softcapping=30.0)])  # fmt: skip
+def test_a_decoder_that_changes_its_logits_is_refused(kind):
+    with pytest.raises(ValueError, match="or it rescales its logits"):
+        build(kind).run_decoder(*left_padded(2), 2)
 
 
 def test_the_decoder_computes_no_padding():

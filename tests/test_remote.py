@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_audio.commands import cli, remote
+from tiny_audio.commands import cache_dir, cli, remote
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,12 @@ def sshd(tmp_path_factory):
     tool("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
     port = 2200 + os.getpid() % 700
     passed = {k: v for k, v in os.environ.items() if k.startswith("PIP_") and " " not in v}
-    passed |= {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    passed |= {
+        "TINY_AUDIO_CACHE": str(cache_dir()),
+        "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     config = [
         f"Port {port}", "ListenAddress 127.0.0.1", "UsePAM no", "StrictModes no", "PrintMotd no",
         f"HostKey {folder}/host", f"PidFile {folder}/pid", f"AuthorizedKeysFile {folder}/known",
@@ -171,16 +176,12 @@ ODD = "a folder; touch $(echo pwned) `echo pwned` 'quoted' \"twice\" & *"
 
 
 @pytest.fixture
-def far(home, sshd):
+def far(home, sshd, monkeypatch):
     """A deployed machine: this checkout, and this environment in the place of an installed one."""
-    folder = home / ODD
-    install = remote.INSTALL
-    remote.INSTALL = f'cd -- "$1" && ln -sfn {shlex.quote(sys.prefix)} .venv'
-    try:
-        assert cli.main(call("deploy", sshd, folder, "--cpu", "--small-disk")) == 0
-    finally:
-        remote.INSTALL = install
-    return folder
+    link = f'cd -- "$1" && ln -sfn {shlex.quote(sys.prefix)} .venv'
+    monkeypatch.setattr(remote, "INSTALL", link)
+    assert cli.main(call("deploy", sshd, home / ODD, "--cpu", "--small-disk")) == 0
+    return home / ODD
 
 
 @pytest.fixture
@@ -207,6 +208,15 @@ def wait_for(sign, seconds: float = 180) -> None:
     while not sign():
         assert time.monotonic() < until, "nothing came"
         time.sleep(0.2)
+
+
+def test_a_second_deploy_keeps_what_is_beside_the_checkout(far, home, sshd):
+    for path in (far / "data of mine/clips.csv", far / "src/tiny_audio/old.py"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert cli.main(call("deploy", sshd, far, "--cpu", "--small-disk")) == 0
+    assert (far / "data of mine/clips.csv").exists()
+    assert not (far / "src/tiny_audio/old.py").exists()
 
 
 def test_a_folder_with_shell_characters_is_only_a_name(far, home):
@@ -347,7 +357,7 @@ def test_the_quickstart_from_a_clean_clone(sshd, home, real_bases, real_rows, mo
     said = run(*train)
     assert "continuing from" in said and "ended with code 0" in said
     run(*call("fetch", sshd, far))
-    model = clone / "outputs/quickstart"
+    model = clone / "outputs/fetched/quickstart"
     assert json.loads((model / "finished.json").read_text())["stages"][1]["steps"] == 6
     code = "from tiny_audio.commands.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
     said = tool(sys.executable, "-c", code, "transcribe", real_rows[0]["audio"], "--model", model)

@@ -133,6 +133,14 @@ def test_loading_arguments_of_other_models(model_folder):
     assert model.device.type == "cpu"
 
 
+def test_device_0_is_not_the_cpu(model_folder):
+    if torch.accelerator.is_available():
+        assert ASRModel.from_pretrained(model_folder, device_map={"": 0}).device.type != "cpu"
+    else:
+        with pytest.raises((RuntimeError, AssertionError)):
+            ASRModel.from_pretrained(model_folder, device_map={"": 0})
+
+
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_damaged_weights_are_one_line(model_folder, tmp_path, content, capsys):
     folder = tmp_path / "model"

@@ -331,6 +331,30 @@ def test_the_page_says_what_is_wrong(model_folder, tmp_path):
     demo.build([str(model_folder)], [])
 
 
+def test_the_page_reads_nothing_but_the_upload(model_folder, tmp_path):
+    """Neither the files that an uploaded playlist names nor an address in place of a file."""
+    secret = write_audio(tmp_path / "secret.mp3", babble(3.0, 1), 16_000, "libmp3lame")
+    playlist = tmp_path / "x.m3u8"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:3.0,\n{secret}\n"
+                        "#EXT-X-ENDLIST\n")  # fmt: skip
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.5)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.wav"
+        for source in (str(playlist), url):
+            *_, (last, _) = demo.transcribe(source, str(model_folder))
+            assert "not readable as audio" in last
+        with pytest.raises(TimeoutError):
+            asked.append(listening.accept())
+    assert not asked
+
+
+def test_the_page_plays_files_of_any_name(model_folder, tmp_path):
+    path = write_audio(tmp_path / "talk #1 50%.wav", babble(1.0, 1), 16_000, "pcm_s16le")
+    *_, (last, _) = demo.transcribe(str(path), str(model_folder))
+    assert f'src="gradio_api/file={tmp_path}/talk%20%231%2050%25.wav"' in last
+
+
 def test_text_appears_as_one_speaks(model_folder, pipe):
     """What is finished is what the pipeline says of that stretch, and nothing is lost between."""
     whole, said, finished, done = babble(23.0, 4), None, [], 0

@@ -19,7 +19,7 @@ from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_pipeline import FLAGS, ASRPipeline
 from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.asr.asr_saving import WEIGHTS
-from tiny_audio.training import build
+from tiny_audio.training import build, trainer
 from tiny_audio.training import train as runner
 from tiny_audio.training.manifests import DataError
 from tiny_audio.training.recipe import CONFIGS, check_config
@@ -326,6 +326,25 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(compose, monkeypatch
     assert all(torch.equal(one[name], other[name]) for name in one)  # no step too many
 
 
+def test_a_signal_keeps_the_newest_checkpoint_beside_the_best(compose, monkeypatch, tmp_path):
+    """Trainer would keep only the best one if the recipe keeps one."""
+    cfg = compose("training.eval_strategy=steps", "training.save_total_limit=1", eval_steps=2,
+                  save_steps=2, steps=(9, 1))  # fmt: skip
+    loss = ASRTrainer.compute_loss
+
+    def taken_away(self, *args, **kwargs):
+        if self.state.global_step == 6 and self.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(ASRTrainer, "compute_loss", taken_away)
+    monkeypatch.setattr(trainer, "score", lambda *_: {"wer": 50.0})  # the first is the best
+    with pytest.raises(Preempted, match="SIGTERM: saved"):
+        runner.train(cfg)
+    found = {path.name for path in (tmp_path / "run/align").glob("checkpoint-*")}
+    assert found == {"checkpoint-2", "checkpoint-7"}
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
@@ -333,6 +352,7 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(compose, monkeypatch
     ("override", "message"),
     [
         ("+training.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("+training.auto_find_batch_size=true", "unknown key 'auto_find_batch_size'"),
         ("+training.batch_second=1", "did you mean 'batch_seconds'"),
         ("+data.minseconds=1", "did you mean 'min_seconds'"),
         ("+model.stak=1", "did you mean 'stack'"),
@@ -351,7 +371,7 @@ def test_unknown_keys_are_refused(compose, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.resume_from_checkpoint=x", "this run has several stages"),
+        ("training.resume_from_checkpoint=x", "the run has several stages"),
         ("+training.seed=1", "unknown key 'seed' in training"),
         ("+training.hub_private_repo=true", "unknown key 'hub_private_repo'"),
     ],

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -138,16 +139,17 @@ def _fetch(url: str) -> bytes:
         raise AudioError(f"cannot download {url}: {reason}") from error
 
 
-def open_audio(source: str | IO[bytes]) -> Any:
+@contextmanager
+def open_audio(source: str | IO[bytes]) -> Iterator[Any]:
     """Open a local path or a file object as a PyAV container.
 
-    FFmpeg detects playlists by their content, and an uploaded playlist could make it read local
-    files. Therefore a file object cannot open anything else, and a path cannot open network URLs.
+    FFmpeg detects playlists by their content, and a playlist could make it read other local files
+    or URLs. Therefore it gets an open file, and may open nothing else.
     """
-    if isinstance(source, str):  # absolute, or a name with a colon would look like a protocol
-        return av.open(str(Path(source).absolute()), options={"protocol_whitelist": "file"})
-    # Set the mode: PyAV takes it from the file, and the file of an upload is also writable.
-    return av.open(source, mode="r", options={"protocol_whitelist": "none"})
+    with ExitStack() as stack:
+        file = stack.enter_context(Path(source).open("rb")) if isinstance(source, str) else source
+        # Set the mode: PyAV takes it from the file, and the file of an upload is also writable.
+        yield stack.enter_context(av.open(file, mode="r", options={"protocol_whitelist": "none"}))
 
 
 def _decode(

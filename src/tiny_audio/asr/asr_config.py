@@ -13,12 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 # Size and place of a LoRA; `r` = 0 leaves that part frozen.
-LORA_DEFAULTS: dict[str, Any] = {
-    "r": 0,
-    "lora_alpha": 16,
-    "lora_dropout": 0.0,
-    "target_modules": [],
-}
+LORA_DEFAULTS = {"r": 0, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": []}
 # Decoding settings, see `asr_decoding`. After training, weights are tuned on evaluation clips.
 DECODING_DEFAULTS: dict[str, Any] = {
     "beams": 48,  # hypotheses that the CTC search keeps

@@ -49,6 +49,7 @@ class ASRModel(SavedModel, GenerationMixin):
         self.post_init()  # before the submodules exist: they initialise their own weights
         self.encoder: Any = encoder or build_encoder(config.audio_config)
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
+        self.decoder.generation_config = GenerationConfig()  # its own may sample
         mask_group_norm(self.encoder)
         use_packed_attention(self.decoder)
         self.projector = AudioProjector(config)
@@ -127,7 +128,9 @@ class ASRModel(SavedModel, GenerationMixin):
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
         run = (starts.cumsum(1) - 1).clamp(min=0)  # (b, f): index of the run of each frame
-        rows = embedding[self.ctc.token_ids].to(frames.dtype)  # (c - 1, d)
+        rows = (
+            self.get_input_embeddings()(self.ctc.token_ids).detach().to(frames.dtype)
+        )  # (c - 1, d)
         weights = log_probs[..., 1:].softmax(-1).to(frames.dtype)  # without the blank
         mixed = weights @ rows + self.residual(frames)
         mixed = mixed * spoken[..., None]

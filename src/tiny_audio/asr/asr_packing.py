@@ -18,10 +18,13 @@ from transformers.masking_utils import sdpa_mask
 # The name of our attention in transformers. A model folder's own copy of this file has another.
 PACKED = f"packed ({__name__})"
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers
+# Settings of decoders that change the logits after their last layer; we would leave that out.
+LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
 NO_MASK = (1, 1, 1, 1)  # shape of the mask that packed clips come with
 NOT_PACKABLE = (
     "the decoder ({}) cannot be trained on packed clips: some of its layers are not attention, or "
-    "use attention that ours cannot replace; choose another, such as SmolLM, Llama or Qwen"
+    "use attention that ours cannot replace, or it rescales its logits; choose another, such as "
+    "SmolLM, Llama or Qwen"
 )
 Shape = tuple[int, int, int]  # b, w, tokens of the shared start
 
@@ -89,7 +92,8 @@ def packed_attention(
 def use_packed_attention(decoder: Any) -> None:
     """Give a decoder the attention that reads packed clips, if all its layers can have it."""
     kinds = set(getattr(decoder.config, "layer_types", None) or ATTENTION)
-    if kinds <= ATTENTION and decoder._supports_sdpa:
+    plain = all(getattr(decoder.config, key, value) == value for key, value in LOGITS.items())
+    if kinds <= ATTENTION and decoder._supports_sdpa and plain:
         decoder.set_attn_implementation(PACKED)
 
 

@@ -128,7 +128,8 @@ class SavedModel(PreTrainedModel):
         encoder, own_head = load_base(config, "encoder", dtype, **kwargs)
         decoder, _ = load_base(config, "decoder", dtype, **kwargs)
         config.audio_config, config.text_config = encoder.config, decoder.config
-        embeddings = decoder.get_input_embeddings().weight.detach()
+        with torch.no_grad():  # of what the layer returns: Gemma's scales its weights
+            embeddings = decoder.get_input_embeddings()(torch.arange(config.text_config.vocab_size))
         config.projector_scale = embeddings.float().pow(2).mean().sqrt().item()
         if config.ctc_direct is None:
             config.ctc_direct = own_head is not None
@@ -184,7 +185,7 @@ class SavedModel(PreTrainedModel):
         config.name_or_path = str(name_or_path)
         if device == "auto":
             device = torch.accelerator.current_accelerator(check_available=True)
-        if device:
+        if device is not None:
             model.to(device)  # type: ignore[arg-type]
         return model.eval()
 

@@ -132,11 +132,7 @@ class PrefixSearch:
     """
 
     def __init__(
-        self,
-        alphabet: Sequence[int],
-        ngram: NGram | None,
-        settings: dict[str, Any],
-        device: Any = "cpu",
+        self, alphabet: Sequence[int], ngram: NGram | None, settings: dict, device: Any = "cpu"
     ) -> None:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
         self.ngram = ngram.to(device) if ngram else None

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 import numpy as np
@@ -68,7 +69,7 @@ def page(status: str, words: list[dict[str, Any]] | None = None, more: str = "")
 
 def player(result: dict[str, Any], source: Path) -> str:
     """Render an audio player and download links; the links contain their files as data URLs."""
-    out = f'<audio controls src="gradio_api/file={html.escape(str(source))}"></audio>'
+    out = f'<audio controls src="gradio_api/file={html.escape(quote(str(source)))}"></audio>'
     for kind in ("txt", "srt"):
         data = base64.b64encode(render(result, kind).encode()).decode()
         href = f"data:text/plain;charset=utf-8;base64,{data}"
@@ -83,7 +84,7 @@ def transcribe(source: str | None, model: str, decode: str | None = None) -> Ite
         return
     yield page("Listening ..."), ""
     pipe, began = load(model, decode), time.perf_counter()
-    recording, done = Recording(source), []
+    recording, done = Recording(Path(source)), []  # a path, never a URL
     try:
         for piece in pipe.pieces(recording, limit_seconds=MAX_SECONDS):
             done += piece.words
@@ -181,8 +182,10 @@ def build(
         hear = functools.partial(listen, decode=decode)
         microphone.stream(hear, [microphone, said, choice], [said, out], stream_every=LISTEN_EVERY)
         microphone.start_recording(lambda: None, None, said)
-        button.click(functools.partial(transcribe, decode=decode), [audio, choice], [out, text])
-        audio.change(lambda: ("", ""), None, [text, kept])  # the text of another recording
+        said_in = functools.partial(transcribe, decode=decode)
+        running = button.click(said_in, [audio, choice], [out, text])
+        # The text of another recording goes, and no more of it comes.
+        audio.change(lambda: ("", ""), None, [text, kept], cancels=[running])
         if folder:
             save.click(functools.partial(keep, folder=folder), [audio, text], kept)
     return blocks

@@ -31,7 +31,16 @@ from . import cache_dir, parser_of
 ROOT = Path(__file__).resolve().parents[3]
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 RSYNC_EXCLUDES = ["/.git", "/.venv", "/outputs", "/runs", "/wandb", "/.deploying", "__pycache__"]
-RSYNC_EXCLUDES += [".*_cache", ".env*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc"]
+RSYNC_EXCLUDES += [
+    "/.cache",
+    ".*_cache",
+    ".env*",
+    "*.pem",
+    "*.key",
+    "id_rsa*",
+    "id_ed25519*",
+    ".netrc",
+]
 DISK_GB = {"gpu": 40, "cpu": 8}  # installation, base models, checkpoints
 # Error messages of ssh and rsync, and advice for the user.
 ADVICE = {
@@ -64,8 +73,11 @@ INSTALL = """
 cd -- "$1" && exec 9>>.deploying || exit
 flock -n 9 || { echo 'another deploy to this machine is running' >&2; exit 3; }
 want=$(cat pyproject.toml constraints.txt | sha256sum)
-if [ "$(cat .venv/deployed 2>/dev/null)" = "$want" ]; then echo 'already installed'; else
+if .venv/bin/python -V > /dev/null 2>&1 && [ "$(cat .venv/deployed 2>/dev/null)" = "$want" ]; then
+  echo 'already installed'
+else
   set -e
+  rm -rf .venv
   "$2" -m venv .venv
   .venv/bin/pip install --quiet torch -c constraints.txt
   .venv/bin/pip install --quiet -e '.[quickstart,wandb]' -c constraints.txt
@@ -77,6 +89,9 @@ fi
 START = """
 cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
 name=$2 output=$3; shift 3
+# Downloads go to the disk of this folder, whose size was checked, and stay there.
+export HF_HOME="${HF_HOME:-$PWD/.cache/huggingface}"
+export TINY_AUDIO_CACHE="${TINY_AUDIO_CACHE:-$PWD/.cache/tiny-audio}"
 while IFS= read -r line; do export "$line"; done  # the secrets
 mkdir -p "runs/$name" && exec 9>>runs/starting && flock -w 30 9 || exit
 for lock in runs/*/lock; do
@@ -195,6 +210,8 @@ class Machine:
 
 def deploy(machine: Machine, args: argparse.Namespace) -> None:
     """Check the machine, copy the checkout and install it; takes seconds if nothing changed."""
+    if not (ROOT / "constraints.txt").is_file():
+        raise RemoteError("deploy sends a clone of tiny-audio: run it from one, see `make install`")
     found = machine.facts(CHECK)
     print(f"{machine.name}: {found['gpu'] or 'no GPU'}; {found['free']} GB free", flush=True)
     need = DISK_GB["cpu" if args.cpu else "gpu"]
@@ -208,7 +225,8 @@ def deploy(machine: Machine, args: argparse.Namespace) -> None:
         if wrong:
             raise RemoteError(f"{machine.name}: {what}")
     excluded = [f"--exclude={name}" for name in RSYNC_EXCLUDES]
-    machine.rsync("--delete", *excluded, f"{ROOT}/", machine.path("."))
+    # What lies beside the checkout's own files stays: data, and results in other folders.
+    machine.rsync("--delete", "--filter=protect /*", *excluded, f"{ROOT}/", machine.path("."))
     print("installing", flush=True)
     driver = "cpu" if args.cpu else found["gpu"].split(",")[-1].strip()
     machine.call(INSTALL, found["python"], driver, show=True)
@@ -258,9 +276,9 @@ def status(machine: Machine, args: argparse.Namespace) -> int:
 
 
 def fetch(machine: Machine, args: argparse.Namespace) -> None:
-    """Download the run's folder, except cached encoder frames."""
+    """Download the run's folder, except cached encoder frames; local runs stay as they are."""
     output = machine.facts(STATUS, args.run)["output"]
-    here = args.into or ROOT / "outputs" / Path(output).name
+    here = args.into or Path("outputs/fetched") / Path(output).name
     here.mkdir(parents=True, exist_ok=True)
     machine.rsync("--exclude=encoder_frames-*", machine.path(output), f"{here}/")
     print(f"fetched into {here}")
@@ -295,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "status":
             task.add_argument("--price", type=float, help="dollars per hour")
         if name == "fetch":
-            task.add_argument("--into", type=Path, help="local folder; default: outputs/<its name>")
+            task.add_argument(
+                "--into", type=Path, help="local folder; default: outputs/fetched/NAME"
+            )
     args = parser.parse_args(argv)
     for key in ("host", "user", "run"):
         if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):

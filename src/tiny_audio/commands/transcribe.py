@@ -53,11 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--terms", type=read_terms, metavar="FILE", help=TERMS_HELP)
     parser.add_argument("--format", choices=FORMATS, default="txt", help="default: %(default)s")
     parser.add_argument("--words", action="store_true", help="timestamps of words")
-    parser.add_argument(
-        "--output-dir",
-        type=home_path,
-        help="write a file for each input; skip inputs that have one",
-    )
+    parser.add_argument("--output-dir", type=home_path, help="a file per input; skip existing ones")
     args = parser.parse_args(argv)
     folder, kind = args.output_dir, args.format
     targets = {f: folder and folder / f"{Path(f).stem}.{kind}" for f in args.files}

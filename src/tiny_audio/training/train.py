@@ -52,6 +52,8 @@ FINISHED, TUNING = "finished.json", "tuning.json"
 def fit_device(training: DictConfig) -> None:
     """Turn off TF32 and dtype on a CPU, and bf16 on one without instructions for it; print them."""
     if torch.cuda.is_available():
+        if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+            raise ValueError("several GPUs: see docs/price.md, or set CUDA_VISIBLE_DEVICES=0")
         return
     has_bf16 = any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
     for key, instead in (("bf16", False), ("tf32", None), ("dtype", None)):
@@ -66,7 +68,7 @@ def read_data(
     """Read a stage's training data (SpeechDataset or SpeechStream) and its evaluation data."""
     place = PartialState()
     options = {key: value for key, value in cfg.data.items() if key not in recipe.OWN_DATA_KEYS}
-    options |= {"seed": cfg.run.seed, "token_head": cfg.model.ctc}
+    options |= {"seed": cfg.run.seed, **limits(cfg)}
     if cfg.data.streaming:
         data: Any = SpeechStream(
             cfg.data.train, processor, dropped, settings["batch_seconds"], cfg.data.block,
@@ -86,7 +88,7 @@ def read_data(
 def limits(cfg: DictConfig) -> dict[str, Any]:
     """The options of `Clips` for clips that are not augmented."""
     options = {key: cfg.data[key] for key in ("min_seconds", "max_seconds", "lowercase")}
-    return {**options, "token_head": cfg.model.ctc}
+    return {**options, "token_head": cfg.model.ctc, "character_head": cfg.model.ctc_characters}
 
 
 def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | None = None) -> Path:
@@ -233,7 +235,9 @@ def stage_summary(name: str, trainer: ASRTrainer, data: Any, seconds: float) -> 
 
 def finish(cfg: DictConfig, start: str, output: Path) -> None:
     """Tune decoding on the evaluation clips and save the last stage's model in `output`."""
-    model, processor = ASRModel.from_pretrained(start), ASRProcessor.from_pretrained(start)
+    dtype = cfg.training.dtype if torch.cuda.is_available() else None  # as in training
+    model = ASRModel.from_pretrained(start, dtype=dtype)
+    processor = ASRProcessor.from_pretrained(start)
     if is_tuned(cfg) and model.characters is not None:
         model.to(PartialState().device)  # type: ignore[arg-type]
         clips = SpeechDataset(
@@ -261,9 +265,7 @@ def train(cfg: DictConfig) -> Path:
     cfg.run.output_dir = str(Path(cfg.run.output_dir).expanduser())
     output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
     if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
-        raise ValueError(
-            "this run has several stages: set stages.N.training.resume_from_checkpoint"
-        )
+        raise ValueError("the run has several stages: set stages.N.training.resume_from_checkpoint")
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         if cfg.run.fresh and output.exists() and os.environ.get("RANK", "0") == "0":
             needed = start and Path(start).resolve().is_relative_to(output.resolve())

@@ -290,6 +290,8 @@ class Preemption(TrainerCallback):
             self.received = int(received)
         if self.received:
             control.should_save = control.should_training_stop = True
+            if args.save_total_limit == 1:  # at the end, Trainer would keep only the best one
+                args.save_total_limit = 2
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the signal handlers; raise `Preempted` if a signal came."""

@@ -1,17 +1,22 @@
 """The classes of the CTC heads and the vocabulary of the search."""
 
 import math
-import string
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from unicodedata import name
 
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_ngram import NEVER, START, NGram, build_ngram
 from ..asr.asr_processing import ASRProcessor
+from ..asr.asr_search import SPACE
+from .checks import spelled
 from .manifests import DataError, Example
 
 MAX_MEAN_WORD = 15.0  # letters; a longer mean indicates a script without spaces between words
+# Beginnings of the Unicode names of letters that are written without spaces between words.
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 MIN_EXTRA_WORD = 3  # letters of a word that occurs in no transcript
 
 
@@ -22,9 +27,8 @@ def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
     """
     examples = list(examples)
     tokens = {token for example in examples for token in example.target}
-    text_bytes = {byte for example in examples for byte in f" {example.text.lower()}".encode()}
-    marks = string.punctuation.replace("'", "")
-    return sorted(tokens), sorted(text_bytes - set(marks.encode()))
+    letters = {byte for example in examples for byte in spelled(example.text)}
+    return sorted(tokens), sorted(letters | {SPACE})
 
 
 def extend_vocabulary(
@@ -79,6 +83,10 @@ def transcript_ngram(
     sentences = [processor.spoken(example.text).split() for example in examples]
     lengths = [len(word) for sentence in sentences for word in sentence]
     if not lengths or sum(lengths) > MAX_MEAN_WORD * len(lengths):
+        return None
+    letters = Counter(chain.from_iterable(chain.from_iterable(sentences)))
+    unspaced = [letter for letter in letters if name(letter, "").startswith(UNSPACED)]
+    if sum(letters[letter] for letter in unspaced) > letters.total() / 2:
         return None
     if words is None:
         tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
