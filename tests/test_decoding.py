@@ -189,6 +189,9 @@ def test_silence_is_not_searched_for_words():
         search(around, length)[0][0].text
         == search(around[:, 499:507], torch.tensor([8]))[0][0].text
     )
+    # Many letters that are all less likely than the blank are no speech.
+    unlikely = torch.tensor([0.7, 0.2, 0.06, 0.04]).log().repeat(1, 500, 1)
+    assert silent_frames(unlikely, torch.tensor([500])).all()
     # A clip's padding is no silence around it: batch and single agree.
     longer = torch.cat([around, torch.zeros_like(hum)], 1)
     assert torch.equal(silent_frames(longer, length)[:, : length[0]], silent_frames(around, length))

@@ -23,7 +23,8 @@ NO_TEXT, NO_PARENT = -2, -1  # hashes that never match a text
 NO_CLASS = -1  # never equal to a class
 OPEN = -1  # node of a word that the lexicon lacks
 # A frame is silent if its blank is more likely than SURE_BLANK, or if fewer than LEAST_LETTERS are
-# expected within NEAR frames on either side (0.5 s at 50 Hz).
+# expected within NEAR frames on either side (0.5 s at 50 Hz). Letters that are less likely than the
+# blank do not count: hum has many of them, and speech hardly any without likely ones beside them.
 SURE_BLANK, LEAST_LETTERS, NEAR = 0.99, 1.0, 25
 
 
@@ -340,7 +341,7 @@ def silent_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
     """
     blank = log_probs[..., 0].exp()
     inside = torch.arange(blank.shape[1], device=blank.device) < lengths[:, None]
-    letters = ((1 - blank) * inside)[:, None]  # expected number in each frame
+    letters = ((1 - blank) * (blank < 0.5) * inside)[:, None]  # expected number in each frame
     around = F.avg_pool1d(letters, 2 * NEAR + 1, stride=1, padding=NEAR)[:, 0] * (2 * NEAR + 1)
     return (blank > SURE_BLANK) | (around < LEAST_LETTERS) | ~inside
 
