@@ -214,7 +214,7 @@ def test_a_run_that_goes_on_with_other_settings_names_them(compose, monkeypatch,
 
 def test_fresh_deletes_a_run_and_nothing_else(compose, tmp_path):
     (tmp_path / "run/years of work").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run is not a run of this recipe"):
+    with pytest.raises(ValueError, match="it is not a run of this recipe"):
         runner.train(compose("run.fresh=true"))
     assert (tmp_path / "run/years of work").exists()
     start = tmp_path / "run/align/final"  # of what it is to start from

@@ -271,8 +271,8 @@ def train(cfg: DictConfig) -> Path:
             needed = start and Path(start).resolve().is_relative_to(output.resolve())
             if needed or not any((output / stage.name).exists() for stage in cfg.stages):
                 raise ValueError(
-                    f"run.fresh=true would delete {output}: it is no run of this recipe, or model."
-                    "pretrained_model_path is inside; choose another run.output_dir"
+                    f"run.fresh=true would delete {output}: it is not a run of this recipe, or "
+                    "model.pretrained_model_path is inside; choose another run.output_dir"
                 )
             for stage in recipe.stage_configs(cfg):  # check paths before deleting the old run
                 for source in [*stage.data.train, *stage.data.eval]:
