@@ -218,7 +218,7 @@ def test_corrected_recordings_make_a_better_model(driver, real_bases, tmp_path):
     assert [clip.text for clip in read_source({"path": str(mine)})] == [c["text"] for c in heard]
     unheard = through_a_line(real_bases.dev, 40, tmp_path / "unheard")
     dev = write_manifest(tmp_path / "unheard.jsonl", unheard)
-    options = ["--dev", str(dev), "--out", str(tmp_path / "adapted"), "--steps", "60"]
+    options = ["--dev", str(dev), "--out", str(tmp_path / "adapted")]
     assert adapt.main([str(model), "--data", str(mine), *options]) == 0
     before, after = (json.loads((tmp_path / f"adapted/{when}0/summary.json").read_text())["wer"]
                      for when in ("before", "after"))  # fmt: skip
