@@ -128,11 +128,9 @@ class ASRModel(SavedModel, GenerationMixin):
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
         run = (starts.cumsum(1) - 1).clamp(min=0)  # (b, f): index of the run of each frame
-        rows = (
-            self.get_input_embeddings()(self.ctc.token_ids).detach().to(frames.dtype)
-        )  # (c - 1, d)
+        rows = self.get_input_embeddings()(self.ctc.token_ids).detach()  # (c - 1, d)
         weights = log_probs[..., 1:].softmax(-1).to(frames.dtype)  # without the blank
-        mixed = weights @ rows + self.residual(frames)
+        mixed = weights @ rows.to(frames.dtype) + self.residual(frames)
         mixed = mixed * spoken[..., None]
         count = frames.new_zeros(b, f).scatter_add(1, run, spoken.to(frames.dtype))
         merged = torch.zeros_like(mixed).scatter_add(1, run[..., None].expand(-1, -1, d), mixed)

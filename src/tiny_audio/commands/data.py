@@ -62,7 +62,7 @@ def check(cfgs: Sequence[Any]) -> None:
     processor, dropped = build_processor(cfg), Dropped(report, cfg.data.max_dropped_fraction)
     most = cfg.data.max_train_samples
     clips = Clips(processor, dropped, max_train_samples=most, **limits(cfg))
-    if cfg.data.words:
+    if cfg.data.words and cfg.model.ctc_characters:  # training reads it for the search
         read_counts(Path(cfg.data.words).expanduser())
     print(f"{'clips':>9}{'hours':>9}{'dropped':>9}{'rewritten':>11}{'speakers':>10}{'clips/s':>9}")
     for source in cfg.data.train:

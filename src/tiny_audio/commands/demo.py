@@ -182,8 +182,8 @@ def build(
         hear = functools.partial(listen, decode=decode)
         microphone.stream(hear, [microphone, said, choice], [said, out], stream_every=LISTEN_EVERY)
         microphone.start_recording(lambda: None, None, said)
-        said_in = functools.partial(transcribe, decode=decode)
-        running = button.click(said_in, [audio, choice], [out, text])
+        write = functools.partial(transcribe, decode=decode)
+        running = button.click(write, [audio, choice], [out, text])
         # The text of another recording goes, and no more of it comes.
         audio.change(lambda: ("", ""), None, [text, kept], cancels=[running])
         if folder:

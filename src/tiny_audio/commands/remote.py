@@ -30,17 +30,8 @@ from . import cache_dir, parser_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
-RSYNC_EXCLUDES = ["/.git", "/.venv", "/outputs", "/runs", "/wandb", "/.deploying", "__pycache__"]
-RSYNC_EXCLUDES += [
-    "/.cache",
-    ".*_cache",
-    ".env*",
-    "*.pem",
-    "*.key",
-    "id_rsa*",
-    "id_ed25519*",
-    ".netrc",
-]
+RSYNC_EXCLUDES = "/.git /.venv /outputs /runs /wandb /.deploying /.cache __pycache__".split()
+RSYNC_EXCLUDES += ".*_cache .env* *.pem *.key id_rsa* id_ed25519* .netrc".split()
 DISK_GB = {"gpu": 40, "cpu": 8}  # installation, base models, checkpoints
 # Error messages of ssh and rsync, and advice for the user.
 ADVICE = {
