@@ -47,7 +47,8 @@ from transformers import (
 )
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, load_audio, split_blocks
-from tiny_audio.asr.asr_config import WAVEFORM_ENCODERS, ASRConfig
+from tiny_audio.asr.asr_config import ASRConfig
+from tiny_audio.asr.asr_encoder import WAVEFORM_ENCODERS
 from tiny_audio.asr.asr_modeling import ASRModel
 from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.commands import assets

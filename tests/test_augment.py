@@ -135,6 +135,15 @@ def test_the_level_of_the_speech_is_the_same_whatever_it_was():
     assert not normalise_level(np.zeros(100, np.float32)).any()
 
 
+@pytest.mark.parametrize("floor", [0.0, 1e-4])
+def test_a_short_word_before_a_long_pause_keeps_its_level(floor):
+    """Where sound fills less than a twentieth, a percentile of all levels is that of the pause."""
+    clip = babble(1.0, 4)
+    pause = floor * np.random.default_rng(0).standard_normal(28 * SAMPLE_RATE).astype(np.float32)
+    found = normalise_level(np.concatenate([clip, pause]))[:SAMPLE_RATE]
+    assert augment.rms(found) == pytest.approx(augment.rms(normalise_level(clip)), rel=0.3)
+
+
 def test_the_length_of_a_disturbed_clip_is_known_before_it_is_read(build, tmp_path):
     rows = []
     for i in range(30):

@@ -1,5 +1,6 @@
 """From manifests to batches: nothing is lost, everything dropped is named, order repeats."""
 
+import copy
 import json
 import os
 import shutil
@@ -18,12 +19,12 @@ from tiny_audio.asr.asr_processing import ASRProcessor
 from tiny_audio.training import data as data_module
 from tiny_audio.training import frames
 from tiny_audio.training.batches import LengthBatchSampler
-from tiny_audio.training.checks import Dropped, prepare_text, read_log, why_refused
+from tiny_audio.training.checks import Dropped, prepare_text, read_log, spelled, why_refused
 from tiny_audio.training.data import SpeechDataset
 from tiny_audio.training.frames import Frames, cache_frames
 from tiny_audio.training.manifests import DataError, Example, Reader, header_seconds, read_source
 from tiny_audio.training.stream import SpeechStream
-from tiny_audio.training.vocabulary import ctc_vocabulary, read_counts
+from tiny_audio.training.vocabulary import ctc_vocabulary, read_counts, transcript_ngram
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +113,16 @@ def test_header_seconds(corpus):
             "unknown key 'text_colum'.*did you mean 'text_column'",
         ),
         ({"repeats": 2}, ValueError, "did you mean 'repeat'"),
+        ({"path": None}, DataError, "a data source needs a path"),
     ],
 )
 def test_source_errors_name_the_cause(corpus, source, error, message):
     with pytest.raises(error, match=message):
         rows_of({"path": str(corpus), **source})
+
+
+def test_a_path_alone_is_a_source(corpus):
+    assert rows_of(str(corpus)) == rows_of({"path": str(corpus)})
 
 
 # -- text ----------------------------------------------------------------------------------------
@@ -133,7 +139,7 @@ def test_source_errors_name_the_cause(corpus, source, error, message):
         ("TV", "TV", "tv"),
         ("ok", "ok", "ok"),
         ("Straße, Café — naïve", "Straße, Café — naïve", "straße café naïve"),
-        ("don’t", "don’t", "don't"),
+        ("don’t", "don't", "don't"),
         ("cafe\u0301", "café", "café"),  # two characters become the one
         ("नमस्ते, दुनिया", "नमस्ते, दुनिया", "नमस्ते दुनिया"),
         ("<noise>", "", ""),
@@ -176,6 +182,7 @@ def mixed(corpus, tmp_path):
         {"id": "mute", "audio": good[0]["audio"], "text": " <noise> ", "duration": 0.9},
         {"id": "null", "audio": good[0]["audio"], "text": None, "duration": 0.9},
         {"id": "long", "audio": good[0]["audio"], "text": "the cat", "duration": 31.0},
+        {"id": "longer", "audio": good[-1]["audio"], "text": "the cat", "duration": 0.4},
         {"id": "short", "audio": good[0]["audio"], "text": "the cat", "duration": 0.05},
         {"id": "wordy", "audio": good[0]["audio"], "text": "the cat sat " * 40, "duration": 0.9},
     ]
@@ -190,6 +197,7 @@ EXPECTED = {
     "mute": "empty text",
     "null": "empty text",
     "long": "over max_seconds",
+    "longer": "not as long as stated",
     "short": "shorter than min_seconds",
     "wordy": "more tokens than frames",
 }
@@ -213,8 +221,28 @@ def test_every_drop_has_a_reason_and_a_name(mixed, tmp_path, processor):
     details = {row["id"]: row["detail"] for row in rows}
     assert "gone.wav" in details["gone"]
     assert "broken.wav" in details["broken"]
-    assert data.total == 21
+    assert data.total == 22
     assert "2 empty text (first: mute)" in str(dropped)
+
+
+def test_the_character_head_learns_no_marks(processor):
+    text = "“¿Cómo estás?” — she said: don’t… यह मेरी किताब है। «да» $5"
+    heard = "cómo estás she said don't यह मेरी किताब है да 5"
+    assert spelled(text) == heard.encode()
+    processor = copy.copy(processor)
+    processor.alphabet = sorted({*f"{text.lower()}'".encode()})  # even if it knows all of the bytes
+    assert processor.spoken(text) == heard
+
+
+def test_words_of_any_language_are_in_the_lexicon(processor):
+    """A byte-level tokenizer writes "é" as two other letters."""
+    tokenizer = processor.tokenizer
+    processor = copy.copy(processor)
+    processor.tokenizer = copy.deepcopy(tokenizer)
+    processor.tokenizer.add_tokens(["ĠÃ©tÃ©"])
+    processor.alphabet = sorted({*"abcdefghijklmnopqrstuvwxyzé ".encode()})
+    ngram = transcript_ngram(processor, [Example("", None, "the cat", 1.0)])
+    assert "été" in ngram.words
 
 
 def test_too_many_drops_are_an_error():

@@ -132,6 +132,19 @@ def test_broken_clips_are_listed_and_the_rest_is_scored(model, tmp_path, capsys)
     assert all(mended[key] == row for key, row in rows.items() if key not in broken)
 
 
+def test_a_model_that_decodes_differently_is_another_model(model, tmp_path, capsys):
+    """Its weights are the same files, but tuning has changed its config."""
+    manifest, folder = make_set(tmp_path / "set", 4), shutil.copytree(model, tmp_path / "model")
+    args = ["eval", str(folder), "--dataset", str(manifest), "--out", str(tmp_path / "out")]
+    assert cli.main(args) == 0 and cli.main(args) == 0
+    assert "4 of 4 clips were transcribed before" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    config["decoding"]["beams"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(args) == 0
+    assert "were transcribed before" not in capsys.readouterr().out
+
+
 def test_results_of_another_evaluation_are_not_mixed_in(model, tmp_path):
     manifest, out = make_set(tmp_path / "set", 6), tmp_path / "out"
     args = ["eval", str(model), "--dataset", str(manifest), "--out", str(out)]
@@ -391,9 +404,9 @@ def results(folder: Path, said: dict[str, str], heard: dict[str, str], **summary
     rows = []
     for key, text in said.items():
         pair = [normal(text), normal(heard[key])]
-        c = scoring.count(*pair)
+        errors, words = scoring.count(*pair)
         rows.append({"id": key, "reference": text, "prediction": heard[key], "normalized": pair,
-                     "word_errors": c.errors, "words": c.words})  # fmt: skip
+                     "word_errors": errors, "words": words})  # fmt: skip
     write_manifest(folder / "results.jsonl", rows)
     figures = scoring.score(list(said.values()), [heard[key] for key in said])
     (folder / "summary.json").write_text(json.dumps({**figures, **summary}))
@@ -477,6 +490,7 @@ def test_the_leaderboard_adds_in_order(clone):
         ({"git_hash": "unknown"}, "is not a commit"),
         ({"dataset": "ami"}, "not on speechbrain/LoquaciousSet"),
         ({"source": {"split": "dev"}}, "not on speechbrain/LoquaciousSet"),
+        ({"source": {}}, "not on speechbrain/LoquaciousSet"),
         ({"language": "de"}, r"not of Whisper.s English normaliser \(de\)"),
     ],
 )

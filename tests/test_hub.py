@@ -48,9 +48,9 @@ def train(hub, home: Path, corpus: Path, output: Path, *overrides: str, **option
 
 @pytest.fixture(scope="module")
 def trained(hub, corpus, tmp_path_factory):
-    """A run that pushed its checkpoints and its result, because there was a token."""
+    """A run that pushed its checkpoints and its result."""
     home, output = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("out") / "model"
-    done = train(hub, home, corpus, output)
+    done = train(hub, home, corpus, output, "training.push_to_hub=true")
     assert done.returncode == 0, done.stderr[-3000:]
     return home, output, done
 
@@ -171,16 +171,17 @@ def test_push_by_hand_and_merged(hub, trained, corpus, tmp_path):
 @pytest.mark.long
 def test_a_refused_push_costs_nothing(hub, trained, corpus, tmp_path):
     home, _, _ = trained
+    push = ("training.push_to_hub=true", "training.hub_model_id=someone/else")
     hub.fail = True
     try:
-        done = train(hub, home, corpus, tmp_path / "model", "training.hub_model_id=someone/else")
+        done = train(hub, home, corpus, tmp_path / "model", *push)
     finally:
         hub.fail = False
     assert done.returncode == 1
     assert "push to someone/else failed" in done.stderr.splitlines()[-1]
     assert (done.stdout + done.stderr).count("will retry at") == 2  # a warning for each checkpoint
     assert (tmp_path / "model/model.safetensors").exists()
-    again = train(hub, home, corpus, tmp_path / "model", "training.hub_model_id=someone/else")
+    again = train(hub, home, corpus, tmp_path / "model", *push)
     assert again.returncode == 0 and "is finished" in again.stdout
 
 
@@ -191,10 +192,11 @@ def test_pushing_without_a_token_is_refused_before_training(hub, corpus, tmp_pat
 
 
 @pytest.mark.long
-def test_no_push_where_it_is_turned_off(hub, trained, corpus, tmp_path):
+def test_a_token_alone_publishes_nothing(hub, trained, corpus, tmp_path):
+    """Many have one in order to read."""
     home, _, _ = trained
     before = list(hub.messages)
-    done = train(hub, home, corpus, tmp_path / "m", "training.push_to_hub=false")
+    done = train(hub, home, corpus, tmp_path / "m")
     assert done.returncode == 0 and hub.messages == before
 
 

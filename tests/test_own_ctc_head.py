@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WAVEFORM_SHAPE, build_asr
+from safetensors.torch import load_file, save_file
 from transformers import (
     HubertConfig,
     HubertForCTC,
@@ -98,6 +99,17 @@ def test_half_a_letter_is_not_taken_for_a_letter(base, tmp_path):
     model = CLASSES[base.name][0].from_pretrained(folder)
     _, bias = read_ctc_head(model, [ord("a"), *"é".encode()], str(folder))
     assert bias[1] != UNKNOWN_LOGIT and (bias[2:] == UNKNOWN_LOGIT).all()
+
+
+def test_a_checkpoint_may_lack_what_only_training_masks_with(base, tiny_bases, tmp_path):
+    """That of facebook/wav2vec2-base-960h does."""
+    folder = shutil.copytree(base, tmp_path / base.name)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if not name.endswith("masked_spec_embed")}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    _, model = build_asr(folder, tiny_bases / "decoder", fresh=True)
+    assert model.config.ctc_direct
 
 
 def test_an_encoder_without_a_head_leaves_it_out(tiny_bases):

@@ -218,6 +218,7 @@ def test_batches_of_five_on_forty_gigabytes(planned):
         (["gpu=a41"], "did you mean 'a40'"),
         (["utilisation=40"], "utilisation at most 1"),
         (["seconds=0"], "must be above 0"),
+        (["stages.0.training.max_steps=-1"], "plan needs training.max_steps"),
         (["+experiments=stage9"], "Available options in 'experiments': "),
         (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["lerning_rate=1"], "Could not override 'lerning_rate'"),

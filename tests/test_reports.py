@@ -1,5 +1,6 @@
 """What people report of other tools: each was wrong here once."""
 
+import errno
 import gzip
 import io
 import json
@@ -31,7 +32,7 @@ from tiny_audio.training import train as runner
 from tiny_audio.training.checks import Dropped
 from tiny_audio.training.data import Clips
 from tiny_audio.training.manifests import DataError, Reader
-from tiny_audio.training.run_folder import run_lock
+from tiny_audio.training.run_folder import last_checkpoint, run_lock
 
 # -- audio ---------------------------------------------------------------------------------------
 
@@ -250,6 +251,33 @@ def test_two_runs_in_one_folder(compose, tmp_path):
     with run_lock(Path(cfg.run.output_dir)), pytest.raises(ValueError, match="another run"):
         runner.train(cfg)
     runner.train(cfg)  # it was let go
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
+    """A network disk may fail for a moment."""
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()  # not ours
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(Path, "read_text", fail)
+        last_checkpoint(tmp_path)
+    (tmp_path / "checkpoint-10/trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_a_model_to_start_from_is_looked_for_before_anything_is_read(compose, tmp_path):
+    cfg = compose(steps=(1, 1))
+    cfg.model.pretrained_model_path = "~/none"
+    with pytest.raises(ValueError, match=f"{Path.home()}/none: no trained model is there"):
+        runner.train(cfg)
+    assert not Path(cfg.run.output_dir).exists()
 
 
 def test_a_home_in_the_output_folder(compose, tmp_path, monkeypatch):

@@ -29,12 +29,9 @@ def spoil(rng, words):
 
 
 def check(reference, hypothesis):
-    c = scoring.count(reference, hypothesis)
-    assert c.errors == distance(reference.split(), hypothesis.split()), (reference, hypothesis)
-    assert c.words == len(reference.split())
-    hits = c.words - c.substitutions - c.deletions
-    assert hits + c.substitutions + c.insertions == len(hypothesis.split())
-    assert min(c.substitutions, c.deletions, c.insertions, hits) >= 0
+    errors, words = scoring.count(reference, hypothesis)
+    assert errors == distance(reference.split(), hypothesis.split()), (reference, hypothesis)
+    assert words == len(reference.split())
 
 
 def test_counts_are_the_edit_distance():
@@ -69,8 +66,11 @@ def test_counts_are_the_edit_distance_on_real_transcripts(real_bases):
     ],
 )
 def test_error_types(reference, hypothesis, expected):
-    c = scoring.count(reference, hypothesis)
-    assert (c.substitutions, c.deletions, c.insertions, c.words) == expected
+    assert scoring.count(reference, hypothesis) == (sum(expected[:3]), expected[3])
+    # The right utterance beside it must not hide or change the errors of this one.
+    found = scoring.score([reference, NINE], [hypothesis, NINE])
+    kinds = [found[kind] for kind in ("substitutions", "deletions", "insertions", "words")]
+    assert kinds == [*expected[:3], expected[3] + len(NINE.split())]
 
 
 def test_score_normalises_and_keeps_the_raw_rate():

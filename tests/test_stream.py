@@ -13,6 +13,7 @@ from pathlib import Path
 
 import forked
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import TEXTS, babble, write_audio, write_manifest
@@ -205,6 +206,15 @@ def test_what_is_wrong_with_a_stream_is_said_at_once(two_sources, processor):
         SpeechStream(two_sources, processor, Dropped(), 6.0)
 
 
+def test_repeated_clips_count_as_often_as_they_are_dropped(two_sources, processor):
+    """Disturbed repetitions have ids of their own, and so have their drops."""
+    source = {**two_sources[1], "repeat": 4}
+    batches = one_epoch(stream_of([source], processor, disturb=0.5))
+    dropped = {item["id"] for batch in batches for item in batch["dropped"]}
+    assert len(dropped) == 4  # one of five clips
+    assert batches[-1]["position"]["seen"] == 20
+
+
 @pytest.mark.parametrize("count", [3, 300])
 def test_a_stream_of_which_nothing_can_be_read_ends(tmp_path, processor, count):
     rows = [{"id": f"{i}", "audio": "gone.wav", "text": "a b", "duration": 1} for i in range(count)]
@@ -384,3 +394,17 @@ def test_sigterm_saves_and_says_so_with_its_own_code(run_in, uninterrupted, tmp_
     assert int(checkpoint.name.split("-")[1]) >= 5
     finish(run_in(folder, True, "training.save_steps=1000"), folder)
     assert_same_run(folder, uninterrupted(True))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_sigterm_to_all_processes_of_a_run_saves(run_in, uninterrupted, tmp_path, streaming):
+    """Slurm and systemd send it to the readers of data, too."""
+    folder = tmp_path / "run"
+    process = run_in(folder, streaming, "training.save_steps=1000")
+    wait_for(process, folder, 5)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.terminate()
+    process.terminate()
+    assert "SIGTERM: saved" in finish(process, folder, 75)
+    finish(run_in(folder, streaming, "training.save_steps=1000"), folder)
+    assert_same_run(folder, uninterrupted(streaming))

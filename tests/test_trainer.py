@@ -271,8 +271,9 @@ def test_without_a_network_the_run_goes_on_and_says_so(command, tmp_path):
         ("peft.target_modules=[q_prj]", "target 'q_prj' matches no module of the decoder"),
         ("model.pretrained_model_path=/no/model", "/no/model"),
         ("training.resume_from_checkpoint=/no/checkpoint", "/no/checkpoint"),
-        ("training.push_to_hub=true", "needs HF_TOKEN"),
+        ("training.push_to_hub=true", "set HF_TOKEN, or run `hf auth login`"),
         ("training.load_best_model_at_end=true training.eval_steps=7", "load_best_model_at_end"),
+        ("training.dtype=bf16", "training.dtype=bf16: float32, bfloat16"),
         ("training.early_stopping_patience=2", "needs training.load_best_model_at_end=true"),
     ],
 )

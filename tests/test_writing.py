@@ -66,6 +66,14 @@ def test_a_form_is_its_word_in_its_style(form):
     assert "??" in style or in_style(style, spoken(form)) == form
 
 
+@pytest.mark.parametrize(
+    ("form", "word"), [("'em,", "'em"), ("dogs'.", "dogs'"), ("है।", "है"), ("किताबें?", "किताबें")]
+)
+def test_vowel_signs_and_outer_apostrophes_are_part_of_a_word(form, word):
+    style = style_of(form, word)
+    assert "??" not in style and in_style(style, word) == form
+
+
 def test_transcripts_in_lower_case_need_no_writing():
     assert Writing.learn(["please hold", "i'm in london"], spoken) is None
 

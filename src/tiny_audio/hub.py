@@ -2,35 +2,27 @@
 
 import json
 import logging
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback
 
 from .asr.asr_config import ASRConfig
-from .errors import UserError
+from .errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 # Files of a model folder that users need; checkpoints, caches and the optimizer stay local.
 PUSH_PATTERNS = ["*.json", "*.py", "*.jinja", "*.md", "merges.txt", "*.model", "model.safetensors"]
 PUSH_PATTERNS += ["*.arpa.gz", "training_config.yaml"]
-IGNORE_PATTERNS = ["*/*", "trainer_state.json", "summary.json", "finished.json"]
+IGNORE_PATTERNS = ["*/*", "trainer_state.json", "summary.json", "finished.json", "stream-*.json"]
 
 
 class PushError(UserError):
     """A failed push; the message gives the reason and says that the local copy is intact."""
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class name if there is none."""
-    if isinstance(error.__cause__, HFValidationError):  # the path does not exist
-        return "no such folder; `make quickstart` fetches the models of its recipe"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def push_folder(folder: Path, repo_id: str, message: str, private: bool | None = None) -> str:
@@ -63,23 +55,19 @@ def push_folder(folder: Path, repo_id: str, message: str, private: bool | None =
         ) from error
 
 
-def hub_target(push: bool | None, repo_id: str | None) -> str | None:
-    """Return the repository that a run pushes to, or None if it does not push.
+def hub_target(repo_id: str | None) -> str:
+    """Return the repository to push to, by default <user>/tiny-audio.
 
-    The default is <user>/tiny-audio. If `push` is None, a run pushes if HF_TOKEN is set. Call this
-    before the training, which then fails early.
+    Call this before the training, which then fails early.
 
     Raises:
-        ValueError: if `push` is True and HF_TOKEN is not set.
-        PushError: if the Hub does not return the user of HF_TOKEN.
+        ValueError: if nobody is logged in to the Hub.
+        PushError: if the Hub does not return the token's user.
     """
-    token = os.environ.get("HF_TOKEN")
-    if push is False or (push is None and not token):
-        return None
-    if not token:
+    if not get_token():
         raise ValueError(
-            "training.push_to_hub=true needs HF_TOKEN in the environment: make a token with write "
-            "access at https://huggingface.co/settings/tokens, or set training.push_to_hub=false"
+            "a push needs a token with write access (https://huggingface.co/settings/tokens): set "
+            "HF_TOKEN, or run `hf auth login`"
         )
     if repo_id:
         return repo_id
@@ -87,8 +75,8 @@ def hub_target(push: bool | None, repo_id: str | None) -> str | None:
         return f"{HfApi().whoami()['name']}/tiny-audio"
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise PushError(
-            f"the Hub did not return the user of HF_TOKEN ({one_line(error)}): set "
-            "training.hub_model_id=<user>/<name>, or training.push_to_hub=false"
+            f"the Hub did not return the token's user ({one_line(error)}): name the repository, in "
+            "training by training.hub_model_id=<user>/<name>"
         ) from error
 
 
@@ -111,12 +99,15 @@ class HubPusher(TrainerCallback):
 
 def git_hash() -> str:
     """Return the commit of the working tree, with + for changes; "unknown" outside git."""
+    ours = ["git", "ls-files", "--error-unmatch", __file__]  # not a repository around site-packages
     run = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    options: Any = {"capture_output": True, "text": True, "cwd": Path(__file__).parent}
     try:
-        out = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
+        if subprocess.run(ours, **options).returncode:
+            return "unknown"
+        return subprocess.run(run, **options).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
-    return out.stdout.strip() or "unknown"
 
 
 def model_card(folder: Path, known: dict[str, Any] | None = None) -> str:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, pipeline
 from transformers.utils import logging
 
 from .asr.asr_config import ASRConfig
 from .asr.asr_pipeline import ASRPipeline
-from .errors import UserError
-from .hub import one_line
+from .errors import UserError, one_line
 from .progress import quiet_libraries
 
 
@@ -62,7 +62,7 @@ def load_pipeline(
             trust_remote_code=ours is not None,
             **(options if ours else {}),
         )
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         where = "cannot be loaded" if folder else "is not a folder; loading it from the Hub failed"
         raise UserError(f"{model} {where}: {reason}") from error

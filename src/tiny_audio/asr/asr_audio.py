@@ -230,7 +230,7 @@ def _resample(samples: np.ndarray, rate: int, mixer: Mixer) -> np.ndarray:
     if samples.ndim not in (1, 2) or samples.size == 0 or not np.issubdtype(kind, np.number):
         raise AudioError(f"a {kind} array of shape {shape} is not audio: expected (samples,)")
     if samples.dtype == np.int64:  # Python's integers: they hold 16 or 32 bits
-        samples = samples.astype(np.int16 if np.abs(samples).max() < 2**15 else np.int32)
+        samples = samples.astype(np.int16 if np.abs(samples).max() <= 2**15 else np.int32)
     if np.issubdtype(samples.dtype, np.integer):
         limits = np.iinfo(samples.dtype)
         middle = (limits.max + limits.min + 1) // 2  # 0, or 128 for unsigned bytes

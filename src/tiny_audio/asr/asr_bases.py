@@ -12,10 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file, extract_commit_hash
 
 from .asr_config import ASRConfig
-from .asr_encoder import encoder_class, has_ctc_head, read_ctc_head
+from .asr_encoder import family_of, read_ctc_head
 
-# Weights that a base checkpoint may lack: only SpecAugment uses them, during training.
-OPTIONAL_WEIGHTS = {"masked_spec_embed", "encoder.masked_spec_embed"}
+OPTIONAL_WEIGHT = "masked_spec_embed"  # checkpoints may lack it: SpecAugment uses it in training
 
 
 def load_base(
@@ -45,16 +44,18 @@ def load_base(
     file = cached_file(name, "config.json", revision=revision, **hub)
     revision = extract_commit_hash(file, None) or revision
     base = AutoConfig.from_pretrained(name, revision=revision, **hub)
-    plain: tuple[Any, dict[str, Any]] = (AutoModelForCausalLM, {})
-    kind, extra = encoder_class(base) if part == "encoder" else plain
+    kind: Any = AutoModelForCausalLM
+    extra: dict[str, Any] = {}
+    if part == "encoder":
+        kind, extra = family_of(base).loader(base)
     options = {"dtype": dtype or torch.float32, "output_loading_info": True, **extra, **kwargs}
     model, info = kind.from_pretrained(name, revision=revision, **options)
     if "layerdrop" in vars(model.config):
         model.config.layerdrop = 0.0  # DDP fails if a dropped layer's LoRA has no gradient
-    if missing := set(info["missing_keys"]) - OPTIONAL_WEIGHTS:
+    if missing := {name for name in info["missing_keys"] if not name.endswith(OPTIONAL_WEIGHT)}:
         raise ValueError(f"{part} {name}: the checkpoint lacks weights: {sorted(missing)[:5]}")
     setattr(config, f"{part}_revision", revision)
-    if not has_ctc_head(base):
+    if part == "decoder" or not family_of(base).has_ctc_head(base):
         return model, None
     head = None
     if config.ctc_alphabet and config.ctc_direct is None:

@@ -32,7 +32,6 @@ DECODING_DEFAULTS: dict[str, Any] = {
     "decoder_word": 0.0,  # bonus for each word: the two scores above prefer short texts
 }
 DECODE = ("rescore", "ctc", "generate")
-WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
 IGNORE = -100  # label of positions without a target
 SPARE_TOKENS = 8  # tokens that a clip's text may have beyond one per projected frame
 BRIDGES = ("frames", "posteriors")
@@ -180,31 +179,3 @@ class ASRConfig(PreTrainedConfig):
         self.ctc_token_ids = list(self.ctc_token_ids or [])
         self.ctc_alphabet = list(self.ctc_alphabet or [])
         super().__post_init__(**kwargs)
-
-
-def encoder_frames(audio_config: Any, n: Any) -> Any:
-    """Compute how many encoder frames `n` input steps give.
-
-    The encoder's own convolutions determine the number.
-
-    Args:
-        audio_config: config of the encoder.
-        n: int or integer tensor; mel frames for a mel encoder, samples for a waveform encoder.
-
-    Raises:
-        ValueError: if the encoder family is not supported.
-    """
-    if audio_config.model_type == "whisper":
-        return (n + 1) // 2  # the second convolution has stride 2, kernel 3, padding 1
-    if audio_config.model_type == "parakeet_encoder":  # convolutions of stride 2, "same" padding
-        for _ in range(int(audio_config.subsampling_factor).bit_length() - 1):
-            n = (n + 1) // 2
-        return n
-    if audio_config.model_type in WAVEFORM_ENCODERS:
-        for kernel, stride in zip(audio_config.conv_kernel, audio_config.conv_stride, strict=True):
-            n = (n - kernel) // stride + 1
-        return n
-    raise ValueError(
-        f"encoder type {audio_config.model_type!r} is not supported; "
-        f"use whisper, parakeet or one of {', '.join(WAVEFORM_ENCODERS)}"
-    )

@@ -66,9 +66,8 @@ class CTCHead(nn.Module):
         return logits.float().log_softmax(-1)
 
     def loss(
-        self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor,
-        negatives: int = 0, known: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, frames: Tensor, lengths: Tensor, labels: Tensor, embedding: Tensor, negatives: int = 0
+    ) -> Tensor:
         """Sum the CTC negative log-likelihood of `labels` (b, s).
 
         Labels of -100 and tokens without a class are skipped.
@@ -76,18 +75,14 @@ class CTCHead(nn.Module):
         Args:
             negatives: score the batch's own tokens against this number of others, drawn at random
                 (a sampled softmax, 3x faster with 16,000 classes); 0 scores against all.
-            known: the output for all classes (b, f, c), if it was computed before.
         """
         targets = self.class_of[labels.clamp(min=0)].masked_fill(labels == IGNORE, 0)
-        log_probs: Any = known
+        chosen = None
         if 0 < negatives < len(self.token_ids):
             others = torch.randperm(len(self.token_ids), device=labels.device)[:negatives] + 1
             chosen = torch.cat([targets[targets > 0], others]).unique()
             targets = torch.where(targets > 0, torch.searchsorted(chosen, targets) + 1, 0)
-            log_probs = self(frames, embedding, chosen)
-        elif known is None:
-            log_probs = self(frames, embedding)
-        return ctc_loss(log_probs, lengths, targets)
+        return ctc_loss(self(frames, embedding, chosen), lengths, targets)
 
     def greedy(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         """Decode the best path of each clip to token ids, without repeats and blanks."""

@@ -1,25 +1,24 @@
-"""What each encoder family needs beyond its transformers class.
+"""Encoder families: all that the rest of the code needs to know about an encoder.
 
-- Whisper runs at the real length of the audio instead of 30 s.
-- The group norm of the smaller HuBERT and wav2vec2 models ignores padding in its statistics.
-- Fine-tuned HuBERT, wav2vec2 and WavLM models bring a CTC head.
-- Parakeet's encoder is loaded from a CTC or transducer model.
+`family_of` finds the family of an encoder by its config. To add a family, derive a class from
+`EncoderFamily` and list it in `FAMILIES`.
 
-Shapes: b clips, n input steps, t encoder frames, c channels, d the encoder's hidden size.
+Shapes: b clips, n input steps (samples or mel frames), t encoder frames, c channels, d the
+encoder's hidden size.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCTC, AutoTokenizer, ParakeetEncoder
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-from .asr_config import WAVEFORM_ENCODERS
 
 logger = logging.getLogger(__name__)
 UNKNOWN_LOGIT = -15.0  # logit of a character that the encoder's own CTC head lacks
@@ -62,25 +61,6 @@ def mask_group_norm(encoder: nn.Module) -> None:
             encoder.set_submodule(name, masked)
 
 
-def encoder_class(base: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the class that loads the encoder of a base model's config, and its arguments."""
-    if base.model_type == "whisper":  # without its decoder
-        return WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
-    if base.model_type.startswith("parakeet"):  # without its CTC or transducer head
-        config = vars(base).get("encoder_config", base)
-        return ParakeetEncoder, {"key_mapping": {r"^encoder\.": ""}, "config": config}
-    return (AutoModelForCTC if has_ctc_head(base) else AutoModel), {}
-
-
-def has_ctc_head(base: Any) -> bool:
-    """Tell whether a base model was fine-tuned to spell with CTC, as HuBERT-ls960-ft was.
-
-    Parakeet's head outputs word pieces at 12.5 Hz, so a character head cannot start from it.
-    """
-    named = any(name.endswith("ForCTC") for name in base.architectures or ())
-    return named and base.model_type in WAVEFORM_ENCODERS
-
-
 def read_ctc_head(
     model: Any, alphabet: Sequence[int], name: str, **hub: Any
 ) -> tuple[Tensor, Tensor]:
@@ -117,52 +97,153 @@ def read_ctc_head(
     return weight, bias
 
 
-def build_encoder(audio_config: Any) -> nn.Module:
-    """Build an encoder with random weights from its config, without a decoder."""
-    if audio_config.model_type == "whisper":
-        return WhisperEncoderHalf(audio_config)
-    return AutoModel.from_config(audio_config)
+class EncoderFamily:
+    """HuBERT, wav2vec2 and WavLM, which read samples; base class of the other families.
 
-
-def run_encoder(encoder: Any, config: Any, features: Tensor, mask: Tensor) -> Tensor:
-    """Features (b, n) or (b, mels, n) and their mask (b, n) -> frames (b, t, d).
-
-    Frames beyond a clip's length are arbitrary. A clip's own frames do not depend on padding.
+    Attributes:
+        hop: samples per input step.
+        geometry: settings of the encoder that determine the number of frames.
+        longest_seconds: longest clip that the encoder can take.
+        lora_layers: modules that `adapt` gives a LoRA.
+        spells: whether a fine-tuned model's CTC head outputs letters.
     """
-    features = features.to(encoder.dtype)
-    if config.model_type == "whisper":
-        return encode_whisper(encoder, features, mask)
-    for module in encoder.modules():
-        if isinstance(module, MaskedGroupNorm):  # it follows the first convolution
-            kernel, stride = config.conv_kernel[0], config.conv_stride[0]
-            module.lengths = (mask.sum(1) - kernel) // stride + 1
-    if features.ndim == 3:  # Parakeet expects (b, n, mels)
-        features = features.transpose(1, 2)
-    return encoder(features, attention_mask=mask.long()).last_hidden_state
+
+    hop = 1
+    geometry: tuple[str, ...] = ("conv_kernel", "conv_stride")
+    longest_seconds = math.inf
+    lora_layers: tuple[type[nn.Module], ...] = (nn.Linear,)
+    spells = True
+
+    def frames(self, config: Any, n: Any) -> Any:
+        """Compute how many encoder frames `n` input steps give; an int or an integer tensor."""
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            n = (n - kernel) // stride + 1
+        return n
+
+    def features(self, extracted: Any) -> np.ndarray:
+        """Output of the feature extractor for one clip -> (n,) or (n, mels)."""
+        return extracted["input_values"][0]
+
+    def has_ctc_head(self, base: Any) -> bool:
+        """Tell whether a base model was fine-tuned to spell with CTC, as HuBERT-ls960-ft was."""
+        return self.spells and any(name.endswith("ForCTC") for name in base.architectures or ())
+
+    def loader(self, base: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the class that loads the encoder of a base model's config, and its arguments."""
+        return (AutoModelForCTC if self.has_ctc_head(base) else AutoModel), {}
+
+    def build(self, config: Any) -> nn.Module:
+        """Build an encoder with random weights, without a decoder."""
+        return AutoModel.from_config(config)
+
+    def run(self, encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
+        """Features (b, n) or (b, mels, n) and their mask (b, n) -> frames (b, t, d).
+
+        Frames beyond a clip's length are arbitrary. A clip's own frames do not depend on padding.
+        """
+        kernel, stride = encoder.config.conv_kernel[0], encoder.config.conv_stride[0]
+        for module in encoder.modules():
+            if isinstance(module, MaskedGroupNorm):  # it follows the first convolution
+                module.lengths = (mask.sum(1) - kernel) // stride + 1
+        return encoder(features, attention_mask=mask.long()).last_hidden_state
 
 
-def encode_whisper(encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
-    """Run Whisper's encoder at the real length instead of 30 s: (b, mels, n) -> (b, t, d).
+class WhisperFamily(EncoderFamily):
+    """Whisper's encoder. It runs at the real length of the audio instead of 30 s."""
 
-    Position embeddings are cut to t. Padding is zeroed before each convolution and hidden from
-    attention, so a clip's frames do not depend on the rest of the batch.
+    hop = 160
+    geometry = ()
+    longest_seconds = 30.0  # it has no more positions
+    lora_layers = (nn.Linear, nn.Conv1d)  # its two convolutions learn a room or a line
+    spells = False
+
+    def frames(self, config: Any, n: Any) -> Any:
+        """Its second convolution has stride 2, kernel 3 and padding 1."""
+        return (n + 1) // 2
+
+    def features(self, extracted: Any) -> np.ndarray:
+        """(1, mels, n) -> (n, mels)."""
+        return extracted["input_features"][0].T
+
+    def loader(self, base: Any) -> tuple[Any, dict[str, Any]]:
+        """Load it without the decoder."""
+        return WhisperEncoderHalf, {"key_mapping": {r"^(model\.)?encoder\.": ""}}
+
+    def build(self, config: Any) -> nn.Module:
+        """Build it without the decoder."""
+        return WhisperEncoderHalf(config)
+
+    def run(self, encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
+        """Cut the position embeddings to t; zero padding before each convolution and hide it.
+
+        Raises:
+            ValueError: if the audio is longer than the encoder's positions.
+        """
+        mask = mask[:, None].to(features.dtype)  # (b, 1, n)
+        positions = encoder.embed_positions.weight
+        x = F.gelu(encoder.conv1(features * mask)) * mask
+        x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (b, t, d)
+        t = x.shape[1]
+        if t > len(positions):
+            raise ValueError(
+                f"{t} encoder frames, but Whisper has {len(positions)} positions: split audio that "
+                "is longer than 30 s (the pipeline does this)"
+            )
+        x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
+        visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i
+        attention_mask = create_bidirectional_mask(encoder.config, x, visible)
+        for layer in encoder.layers:
+            x = layer(x, attention_mask)
+        return encoder.layer_norm(x)
+
+
+class ParakeetFamily(EncoderFamily):
+    """Parakeet's encoder, loaded from a CTC or transducer model."""
+
+    hop = 160
+    geometry = ("subsampling_factor",)
+    spells = False  # its CTC head outputs word pieces at 12.5 Hz
+
+    def frames(self, config: Any, n: Any) -> Any:
+        """Its convolutions have stride 2 and "same" padding."""
+        for _ in range(int(config.subsampling_factor).bit_length() - 1):
+            n = (n + 1) // 2
+        return n
+
+    def features(self, extracted: Any) -> np.ndarray:
+        """Cut the frame that only pads: (1, n + 1, mels) -> (n, mels)."""
+        return extracted["input_features"][0][: int(extracted["attention_mask"][0].sum())]
+
+    def loader(self, base: Any) -> tuple[Any, dict[str, Any]]:
+        """Load it without the CTC or transducer head."""
+        options = {"key_mapping": {r"^encoder\.": ""}, "config": encoder_config(base)}
+        return ParakeetEncoder, options
+
+    def run(self, encoder: Any, features: Tensor, mask: Tensor) -> Tensor:
+        """It expects (b, n, mels)."""
+        return encoder(features.transpose(1, 2), attention_mask=mask.long()).last_hidden_state
+
+
+WAVEFORM_ENCODERS = ("hubert", "wav2vec2", "wavlm")
+FAMILIES = {
+    **dict.fromkeys(WAVEFORM_ENCODERS, EncoderFamily()),
+    "whisper": WhisperFamily(),
+    "parakeet_encoder": ParakeetFamily(),
+}
+
+
+def encoder_config(base: Any) -> Any:
+    """Return the encoder's part of a base model's config; Parakeet's is nested."""
+    return vars(base).get("encoder_config", base)
+
+
+def family_of(config: Any) -> EncoderFamily:
+    """Return the family of an encoder's or base model's config.
 
     Raises:
-        ValueError: if the audio is longer than the encoder's positions.
+        ValueError: if it is not supported.
     """
-    mask = mask[:, None].to(features.dtype)  # (b, 1, n)
-    positions = encoder.embed_positions.weight
-    x = F.gelu(encoder.conv1(features * mask)) * mask
-    x = F.gelu(encoder.conv2(x)).transpose(1, 2)  # (b, t, d)
-    t = x.shape[1]
-    if t > len(positions):
-        raise ValueError(
-            f"{t} encoder frames, but Whisper has {len(positions)} positions: split audio that is "
-            "longer than 30 s (the pipeline does this)"
-        )
-    x = F.dropout(x + positions[:t], p=encoder.dropout, training=encoder.training)
-    visible = mask[:, 0, ::2].bool()  # (b, t): frame i sees input step 2 i
-    attention_mask = create_bidirectional_mask(encoder.config, x, visible)
-    for layer in encoder.layers:
-        x = layer(x, attention_mask)
-    return encoder.layer_norm(x)
+    kind = encoder_config(config).model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"encoder type {kind!r} is not supported; use one of {sorted(FAMILIES)}")
+    return FAMILIES[kind]

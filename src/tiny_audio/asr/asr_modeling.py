@@ -18,10 +18,10 @@ from transformers.generation import GenerationMixin, StoppingCriteria, StoppingC
 from transformers.modeling_outputs import CausalLMOutput
 
 from .asr_bases import add_lora, is_trained
-from .asr_config import IGNORE, SPARE_TOKENS, ASRConfig, encoder_frames
+from .asr_config import IGNORE, SPARE_TOKENS, ASRConfig
 from .asr_ctc import CharacterHead, CTCHead, LengthLimit
-from .asr_encoder import build_encoder, mask_group_norm, run_encoder
-from .asr_ngram import NGram
+from .asr_encoder import family_of, mask_group_norm
+from .asr_ngram import NGram, build_ngram
 from .asr_packing import NO_MASK, Shape, check_packed, pack, use_packed_attention
 from .asr_projector import AudioProjector
 from .asr_saving import SavedModel
@@ -47,9 +47,9 @@ class ASRModel(SavedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         self.post_init()  # before the submodules exist: they initialise their own weights
-        self.encoder: Any = encoder or build_encoder(config.audio_config)
+        self.family = family_of(config.audio_config)
+        self.encoder: Any = encoder or self.family.build(config.audio_config)
         self.decoder: Any = decoder or AutoModelForCausalLM.from_config(config.text_config)
-        self.decoder.generation_config = GenerationConfig()  # its own may sample
         mask_group_norm(self.encoder)
         use_packed_attention(self.decoder)
         self.projector = AudioProjector(config)
@@ -91,16 +91,14 @@ class ASRModel(SavedModel, GenerationMixin):
         """
         if encoded:
             return input_features, input_features_mask.sum(1)
-        audio_config = self.config.audio_config
-        lengths = encoder_frames(audio_config, input_features_mask.sum(1))
+        lengths = self.family.frames(self.config.audio_config, input_features_mask.sum(1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
-            hidden = run_encoder(self.encoder, audio_config, input_features, input_features_mask)
+            features = input_features.to(self.encoder.dtype)
+            hidden = self.family.run(self.encoder, features, input_features_mask)
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return hidden.masked_fill(~inside[..., None], 0.0), lengths
 
-    def bridge(
-        self, frames: Tensor, lengths: Tensor, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def bridge(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Turn projected frames into decoder inputs, with a mask of the frames to keep.
 
         "frames" uses the projected frames as they are. "posteriors" weights the decoder's own token
@@ -113,7 +111,6 @@ class ASRModel(SavedModel, GenerationMixin):
         Args:
             frames: (b, f, d), from the projector.
             lengths: (b,) frames of each clip.
-            known: the token head's output (b, f, c), if it was computed before.
 
         Returns:
             Embeddings (b, f, d) and a boolean mask (b, f).
@@ -123,7 +120,7 @@ class ASRModel(SavedModel, GenerationMixin):
         if self.residual is None:
             return frames, inside
         embedding = self.get_input_embeddings().weight.detach()
-        log_probs: Tensor = self.ctc(frames, embedding) if known is None else known  # (b, f, c)
+        log_probs: Tensor = self.ctc(frames, embedding)  # (b, f, c)
         best = log_probs.argmax(-1)
         spoken = (best > 0) & inside
         starts = spoken & (best != F.pad(best[:, :-1], (1, 0)))
@@ -204,16 +201,13 @@ class ASRModel(SavedModel, GenerationMixin):
         hidden, steps = self.encode(input_features, input_features_mask, encoded)
         if ctc_loss_weight or decoder_loss_weight or labels is None:
             frames, lengths = self.projector(hidden, steps)
-        embedding = self.get_input_embeddings().weight
-        log_probs = None
-        if self.residual is not None and (decoder_loss_weight or labels is None):
-            log_probs = self.ctc(frames, embedding)  # for the bridge, and for the loss
         losses: list[Tensor] = []
         logits: Any = None
         if labels is not None and ctc_loss_weight:
             if self.ctc is None:
                 raise ValueError("ctc_loss_weight is set but the model has no CTC head")
-            nll = self.ctc.loss(frames, lengths, labels, embedding, ctc_negatives, log_probs)
+            embedding = self.get_input_embeddings().weight
+            nll = self.ctc.loss(frames, lengths, labels, embedding, ctc_negatives)
             losses.append(ctc_loss_weight * nll)
         if labels is not None and character_loss_weight:
             if self.characters is None:
@@ -223,7 +217,7 @@ class ASRModel(SavedModel, GenerationMixin):
             nll = self.characters.loss(hidden, steps, character_labels)
             losses.append(character_loss_weight * nll)
         if decoder_loss_weight or labels is None:
-            audio, keep = self.bridge(frames, lengths, log_probs)
+            audio, keep = self.bridge(frames, lengths)
             embeds, mask = self.embed(input_ids, attention_mask, audio, lengths, keep)
             start = 0 if labels is None else self.common_start(input_ids, attention_mask)
             states, read = self.run_decoder(embeds, mask, start)
@@ -291,7 +285,6 @@ class ASRModel(SavedModel, GenerationMixin):
         input_features_mask: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        generation_config: GenerationConfig | None = None,
         stopping_criteria: list[StoppingCriteria] | None = None,
         encoded: bool = False,
         **kwargs: Any,
@@ -300,7 +293,6 @@ class ASRModel(SavedModel, GenerationMixin):
 
         Args:
             input_features, input_features_mask, input_ids, attention_mask: from `ASRProcessor`.
-            generation_config: replaces the model's own.
             stopping_criteria: additional criteria.
             encoded: see `encode`.
             kwargs: any argument of `GenerationMixin.generate` (num_beams, streamer, ...).
@@ -313,16 +305,10 @@ class ASRModel(SavedModel, GenerationMixin):
         embeds, attention_mask, lengths = self.prompts(hidden, steps, input_ids, attention_mask)
         limits = lengths + SPARE_TOKENS
         stop = StoppingCriteriaList([*(stopping_criteria or []), LengthLimit(limits)])
-        config = copy.deepcopy(generation_config or self.generation_config)
-        most = config.max_new_tokens or int(limits.max())
-        kwargs = config.update(**{"max_new_tokens": most, **kwargs})
-        return self.decoder.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            generation_config=config,
-            stopping_criteria=stop,
-            **kwargs,
-        )
+        self.decoder.generation_config = self.generation_config  # the decoder's own may sample
+        most = self.generation_config.max_new_tokens or int(limits.max())
+        options = {"max_new_tokens": most, "stopping_criteria": stop, **kwargs}
+        return self.decoder.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
 
     def prompts(
         self, hidden: Tensor, steps: Tensor, input_ids: Tensor, attention_mask: Tensor
@@ -345,6 +331,8 @@ class ASRModel(SavedModel, GenerationMixin):
     def search(self, settings: dict[str, Any]) -> PrefixSearch:
         """Return the search over the character head's output, see `ASRConfig.decoding`."""
         ngram, words = self.ngram if settings["lexicon"] else None, tuple(settings["words"])
+        if ngram is None:  # only the characters count, as in scripts without spaces
+            settings = {**settings, "ngram": 0.0, "word": 0.0, "open_character": 0.0}
         # The many small steps suit a CPU, and CUDA queues them just as fast.
         device = self.device if self.device.type == "cuda" else torch.device("cpu")
         key = ngram, words, device
@@ -352,6 +340,7 @@ class ASRModel(SavedModel, GenerationMixin):
             if words and ngram is None:
                 raise ValueError("words to prefer need a lexicon: use lexicon=True and an n-gram")
             ngram = ngram.preferring(words) if ngram and words else ngram
+            ngram = ngram or build_ngram([])
             search = PrefixSearch(self.config.ctc_alphabet, ngram, settings, device)
             self.last_search = key, search  # cached, because the lexicon takes a moment to build
         search = copy.copy(self.last_search[1])

@@ -4,15 +4,18 @@ import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .asr_audio import SAMPLE_RATE, AudioInput, load_audio
-from .asr_config import IGNORE, WAVEFORM_ENCODERS, encoder_frames
+from .asr_config import IGNORE
+from .asr_encoder import family_of
 
 LOUD, LOUD_PERCENTILE = 0.1, 95  # target RMS (-20 dBFS) of the loudest twentieth of a clip
+PAUSE_BELOW = 0.01  # share of the highest level (-40 dB)
 MAX_GAIN = 1e4  # 80 dB: digital silence stays silent
 
 
@@ -20,8 +23,17 @@ def normalise_level(samples: np.ndarray) -> np.ndarray:
     """Scale samples (n,) until their loud parts have an RMS of `LOUD`, whatever the gain was."""
     size = SAMPLE_RATE // 40  # 25 ms
     frames = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
-    loud = np.percentile(np.sqrt(np.square(frames).mean(1)), LOUD_PERCENTILE)
+    levels = np.sqrt(np.square(frames).mean(1))
+    loud = np.percentile(levels, LOUD_PERCENTILE)
+    if loud < PAUSE_BELOW * levels.max():  # sound fills less than a twentieth of the clip
+        loud = np.percentile(levels[levels >= PAUSE_BELOW * levels.max()], LOUD_PERCENTILE)
     return (samples * min(LOUD / max(loud, 1e-9), MAX_GAIN)).astype(np.float32)
+
+
+def without_marks(text: str) -> str:
+    """Lower-case a text; remove all punctuation and symbols except the apostrophe."""
+    letters = text.lower().replace("’", "'")
+    return "".join(c for c in letters if c == "'" or category(c)[0] not in "PS")
 
 
 class ASRProcessor(ProcessorMixin):
@@ -34,8 +46,8 @@ class ASRProcessor(ProcessorMixin):
     Args:
         feature_extractor: feature extractor of the encoder.
         tokenizer: tokenizer of the decoder.
-        encoder: settings that determine the number of frames: `model_type`, `conv_kernel` and
-            `conv_stride` of waveform encoders, `subsampling_factor` of Parakeet.
+        encoder: `model_type`, and the settings that determine the number of frames, see
+            `EncoderFamily.geometry`.
         stack: number of encoder frames in a projected frame.
         prompt_prefix, prompt_suffix: text around the audio.
         audio_token: the placeholder, which is added to the tokenizer.
@@ -66,6 +78,8 @@ class ASRProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer)
         self.auto_map = {"AutoProcessor": "asr_processing.ASRProcessor"}
         self.encoder, self.stack = encoder or {"model_type": "whisper"}, stack
+        self.encoder_config = SimpleNamespace(**self.encoder)
+        self.family = family_of(self.encoder_config)
         self.prompt_prefix, self.prompt_suffix = prompt_prefix, prompt_suffix
         self.audio_token, self.end_token = audio_token, end_token
         self.min_seconds, self.tail_seconds = min_seconds, tail_seconds
@@ -90,38 +104,28 @@ class ASRProcessor(ProcessorMixin):
         out = self.feature_extractor(
             samples, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="np"
         )
-        values = torch.from_numpy(np.asarray(out[self.feature_extractor.model_input_names[0]][0]))
-        if self.encoder["model_type"] == "parakeet_encoder":  # time first; cut its padding frame
-            return values[: int(out["attention_mask"][0].sum())]
-        return values.T if values.ndim == 2 else values
+        return torch.from_numpy(self.family.features(out))
 
     def encoder_steps(self, steps: int) -> int:
         """Number of encoder frames for `steps` feature steps."""
-        return encoder_frames(SimpleNamespace(**self.encoder), steps)
+        return self.family.frames(self.encoder_config, steps)
 
     def frames_for_seconds(self, seconds: float) -> int:
         """Number of encoder frames for a clip of `seconds`."""
         samples = int(max(seconds, self.min_seconds) * SAMPLE_RATE)
         samples += round(self.tail_seconds * SAMPLE_RATE)
-        return self.encoder_steps(samples // self.hop)
-
-    @property
-    def hop(self) -> int:
-        """Samples per step of the encoder's input: 1 for a waveform, the hop for mel frames."""
-        waveform = self.encoder["model_type"] in WAVEFORM_ENCODERS
-        return 1 if waveform else self.feature_extractor.hop_length
+        return self.encoder_steps(samples // self.family.hop)
 
     @property
     def frame_seconds(self) -> float:
         """Seconds between two encoder frames."""
         steps = 1_000_000
-        return round(steps * self.hop / self.encoder_steps(steps)) / SAMPLE_RATE
+        return round(steps * self.family.hop / self.encoder_steps(steps)) / SAMPLE_RATE
 
     @property
     def longest_seconds(self) -> float:
-        """Longest clip that the encoder can take: Whisper has positions for 30 s."""
-        whisper = self.encoder["model_type"] == "whisper"
-        return 30.0 - self.tail_seconds if whisper else math.inf
+        """Longest clip that the encoder can take."""
+        return self.family.longest_seconds - self.tail_seconds
 
     def tokenize(self, text: str) -> list[int]:
         """Transcript -> token ids without the end token.
@@ -144,7 +148,7 @@ class ASRProcessor(ProcessorMixin):
     def spoken(self, text: str) -> str:
         """Reduce a transcript to the character head's alphabet and single spaces."""
         known = {*self.alphabet}
-        kept = bytes(byte for byte in text.lower().encode() if byte in known)
+        kept = bytes(byte for byte in without_marks(text).encode() if byte in known)
         return " ".join(kept.decode(errors="ignore").split())
 
     def __call__(  # type: ignore[override]

@@ -20,7 +20,6 @@ from .asr_ngram import NGram
 IMPOSSIBLE = -1e30  # log of "impossible"; finite, so sums of it stay comparable
 SPACE = 32  # the byte between words
 NO_TEXT, NO_PARENT = -2, -1  # hashes that never match a text
-NO_CLASS = -1  # never equal to a class
 OPEN = -1  # node of a word that the lexicon lacks
 # A frame is silent if its blank is more likely than SURE_BLANK, or if fewer than LEAST_LETTERS are
 # expected within NEAR frames on either side (0.5 s at 50 Hz). Letters that are less likely than the
@@ -123,22 +122,20 @@ class PrefixSearch:
     All clips and hypotheses advance together, frame by frame, in a few tensor operations. A text is
     one hypothesis, however many paths spell it. The n-gram scores a word of the lexicon when the
     word ends. A word that the lexicon lacks costs `open_character` for each of its characters.
-    Without an n-gram (scripts without spaces), only the characters count.
 
     Args:
         alphabet: byte of each class from 1 on.
-        ngram: n-gram of the training transcripts, or None.
+        ngram: n-gram of the training transcripts.
         settings: see `DECODING_DEFAULTS`; costs are natural logarithms.
         device: device that runs the search.
     """
 
     def __init__(
-        self, alphabet: Sequence[int], ngram: NGram | None, settings: dict, device: Any = "cpu"
+        self, alphabet: Sequence[int], ngram: NGram, settings: dict, device: Any = "cpu"
     ) -> None:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
-        self.ngram = ngram.to(device) if ngram else None
-        self.lexicon = Lexicon(ngram, alphabet, device) if ngram else None
-        self.space = self.alphabet.index(SPACE) + 1 if SPACE in self.alphabet else NO_CLASS
+        self.ngram, self.lexicon = ngram.to(device), Lexicon(ngram, alphabet, device)
+        self.space = self.alphabet.index(SPACE) + 1
 
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""
@@ -166,9 +163,9 @@ class PrefixSearch:
             hash=torch.where(blank == 0.0, 0, NO_TEXT),
             parent=torch.full_like(zero, NO_PARENT),
             last=zero,
-            node=zero if self.lexicon else torch.full_like(zero, OPEN),
+            node=zero,
             depth=zero,
-            before=torch.full_like(zero, self.ngram.start if self.ngram else 0),
+            before=torch.full_like(zero, self.ngram.start),
         )
 
     def step(self, beams: Beams, frame: Tensor) -> tuple[Beams, Tensor, Tensor]:
@@ -182,7 +179,7 @@ class PrefixSearch:
         stay, merged = self.keep(beams, frame)
         log_probs, new = frame[:, 1:].topk(min(self.settings["candidates"], frame.shape[1] - 1))
         new = new + 1  # (b, n)
-        ended, word = self.end_word(beams) if self.lexicon else (beams.prior, beams.before)
+        ended, word = self.end_word(beams)
         label, prior, node = self.extend(beams, new, log_probs, merged, ended)
         score = torch.cat([stay.score, (label + prior).flatten(1)], 1)  # (b, k + k n)
         node = torch.cat([beams.node, node.flatten(1)], 1)
@@ -242,27 +239,23 @@ class PrefixSearch:
         new = new[:, None].expand(-1, beams.last.shape[1], -1)
         double = new == beams.last[..., None]
         label = torch.where(double, beams.blank[..., None], total[..., None]) + log_probs[:, None]
-        forbidden = merged.gather(2, new)
-        prior = beams.prior[..., None].expand_as(label)
-        node = beams.node[..., None].expand_as(new)
-        if self.lexicon:
-            node = self.lexicon.child[beams.node].gather(2, new).long()
-            price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
-            as_unknown = beams.prior - self.settings["open_character"] * price
-            prior = torch.where(node == OPEN, as_unknown[..., None], prior)
-            is_space = new == self.space
-            prior = torch.where(is_space, ended[..., None], prior)
-            node = node.masked_fill(is_space, 0)
-            forbidden = forbidden | (is_space & (beams.depth == 0)[..., None])
+        node = self.lexicon.child[beams.node].gather(2, new).long()
+        price = torch.where(beams.node == OPEN, 1, beams.depth + 1)
+        as_unknown = beams.prior - self.settings["open_character"] * price
+        prior = torch.where(node == OPEN, as_unknown[..., None], beams.prior[..., None])
+        is_space = new == self.space
+        prior = torch.where(is_space, ended[..., None], prior)
+        node = node.masked_fill(is_space, 0)
+        forbidden = merged.gather(2, new) | (is_space & (beams.depth == 0)[..., None])
         return label.masked_fill(forbidden, IMPOSSIBLE), prior, node
 
-    def look_ahead(self, node: Tensor) -> Tensor | float:
+    def look_ahead(self, node: Tensor) -> Tensor:
         """Score each node by the most common word that it can still become.
 
         Otherwise the n-gram would count only when a word ends, and until then rare words could push
         out common ones (Steinbiss, Tran and Ney 1994, "Improvements in beam search").
         """
-        return self.settings["ngram"] * self.lexicon.best[node] if self.lexicon else 0.0
+        return self.settings["ngram"] * self.lexicon.best[node]
 
     def grow(self, beams: Beams, gained: Tensor, word: Tensor) -> Beams:
         """Add the character `gained` (b, k), 0 for none, to the text of each hypothesis.
@@ -281,7 +274,6 @@ class PrefixSearch:
 
     def end_word(self, beams: Beams) -> tuple[Tensor, Tensor]:
         """Return the prior (b, k) and the n-gram's id of the current word if it ended here."""
-        assert self.ngram and self.lexicon
         word = self.lexicon.word[beams.node]
         log_prob = self.ngram.score(beams.before, word)
         unfinished = (word == self.ngram.unknown) & (beams.node != OPEN)
@@ -290,8 +282,6 @@ class PrefixSearch:
 
     def finish(self, beams: Beams) -> Beams:
         """Add the n-gram scores of the last word and of the end of the text."""
-        if not self.ngram:
-            return beams
         ended, word = self.end_word(beams)
         inside = beams.depth > 0
         prior = torch.where(inside, ended, beams.prior)

@@ -25,7 +25,8 @@ UNSEEN = 1.0  # pseudo-count of the styles of all words, beside those of a word 
 
 def style_of(form: str, word: str) -> str:
     """The style of a form: its case and the marks around it, such as "Aa." for "London."."""
-    core = re.sub(r"^\W+|\W+$", "", form)
+    at = form.lower().find(word)  # `\w` lacks vowel signs, and the word may end in an apostrophe
+    core = form[at : at + len(word)] if at >= 0 else re.sub(r"^\W+|\W+$", "", form)
     case = next((name for name, change in CASES.items() if change(word) == core), OTHER)
     return form.replace(core, case, 1)
 

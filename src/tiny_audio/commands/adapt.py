@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from ..asr.asr_config import ASRConfig
-from ..evaluation.recognisers import fingerprint, load_recogniser
+from ..asr.asr_encoder import family_of
+from ..errors import clean_exit
+from ..evaluation.recognisers import fingerprint, load_recogniser, model_files
 from ..training.manifests import DataError, Example, Reader, audio_checksum, read_source
 from ..training.plan import without_weights
 from ..training.recipe import CONFIGS
-from ..training.train import clean_exit, train
+from ..training.train import train
 from . import home_path, parser_of
 from .compare import compared, paired, read_rows
 from .eval import evaluate
@@ -86,12 +87,14 @@ def recipe_of(model: Path) -> DictConfig:
     if not path.is_file():
         raise ValueError(f"{model} holds no training_config.yaml: adapt needs a model of ours")
     cfg: Any = OmegaConf.load(path)
+    cfg.peft.pop("peft_method", None)  # older versions wrote it; peft.r alone decides now
     return cfg
 
 
 def existing(sources: Any) -> list[dict[str, Any]]:
     """Keep the data sources of an old recipe that still exist on this machine."""
-    return [dict(source) for source in sources or [] if Path(source["path"]).expanduser().exists()]
+    named = [{"path": s} if isinstance(s, str) else dict(s) for s in sources or []]
+    return [source for source in named if Path(source["path"]).expanduser().exists()]
 
 
 def adapted_recipe(
@@ -108,8 +111,7 @@ def adapted_recipe(
         del change["encoder_lora"]
     else:
         encoder = without_weights(ASRConfig.from_pretrained(model)).encoder
-        # Whisper's two convolutions learn a room or a line; other encoders' take no LoRA.
-        kinds = (nn.Linear, nn.Conv1d) if encoder.config.model_type == "whisper" else nn.Linear
+        kinds = family_of(encoder.config).lora_layers
         names = [name for name, part in encoder.named_modules() if isinstance(part, kinds)]
         change.encoder_lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in names})
     cfg: Any = OmegaConf.merge(old, change)
@@ -131,7 +133,7 @@ def run(args: Any) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     made_from = args.out / "adapt.json"  # the options and clips of this folder's adaptation
     said = [[(c.id, c.text, audio_checksum(c.audio)) for c in part] for part in (kept, held_out)]
-    weights = fingerprint(sorted(args.model.glob("*.safetensors")))
+    weights = fingerprint(model_files(args.model))
     request = json.dumps([vars(args), weights, said], default=str)
     if made_from.exists() and made_from.read_text() != request:
         raise ValueError(f"{args.out} was made from other clips or options: choose another --out")

@@ -13,8 +13,7 @@ import torch
 
 import tiny_audio
 
-from ..errors import UserError
-from ..hub import one_line
+from ..errors import UserError, one_line
 
 VERBS = {
     "train": "train a model; takes Hydra overrides, like src/train.py",
@@ -63,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         code = importlib.import_module(f"tiny_audio.commands.{verb}").main(rest)
         sys.stdout.flush()
         return code
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         extra = verb if verb in ("cut", "serve", "demo", "dev") else "quickstart"
-        print(f"error: {error}: pip install 'tiny-audio[{extra}]'", file=sys.stderr)
+        ours = f": pip install 'tiny-audio[{extra}]'" if type(error) is not ImportError else ""
+        print(f"error: {one_line(error)}{ours}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,10 +28,11 @@ from huggingface_hub import dataset_info
 
 from ..asr.asr_audio import SAMPLE_RATE, AudioError, load_audio
 from ..asr.asr_config import DECODE
+from ..errors import one_line
 from ..evaluation.recognisers import FasterWhisper, fingerprint, load_recogniser, recognise
 from ..evaluation.report import write_report
 from ..evaluation.scoring import count, normalizer, score
-from ..hub import git_hash, one_line
+from ..hub import git_hash
 from ..progress import progress_bar
 from ..training.batches import cut_batches
 from ..training.checks import read_log
@@ -81,9 +82,9 @@ def with_errors(row: Row, language: str) -> Row:
     if "error" in row:
         return row
     texts = [normalizer(language)(row[key]) for key in ("reference", "prediction")]
-    c = count(*texts)
-    wer = 100 * c.errors / max(1, c.words)
-    return row | {"normalized": texts, "word_errors": c.errors, "words": c.words, "wer": wer}
+    errors, words = count(*texts)
+    wer = 100 * errors / max(1, words)
+    return row | {"normalized": texts, "word_errors": errors, "words": words, "wer": wer}
 
 
 def peak_memory() -> float:

@@ -40,8 +40,9 @@ def evaluation_entry(folder: Path) -> dict[str, Any]:
     s = json.loads(path.read_text()) if path.is_file() else {}
     if "dataset" not in s:
         raise UserError(f"{folder} holds no finished evaluation; create one with tiny-audio eval")
+    split = s.get("source", {}).get("split")
     reasons = {
-        f"it is not on {DATASET} {SPLIT}": (s["dataset"], s["source"]["split"]) != (DATASET, SPLIT),
+        f"it is not on {DATASET} {SPLIT}": (s["dataset"], split) != (DATASET, SPLIT),
         f"{s['errors']} clips failed": s["errors"] > 0,
         f"its WER is not of Whisper's English normaliser ({s['language']})": s["language"] != "en",
         f"{s['utterances']} samples, {MIN_SAMPLES} are needed": s["utterances"] < MIN_SAMPLES,

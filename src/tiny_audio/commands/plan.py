@@ -23,8 +23,9 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from ..asr.asr_config import check_keys
+from ..asr.asr_encoder import encoder_config
 from ..asr.asr_modeling import ASRModel
-from ..hub import one_line
+from ..errors import one_line
 from ..training.build import model_config
 from ..training.parts import freeze_idle
 from ..training.plan import GPUS, PARTS, Cost, count, describe, table, without_weights
@@ -76,6 +77,8 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
     Raises:
         OSError: if the config of a base model is not found.
     """
+    if cfg.training.max_steps <= 0:
+        raise ValueError("plan needs training.max_steps: only the data says how long an epoch is")
     bases: list[Any] = []
     for part in ("encoder", "decoder"):
         name = cfg.model[f"{part}_model_name"]
@@ -84,7 +87,7 @@ def plan_stage(cfg: Any, own: dict[str, Any]) -> Stage:
             bases.append(AutoConfig.from_pretrained(name, revision=revision))
         except OSError as error:
             raise OSError(f"no config of the {part} {name}: {one_line(error)}") from error
-    encoder, decoder = vars(bases[0]).get("encoder_config", bases[0]), bases[1]
+    encoder, decoder = encoder_config(bases[0]), bases[1]
     tokens = list(range(decoder.vocab_size)) if cfg.model.ctc else []
     alphabet = list(range(LETTERS)) if cfg.model.ctc_characters else []
     config = model_config(cfg, tokens, alphabet, audio_config=encoder, text_config=decoder)

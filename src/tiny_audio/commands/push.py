@@ -1,7 +1,8 @@
 """`tiny-audio push FOLDER [REPO]`: upload a trained model to the Hugging Face Hub.
 
-Needs HF_TOKEN. Uploads the config, trained tensors, processor, code and a model card. With
---merged, also uploads the weights of the base models, so the model does not depend on them.
+Needs HF_TOKEN, or `hf auth login`. Uploads the config, trained tensors, processor, code and a model
+card. With --merged, also uploads the weights of the base models, so the model does not depend on
+them.
 """
 
 import shutil
@@ -24,8 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.folder / "config.json").is_file():
         raise ValueError(f"{args.folder} has no config.json: it is not a finished model")
-    repo = hub_target(True, args.repo)
-    assert repo is not None
+    repo = hub_target(args.repo)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder
         if args.merged:

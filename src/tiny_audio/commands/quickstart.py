@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..asr.asr_decoding import SCORE_WEIGHTS, transcribe
+from ..errors import clean_exit
 from ..evaluation.recognisers import load_recogniser
 from ..evaluation.scoring import score
 from ..hub import git_hash, model_card
@@ -24,7 +25,7 @@ from ..training.checks import Dropped
 from ..training.data import SpeechDataset
 from ..training.manifests import read_source
 from ..training.recipe import compose_recipe
-from ..training.train import FINISHED, TUNING, clean_exit, train
+from ..training.train import FINISHED, TUNING, train
 from ..training.tuning import encoded
 from . import parser_of
 from .assets import Assets, prepare
@@ -130,7 +131,7 @@ def run(overrides: list[str]) -> int:
         **{k: test["model"][k] for k in "wer wer_low wer_high rtfx utterances words".split()},
         **{f"{row}_wer": test[row]["wer"] for row in ROWS if row != "model"},
         **{f"librivox_{row}_wer": scores[row]["librivox"]["wer"] for row in ROWS},
-        "errors": sum(s.get("errors", 0) for sets in scores.values() for s in sets.values()),
+        "errors": sum(s["errors"] for s in scores["model"].values()),
         "seed": cfg.run.seed,
         "prepare_seconds": round(prepared, 1),
         "train_seconds": round(train_seconds, 1),

@@ -46,11 +46,20 @@ ADVICE = {
 }
 
 # Bash scripts for the remote machine. Values are passed as arguments and never parsed as code.
+REFUSE_IF_BUSY = """refuse_if_busy() {
+  for lock in runs/*/lock; do
+    [ -e "$lock" ] && ! flock -n "$lock" true || continue
+    other=$(basename "$(dirname "$lock")")
+    echo "the run $other is still running: attach to it, or stop it" >&2; exit 4
+  done
+}
+"""
 CHECK = """
 mkdir -p -- "$1" && cd -- "$1" || exit
 [ -e .deploying ] || [ -z "$(ls -A)" ] || {
   echo "$PWD is not empty and not ours: name a new folder with --folder" >&2; exit 3; }
 >> .deploying
+refuse_if_busy  # it would lose its environment
 for python in python3.13 python3.12 python3.11 python3; do
   $python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
     echo "python=$python" && break
@@ -78,18 +87,14 @@ fi
   echo "torch cannot use the GPU with driver $3: rent a machine with a newer one" >&2; exit 5; }
 """
 START = """
-cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
+cd -- "$1" && [ -s .venv/deployed ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
 name=$2 output=$3; shift 3
 # Downloads go to the disk of this folder, whose size was checked, and stay there.
 export HF_HOME="${HF_HOME:-$PWD/.cache/huggingface}"
 export TINY_AUDIO_CACHE="${TINY_AUDIO_CACHE:-$PWD/.cache/tiny-audio}"
 while IFS= read -r line; do export "$line"; done  # the secrets
 mkdir -p "runs/$name" && exec 9>>runs/starting && flock -w 30 9 || exit
-for lock in runs/*/lock; do
-  [ -e "$lock" ] && ! flock -n "$lock" true || continue
-  other=$(basename "$(dirname "$lock")")
-  echo "the run $other is still running: attach to it, or stop it" >&2; exit 4
-done
+refuse_if_busy
 cd "runs/$name" && exec 8>>lock && flock -n 8 || exit 4  # held until the run's last process ends
 before=$(cat before 2>/dev/null || echo 0)  # seconds that earlier starts ran
 [ -s started ] && echo $((before + $(stat -c %Y log) - $(cat started))) > before
@@ -154,7 +159,14 @@ class Machine:
 
         Returns its output, or prints it as it comes with `show`. Raises RemoteError if it fails.
         """
-        words = ["bash", "-c", script, "tiny-audio", self.folder, *map(str, values)]
+        words = [
+            "bash",
+            "-c",
+            REFUSE_IF_BUSY + script,
+            "tiny-audio",
+            self.folder,
+            *map(str, values),
+        ]
         done = subprocess.run(
             [*self.ssh, "--", self.host, shlex.join(words)],
             input=text,
@@ -196,7 +208,9 @@ class Machine:
 
     def path(self, folder: str) -> str:
         """A remote folder in rsync's notation; relative ones are inside the checkout."""
-        return f"{self.host}:{Path(self.folder) / folder}/"
+        user, _, host = self.host.partition("@")
+        host = f"[{host}]" if ":" in host else host  # IPv6
+        return f"{user}@{host}:{Path(self.folder) / folder}/"
 
 
 def deploy(machine: Machine, args: argparse.Namespace) -> None:
@@ -231,10 +245,8 @@ def train(machine: Machine, args: argparse.Namespace) -> int:
     name = args.run or args.config.replace("/", "-")
     secrets = {key: os.environ[key] for key in SECRETS if os.environ.get(key)}
     command = [".venv/bin/python", "src/train.py", *overrides]
-    if args.config == "quickstart":  # fetch its assets first
-        both = ".venv/bin/python -m tiny_audio.commands.assets & trap 'kill $!' TERM; "
-        both += f"wait $! && trap - TERM && exec {shlex.join(command)}"
-        command = ["bash", "-c", both]
+    if args.config == "quickstart":  # fetches its assets first, and measures the result
+        command = [".venv/bin/tiny-audio", "quickstart", *args.overrides]
     text = "".join(f"{key}={value}\n" for key, value in secrets.items())
     started = machine.facts(START, name, cfg.run.output_dir, *command, text=text)
     passed = f" with {' and '.join(secrets)}" if secrets else ""

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException as StarletteError
 from ..asr.asr_audio import AudioError
 from ..asr.asr_config import DECODE
 from ..asr.asr_pipeline import Piece, Recording
-from ..hub import one_line
+from ..errors import one_line
 from ..loading import load_pipeline
 from . import parser_of
 from .formats import render

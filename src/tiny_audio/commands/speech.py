@@ -156,7 +156,7 @@ def synthesize(
     """Synthesize `hours` of speech into `cache/speech/synthetic_speech`, with a manifest.
 
     By default, `texts` are those of `SENTENCES_FILE`, which SmolLM2 wrote in the style of the
-    training prompts (bench/write_sentences.py), then shuffled sentences of the fortunes package.
+    training prompts, then shuffled sentences of the fortunes package.
     Texts close to a held-out transcript are dropped, so the recorded speech must exist. Texts are
     read in two alternating accents; when they run out, each is read again in the other accent.
     Clip i depends only on i, so asking for more hours gives the same first clips.

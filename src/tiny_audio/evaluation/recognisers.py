@@ -17,8 +17,7 @@ from transformers.utils.hub import cached_file
 from ..asr.asr_audio import SAMPLE_RATE
 from ..asr.asr_config import ASRConfig
 from ..asr.asr_pipeline import ASRPipeline
-from ..errors import UserError
-from ..hub import one_line
+from ..errors import UserError, one_line
 from ..loading import check_device, load_pipeline
 
 # Config classes that transformers' speech recognition pipeline accepts, and ours.
@@ -72,11 +71,18 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
         generation: Any = pipe.model.generation_config if pipe.model.can_generate() else config
         if generation.to_dict().get("is_multilingual"):  # keep Whisper from guessing the language
             pipe._forward_params |= {"language": language, "task": "transcribe"}
-    weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("model.bin")]
     snapshot = Path(str(cached_file(name, "config.json"))).parent.name  # commit in the Hub cache
-    pipe.revision = fingerprint(sorted(weights)) if weights else snapshot
+    pipe.revision = fingerprint(files) if (files := model_files(name)) else snapshot
     pipe.language = language
     return pipe
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """The files of a model folder that may affect its texts; none if `folder` is a Hub id."""
+    kinds = {".safetensors", ".bin", ".json", ".gz", ".txt", ".model", ".jinja"}
+    reports = {"summary.json", "finished.json", "tuning.json"}
+    found = (path for path in Path(folder).glob("*") if path.suffix in kinds)
+    return sorted(path for path in found if path.name not in reports)
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

@@ -1,7 +1,6 @@
 """Word error rate with error types and bootstrap interval, and a test for a difference."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -24,21 +23,6 @@ def normalizer(language: str = "en") -> Any:
     return EnglishTextNormalizer() if language == "en" else BasicTextNormalizer(preserve_marks=True)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Word errors of one utterance."""
-
-    substitutions: int = 0
-    deletions: int = 0
-    insertions: int = 0
-    words: int = 0
-
-    @property
-    def errors(self) -> int:
-        """Substitutions, deletions and insertions together."""
-        return self.substitutions + self.deletions + self.insertions
-
-
 def align(reference: str, hypothesis: str) -> list[tuple[str, str]]:
     """Align the words with minimal edits; return (reference, hypothesis) pairs, "" for no word."""
     ref, hyp = reference.split(), hypothesis.split()
@@ -50,11 +34,15 @@ def align(reference: str, hypothesis: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def count(reference: str, hypothesis: str) -> Counts:
-    """Count the word errors of normalised texts; with no reference, all words are insertions."""
+def count(reference: str, hypothesis: str) -> tuple[int, int]:
+    """Count the word errors of a hypothesis and the words of its reference, both normalised.
+
+    Errors are substitutions, deletions and insertions. If the reference is empty, every word of the
+    hypothesis is an insertion.
+    """
     found = jiwer.process_words(" ".join(reference.split()), " ".join(hypothesis.split()))
-    words = found.hits + found.substitutions + found.deletions
-    return Counts(found.substitutions, found.deletions, found.insertions, words)
+    errors = found.substitutions + found.deletions + found.insertions
+    return errors, found.hits + found.substitutions + found.deletions
 
 
 def resample(values: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -110,10 +98,10 @@ def score(
         raise ValueError("no utterance was scored")
     normal = normalizer(language)
     refs, hyps = ([" ".join(normal(t).split()) for t in ts] for ts in (references, hypotheses))
-    counts = [count(r, h) for r, h in zip(refs, hyps, strict=True)]
-    raw = [count(r, h) for r, h in zip(references, hypotheses, strict=True)]
-    errors, words = [c.errors for c in counts], [c.words for c in counts]
+    errors, words = zip(*map(count, refs, hyps), strict=True)
+    raw_errors, raw_words = zip(*map(count, references, hypotheses), strict=True)
     low, high = interval(errors, words)
+    kinds = jiwer.process_words(refs, hyps)
     letters = jiwer.process_characters(refs, hyps)
     wrong_letters = letters.substitutions + letters.deletions + letters.insertions
     hallucinations = [h for r, h in zip(refs, hyps, strict=True) if not r]
@@ -122,10 +110,10 @@ def score(
         "wer_low": low,
         "wer_high": high,
         "cer": 100 * wrong_letters / max(1, sum(map(len, refs))),
-        "wer_raw": 100 * sum(c.errors for c in raw) / max(1, sum(c.words for c in raw)),
-        "substitutions": sum(c.substitutions for c in counts),
-        "deletions": sum(c.deletions for c in counts),
-        "insertions": sum(c.insertions for c in counts),
+        "wer_raw": 100 * sum(raw_errors) / max(1, sum(raw_words)),
+        "substitutions": kinds.substitutions,
+        "deletions": kinds.deletions,
+        "insertions": kinds.insertions,
         "hallucinated": sum(len(h.split()) for h in hallucinations),
         "empty_references": len(hallucinations),
         "words": sum(words),

@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 
 from ..asr.asr_bases import load_weights
 from ..asr.asr_config import ASRConfig
+from ..asr.asr_encoder import encoder_config, family_of
 from ..asr.asr_modeling import ASRModel
 from ..asr.asr_processing import ASRProcessor
 from ..asr.asr_saving import NGRAM, WEIGHTS
 from ..asr.asr_writing import Writing
-from ..hub import one_line
+from ..errors import one_line
 from .parts import keep_new_letters
 from .stream import SpeechStream
 from .vocabulary import blend, ctc_vocabulary, extend_vocabulary, transcript_ngram
@@ -36,28 +37,14 @@ def build_processor(cfg: DictConfig) -> ASRProcessor:
         tokenizer = AutoTokenizer.from_pretrained(choices[key], revision=choices.decoder_revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.{key}={choices[key]}: {one_line(error)}") from error
-    audio_config = vars(audio_config).get("encoder_config", audio_config)  # Parakeet
-    geometry = ("model_type", "conv_kernel", "conv_stride", "subsampling_factor")
+    geometry = ("model_type", *family_of(audio_config).geometry)
     own = ("stack", "prompt_prefix", "prompt_suffix", "end_token", "tail_seconds", "max_seconds")
     return ASRProcessor(
         extractor,
         tokenizer,
-        encoder={k: v for k, v in audio_config.to_dict().items() if k in geometry},
+        encoder={key: getattr(encoder_config(audio_config), key) for key in geometry},
         **{key: cfg.model[key] for key in own},
     )
-
-
-def lora_from(group: DictConfig) -> dict[str, Any] | None:
-    """LoRA settings of a config group; None if its `peft_method` is null.
-
-    Raises:
-        ValueError: if the method is neither lora nor null.
-    """
-    settings: Any = OmegaConf.to_container(group)
-    method = settings.pop("peft_method", "lora")
-    if method not in ("lora", None):
-        raise ValueError(f"peft.peft_method must be lora or null, not {method!r}")
-    return settings if method else None
 
 
 def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more: Any) -> ASRConfig:
@@ -66,8 +53,8 @@ def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more
     return ASRConfig(
         encoder_name=cfg.model.encoder_model_name,
         decoder_name=cfg.model.decoder_model_name,
-        encoder_lora=lora_from(cfg.encoder_lora),
-        decoder_lora=lora_from(cfg.peft),
+        encoder_lora=OmegaConf.to_container(cfg.encoder_lora),
+        decoder_lora=OmegaConf.to_container(cfg.peft),
         ctc_token_ids=tokens,
         ctc_alphabet=alphabet,
         **{key: value for key, value in cfg.model.items() if key in known},

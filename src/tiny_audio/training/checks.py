@@ -2,7 +2,6 @@
 
 import json
 import re
-import string
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from unicodedata import category, normalize
 
 from ..asr.asr_audio import AudioError, load_audio
 from ..asr.asr_ctc import frames_needed
+from ..asr.asr_processing import without_marks
 from .manifests import DataError, Example
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
@@ -23,7 +23,6 @@ MARKS = {
     r"ignore_time_segment_in_scoring": "",  # TED-LIUM: speech without a transcript
     r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)": " ",  # <unk>, <sil>, [noise], (laughter)
 }
-NO_MARKS = str.maketrans("", "", string.punctuation.replace("'", ""))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -81,21 +80,20 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     Case, digits and punctuation are kept for the model to learn. `lowercase`, for small recipes,
     removes case and all punctuation except the apostrophe.
     """
-    text = normalize("NFC", text)
+    text = normalize("NFC", text).replace("’", "'")
     for mark, meaning in MARKS.items():
         text = re.sub(mark, meaning, text, flags=re.IGNORECASE)
     text = " ".join(text.split())
     if lowercase:
-        letters = text.lower().replace("’", "'")
         # letters, combining marks, digits, the apostrophe, zero-width joiner and non-joiner
-        kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in letters)
+        kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in text.lower())
         text = " ".join("".join(kept).split())
     return text.lower() if text.isupper() and len(text) > 3 else text
 
 
 def spelled(text: str) -> bytes:
-    """The bytes that the character head learns: no capitals, of ASCII marks only the apostrophe."""
-    return " ".join(text.lower().translate(NO_MARKS).split()).encode()
+    """The bytes that the character head learns: no capitals, of marks only the apostrophe."""
+    return " ".join(without_marks(text).split()).encode()
 
 
 def why_refused(

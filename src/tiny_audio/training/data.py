@@ -118,10 +118,11 @@ class Clips:
             return {"id": example.id, "reason": "unreadable audio", "detail": str(error)}
         if not samples.any():
             return {"id": example.id, "reason": "silent", "detail": "every sample is zero"}
-        longest = min(self.max_seconds + 0.1, self.processor.longest_seconds)
-        shortest = max(self.min_seconds, 0.9 * example.duration - 0.5)
+        stated = example.duration
+        longest = min(self.max_seconds + 0.1, self.processor.longest_seconds, 1.1 * stated + 0.5)
+        shortest = max(self.min_seconds, 0.9 * stated - 0.5)
         if not shortest <= len(samples) / SAMPLE_RATE <= longest:
-            detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {example.duration:.2f} s"
+            detail = f"{len(samples) / SAMPLE_RATE:.2f} s, not {stated:.2f} s"
             return {"id": example.id, "reason": "not as long as stated", "detail": detail}
         return {**item, "features": self.processor.features(self.disturbed(samples, example))}
 

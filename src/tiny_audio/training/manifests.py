@@ -314,8 +314,11 @@ def complete(source: Any) -> dict[str, Any]:
         DataError: if a folder has no metadata table.
         ValueError: for an unknown key.
     """
-    check_keys(dict(source), SOURCE, "a data source")
-    source = {**SOURCE, **dict(source), "path": str(dict(source).get("path"))}
+    source = {"path": source} if isinstance(source, str) else dict(source)
+    check_keys(source, SOURCE, "a data source")
+    if not source.get("path"):
+        raise DataError(f"a data source needs a path: {source}")
+    source = {**SOURCE, **source, "path": str(source["path"])}
     folder = Path(source["path"]).expanduser()
     if folder.is_dir():  # an AudioFolder of `datasets`
         tables = list(folder.glob("metadata.csv")) + list(folder.glob("metadata.jsonl"))

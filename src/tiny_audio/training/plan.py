@@ -27,13 +27,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..asr.asr_audio import SAMPLE_RATE
-from ..asr.asr_config import encoder_frames
-from ..asr.asr_encoder import build_encoder
+from ..asr.asr_encoder import family_of
 from ..asr.asr_modeling import ASRModel
 from ..asr.asr_packing import PACKED, packed_attention
 
 PARTS = ("encoder", "projector", "ctc heads", "decoder", "logits")
-MEL_RATE = 100  # mel frames per second (hop of 10 ms)
 PROMPT_TOKENS = 8, 8  # tokens of the chat format before and after the audio
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also runs on meta
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -130,7 +128,9 @@ def without_weights(config: Any, dtype: torch.dtype | None = None) -> ASRModel:
     for key, off in (("layerdrop", 0.0), ("apply_spec_augment", False)):  # no randomness
         setattr(config.audio_config, key, off)
     with torch.device("meta"):
-        encoder = build_encoder(config.audio_config).to(dtype or torch.float32)
+        encoder = (
+            family_of(config.audio_config).build(config.audio_config).to(dtype or torch.float32)
+        )
         decoder = AutoModelForCausalLM.from_config(config.text_config).to(dtype or torch.float32)
         model = ASRModel(config, encoder, decoder)
     model.decoder.set_attn_implementation(COUNTED_PACKED)
@@ -199,10 +199,10 @@ class _Step:
         audio, text = model.config.audio_config, model.config.text_config
         recorder.part = "encoder"
         bins = [audio.num_mel_bins] if "num_mel_bins" in vars(audio) else []
-        steps = round(seconds * (MEL_RATE if bins else SAMPLE_RATE))
+        steps = round(seconds * SAMPLE_RATE / model.family.hop)
         shape = [*bins, steps]
         if settings["cache_encoder"]:
-            shape = [encoder_frames(audio, steps), audio.hidden_size]
+            shape = [model.family.frames(audio, steps), audio.hidden_size]
         features = torch.empty(clips, *shape, dtype=next(model.encoder.parameters()).dtype)
         mask = torch.empty(clips, steps, dtype=torch.bool)
         hidden, lengths = model.encode(features, mask, settings["cache_encoder"])
@@ -212,19 +212,15 @@ class _Step:
         frames = self.cut(frames)
         recorder.part = "ctc heads"
         rows = model.decoder.get_input_embeddings().weight
-        shared = None  # what the bridge reads, and the loss too unless it samples classes
-        if model.residual is not None and settings["decoder_loss_weight"]:
-            shared = self.cut(model.ctc(frames, rows))
-        sampled = settings["ctc_negatives"]
-        if settings["ctc_loss_weight"] and model.ctc is not None and (sampled or shared is None):
-            some = min(sampled, len(model.ctc.token_ids))
+        if settings["ctc_loss_weight"] and model.ctc is not None:
+            some = min(settings["ctc_negatives"], len(model.ctc.token_ids))
             classes = torch.arange(1, some + 1) if some else None
             cuts.append((recorder.part, model.ctc(frames, rows, classes), None))
         if settings["character_loss_weight"] and model.characters is not None:
             cuts.append((recorder.part, model.characters(hidden), None))
         if not settings["decoder_loss_weight"]:
             return
-        fed, _ = model.bridge(frames, lengths, shared)
+        fed, _ = model.bridge(frames, lengths)
         fed = self.cut(fed if model.residual is None else fed[:, :tokens])
         recorder.part = "decoder"
         start, end = PROMPT_TOKENS  # the start is read once for all clips

@@ -66,13 +66,13 @@ def last_checkpoint(folder: Path) -> str | None:
 
     The trainer writes `trainer_state.json` last, so a checkpoint that has it is complete.
     """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+    for path in sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: -int(p.name.split("-")[1])):
         try:
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             print(f"{path}: incomplete, removed")
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # several processes may remove it
     return None
 
 

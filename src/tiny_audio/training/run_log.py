@@ -33,7 +33,11 @@ class StepLine(TrainerCallback):
         self.path, self.stages, self.price = folder / LOG, stages, price
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; remove log lines of steps that a resumed run will repeat."""
+        """Start the clock; remove log lines of steps that a resumed run will repeat.
+
+        A checkpoint also restores how often to log, evaluate and save; the recipe decides here.
+        """
+        state.compute_steps(args, state.max_steps)
         self.started = self.drawn = time.monotonic()
         self.first_step = state.global_step
         if not state.is_world_process_zero:

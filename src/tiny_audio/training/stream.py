@@ -136,8 +136,9 @@ class SpeechStream(Clips, IterableDataset):
                 dropped.append(refusal)
             else:
                 examples += self.repeated(example)
-        if not position["epoch"]:
-            position["seen"] = count
+        if not position["epoch"]:  # a disturbed clip's repetitions are dropped one by one
+            copies = [reader.source["repeat"] if self.disturb else 1 for reader in readers]
+            position["seen"] = sum(r.count * n for r, n in zip(readers, copies, strict=True))
         return examples
 
     def following(self, readers: list[Reader], before: dict[str, Any]) -> dict[str, Any]:

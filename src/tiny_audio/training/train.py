@@ -12,8 +12,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,8 @@ from transformers.trainer_utils import set_seed
 from ..asr.asr_decoding import SCORE_WEIGHTS
 from ..asr.asr_modeling import ASRModel
 from ..asr.asr_processing import ASRProcessor
-from ..errors import UserError
-from ..hub import HubPusher, git_hash, hub_target, model_card, one_line, push_folder
+from ..errors import clean_exit
+from ..hub import HubPusher, git_hash, hub_target, model_card, push_folder
 from ..progress import quiet_libraries
 from . import recipe
 from .build import build_processor, is_tuned, stage_model
@@ -43,7 +41,7 @@ from .plan import describe, expected_cost
 from .run_folder import changed_settings, explain_full_disk, keep_recipe, last_checkpoint, run_lock
 from .run_log import StepLine, finish_trackers, start_trackers
 from .stream import SpeechStream
-from .trainer import ASRTrainer, Preempted
+from .trainer import ASRTrainer
 from .tuning import tune
 
 FINISHED, TUNING = "finished.json", "tuning.json"
@@ -124,9 +122,12 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     model = stage_model(cfg, processor, data, start, resume)
     freeze_idle(model, settings)
     print(describe(model))
-    gflop, cost = expected_cost(model, settings, getattr(data, "examples", []))
+    examples = getattr(data, "examples", [])  # a stream has none
+    gflop, cost = expected_cost(model, settings, examples)
     print(cost)
-    print(f"{size_of(data)}; {data.rewritten} texts changed by the text rules; dropped: {dropped}")
+    hours = sum(example.duration for example in examples) / 3600
+    size = f"{len(examples)} clips, {hours:.2f} h an epoch" if examples else "a stream"
+    print(f"{size}; {data.rewritten} texts changed by the text rules; dropped: {dropped}")
     args = training_arguments(cfg, settings, folder, isinstance(data, SpeechStream))
     if settings["cache_encoder"]:
         model.to(args.device)  # type: ignore[arg-type]  # the trainer does so too late
@@ -136,10 +137,9 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
     if resume:
         print(f"continuing from {resume}")
         restore_progress(data, dropped, Path(resume))
-    lines = StepLine(folder, [s.name for s in cfg.stages], cfg.run.price_per_hour)
     trainer = ASRTrainer(settings, gflop, model=model, args=args, train_dataset=data,
-                         eval_dataset=evaluation, processing_class=processor,
-                         callbacks=[lines])  # fmt: skip
+                         eval_dataset=evaluation, processing_class=processor)  # fmt: skip
+    trainer.add_callback(StepLine(folder, [s.name for s in cfg.stages], cfg.run.price_per_hour))
     trainer.remove_callback(PrinterCallback)
     if settings["early_stopping_patience"]:
         trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
@@ -153,7 +153,7 @@ def run_stage(cfg: DictConfig, folder: Path, start: str | None, hub_id: str | No
         average_with_start(model, start, settings["start_share"])
     trainer.save_model(str(final))
     if place.is_main_process:
-        summary = stage_summary(folder.name, trainer, data, time.monotonic() - started)
+        summary = stage_summary(folder.name, trainer, data, hours, time.monotonic() - started)
         (final / FINISHED).write_text(json.dumps(summary) + "\n")
     place.wait_for_everyone()
     return final
@@ -210,23 +210,16 @@ def restore_progress(data: Any, dropped: Dropped, resume: Path) -> None:
         data.start = json.loads((resume / f"stream-{place.process_index}.json").read_text())
 
 
-def size_of(data: Any) -> str:
-    """Describe the size of an epoch."""
-    if isinstance(data, SpeechStream):
-        return "a stream"
-    hours = sum(example.duration for example in data.examples) / 3600
-    return f"{len(data)} clips, {hours:.2f} h an epoch"
-
-
-def stage_summary(name: str, trainer: ASRTrainer, data: Any, seconds: float) -> dict[str, Any]:
-    """Figures of a finished stage for the model card."""
+def stage_summary(
+    name: str, trainer: ASRTrainer, data: Any, hours: float, seconds: float
+) -> dict[str, Any]:
+    """Figures of a finished stage for the model card; `hours` of audio in an epoch."""
     parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
-    examples = [] if isinstance(data, SpeechStream) else data.examples
     return {
         "name": name,
         "steps": trainer.state.global_step,
-        "clips": len(examples),
-        "hours": sum(example.duration for example in examples) / 3600,
+        "clips": len(getattr(data, "examples", [])),
+        "hours": hours,
         "seconds": seconds,
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
@@ -264,6 +257,10 @@ def train(cfg: DictConfig) -> Path:
     quiet_libraries()
     cfg.run.output_dir = str(Path(cfg.run.output_dir).expanduser())
     output, start = Path(cfg.run.output_dir), cfg.model.pretrained_model_path
+    if start:
+        cfg.model.pretrained_model_path = start = str(Path(start).expanduser())
+        if not (Path(start) / "config.json").is_file():
+            raise ValueError(f"model.pretrained_model_path={start}: no trained model is there")
     if cfg.training.resume_from_checkpoint and len(cfg.stages) > 1:
         raise ValueError("the run has several stages: set stages.N.training.resume_from_checkpoint")
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
@@ -286,7 +283,7 @@ def train(cfg: DictConfig) -> Path:
         return output
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = io.StringIO()  # only the main process prints
-    hub_id = hub_target(cfg.training.push_to_hub, cfg.training.hub_model_id)
+    hub_id = hub_target(cfg.training.hub_model_id) if cfg.training.push_to_hub else None
     started = time.monotonic()
     with explain_full_disk(output), run_lock(output):
         for stage, merged in zip(cfg.stages, recipe.stage_configs(cfg), strict=True):
@@ -323,25 +320,3 @@ def compose_and_train(cfg: DictConfig) -> None:
     with clean_exit():
         recipe.refuse_shadowed(cfg, HydraConfig.get().overrides.task)
         train(cfg)
-
-
-@contextmanager
-def clean_exit() -> Iterator[None]:
-    """Print an expected error as one line; exit with 75 after SIGTERM and 130 after Ctrl-C."""
-    try:
-        yield
-    except (ValueError, OSError, UserError) as error:
-        if os.environ.get("TINY_AUDIO_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: out of memory ({one_line(error)}): lower batch_seconds (of `training`, or of "
-            "the stage that sets it), or set training.gradient_checkpointing=true"
-        )
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.code)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from its last checkpoint", file=sys.stderr)
-        sys.exit(130)

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from ..asr.asr_config import IGNORE
 from ..asr.asr_decoding import transcribe
 from ..asr.asr_saving import WEIGHTS
+from ..errors import Preempted
 from ..evaluation.scoring import score
 from .batches import LengthBatchSampler
 from .checks import Dropped
@@ -69,6 +70,7 @@ class ASRTrainer(Trainer):
             "generator": torch.Generator().manual_seed(self.args.seed),
             "prefetch_factor": self.args.dataloader_prefetch_factor,
             "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            "worker_init_fn": ignore_sigterm,
         }
         if isinstance(data, SpeechStream):  # one reader, which decodes in threads
             return DataLoader(data, batch_size=None, num_workers=min(1, workers), **loading)
@@ -147,15 +149,16 @@ class ASRTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     @torch.no_grad()
-    def evaluate(  # type: ignore[override]
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, **_: Any) -> dict[str, float]:  # type: ignore[override]
         """Return loss and WER (percent) on the evaluation clips.
 
         A stage that trains the decoder also decodes with it; other stages use only the CTC search.
         Uses no random numbers, so training continues as if there had been no evaluation.
+
+        Raises:
+            DataError: if no clip can be read.
         """
-        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        data: Any = self.eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
         model.eval()
         loss, labels = 0.0, 0
@@ -172,9 +175,10 @@ class ASRTrainer(Trainer):
             hypotheses += [transcript.text for transcript in found]
             references += [data.examples[row].text for row in items]
         model.train()
+        if not references:
+            raise DataError(f"no clip of data.eval can be read: {data.dropped}")
         wer = score(references, hypotheses, self.settings["language"])["wer"]
-        metrics = {"loss": loss / labels, "wer": wer, "clips": len(references)}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        metrics = {"eval_loss": loss / labels, "eval_wer": wer, "eval_clips": len(references)}
         self.log(metrics)
         self.logged_at = time.monotonic()  # exclude evaluation from the training speed
         self.control = self.callback_handler.on_evaluate(
@@ -250,12 +254,12 @@ def stopped_early(state: Any) -> bool:
     return patience is not None and waited >= patience
 
 
-class Preempted(RuntimeError):
-    """A signal stopped the run, which has saved a checkpoint and can be continued."""
+def ignore_sigterm(worker: int) -> None:
+    """Let a worker live on until the main process ends it: the last step needs its batches.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}: saved; the same command continues")
-        self.code = {signal.SIGTERM: 75, signal.SIGINT: 130}[signal.Signals(number)]
+    Slurm, systemd and `timeout` send the signal to all processes of a run.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Preemption(TrainerCallback):

@@ -54,7 +54,7 @@ def tune(
             found = model.propose(model.characters(hidden), steps, settings)
             scored += zip(rows, rescore(model, processor, hidden, steps, found, both), strict=True)
     wrong = [
-        np.array([count(references[row], normal(c.proposal.text)).errors for c in of_clip])
+        np.array([count(references[row], normal(c.proposal.text))[0] for c in of_clip])
         for row, of_clip in scored
     ]
     parts = [np.array([c.parts() for c in of_clip]) for _, of_clip in scored]

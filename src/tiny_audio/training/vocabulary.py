@@ -89,8 +89,9 @@ def transcript_ngram(
     if sum(letters[letter] for letter in unspaced) > letters.total() / 2:
         return None
     if words is None:
-        tokens = (token for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁")
-        counts = {token[1:]: 1.0 for token in tokens if token[1:].isalpha()}
+        tokens = [[token] for token in processor.tokenizer.get_vocab() if token[0] in "Ġ▁"]
+        whole = (processor.tokenizer.convert_tokens_to_string(token).strip() for token in tokens)
+        counts = {word: 1.0 for word in whole if word.isalpha()}
     else:
         counts = read_counts(words)
     known = {*processor.alphabet}
@@ -112,6 +113,8 @@ def read_counts(path: Path) -> dict[str, float]:
         raise DataError(f"data.words={path}: no such file")
     counts = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
         word, _, count = line.partition("\t")
         if not word or not count.strip().isdigit() or int(count) < 1:
             raise DataError(f"{path}, line {number} is not word<TAB>count: {line[:60]!r}")
