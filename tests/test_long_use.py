@@ -111,6 +111,22 @@ def test_a_long_recording_is_read_as_its_clips_are(half_hour, real):
     assert len(errors) > 0.9 * len(clips) and (median <= frame).all()
 
 
+@pytest.mark.parametrize("floor", [0.0, 1e-4])
+def test_a_word_before_a_long_pause_is_all_that_is_read(real, real_bases, floor):
+    """A recorder that runs on: one word, 19 s of pause, a faint click."""
+    rng = np.random.default_rng(0)
+    rows = sorted(read_manifest(real_bases.test), key=lambda row: row["duration"])[:8]
+    words = [load_audio(real_bases.test.parent / row["audio"]) for row in rows]
+    pauses = [floor * rng.standard_normal(19 * SAMPLE_RATE).astype(np.float32) for _ in words]
+    for word, pause in zip(words, pauses, strict=True):
+        pause[-4000] = 0.01 * np.abs(word).max()
+    alone = [found["text"] for found in real(words)]
+    found = real([np.concatenate(parts) for parts in zip(words, pauses, strict=True)])
+    texts = [item["text"] for item in found]
+    assert all(len(text.split()) == 1 for text in texts), texts
+    assert sum(a == b for a, b in zip(alone, texts, strict=True)) >= 4, (alone, texts)
+
+
 @torch.no_grad()
 def test_word_times_lie_where_the_speech_is(half_hour, real):
     """Forced alignment of what was said: within one projected frame (median)."""

@@ -14,19 +14,21 @@ from .asr_audio import SAMPLE_RATE, AudioInput, load_audio
 from .asr_config import IGNORE
 from .asr_encoder import family_of
 
-LOUD, LOUD_PERCENTILE = 0.1, 95  # target RMS (-20 dBFS) of the loudest twentieth of a clip
-PAUSE_BELOW = 0.01  # share of the highest level (-40 dB)
+LOUD = 0.1  # target RMS (-20 dBFS) of the loudest twentieth of a clip
+PERCENTILES = 95, 99.5  # of the levels: of loud speech, and its peak, which a click does not reach
 MAX_GAIN = 1e4  # 80 dB: digital silence stays silent
 
 
 def normalise_level(samples: np.ndarray) -> np.ndarray:
-    """Scale samples (n,) until their loud parts have an RMS of `LOUD`, whatever the gain was."""
+    """Scale samples (n,) until their loud parts have an RMS of `LOUD`, whatever the gain was.
+
+    Where speech fills less than a twentieth of the samples, the level of the pause must not count
+    as loud.
+    """
     size = SAMPLE_RATE // 40  # 25 ms
     frames = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
-    levels = np.sqrt(np.square(frames).mean(1))
-    loud = np.percentile(levels, LOUD_PERCENTILE)
-    if loud < PAUSE_BELOW * levels.max():  # sound fills less than a twentieth of the clip
-        loud = np.percentile(levels[levels >= PAUSE_BELOW * levels.max()], LOUD_PERCENTILE)
+    loud, peak = np.percentile(np.sqrt(np.square(frames).mean(1)), PERCENTILES)
+    loud = max(loud, peak / 2)
     return (samples * min(LOUD / max(loud, 1e-9), MAX_GAIN)).astype(np.float32)
 
 

@@ -64,8 +64,7 @@ def model_config(cfg: DictConfig, tokens: list[int], alphabet: list[int], **more
 
 def is_tuned(cfg: DictConfig) -> bool:
     """Whether the weights of decoding are chosen at the end of the run."""
-    wanted = cfg.model.tune and cfg.training.eval_strategy != "no"
-    return bool(wanted and cfg.data.eval)
+    return bool(cfg.model.tune and cfg.data.eval and cfg.training.eval_strategy != "no")
 
 
 def build_model(

@@ -53,8 +53,8 @@ def check_config(cfg: DictConfig) -> None:
     if not all(names) or len({*names}) != len(names) or not names:
         raise ValueError(f"stages need a name each, all different, not {names}")
     for settings in (cfg.training, *(stage.get("training") or {} for stage in cfg.stages)):
-        if settings.get("dtype") not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"training.dtype={settings['dtype']}: float32, bfloat16, float16, null")
+        if (dtype := settings.get("dtype")) not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"training.dtype={dtype}: not float32, bfloat16 or float16")
     for stage in cfg.stages:
         check_keys(stage, {"name", "training", "data"}, "a stage")
         check_keys(stage.get("training") or {}, training, f"stage {stage.name}: training")
