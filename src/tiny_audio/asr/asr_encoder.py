@@ -120,6 +120,10 @@ class EncoderFamily:
             n = (n - kernel) // stride + 1
         return n
 
+    def mels(self, config: Any) -> int | None:
+        """Number of mel channels of an input step; None if the encoder reads samples."""
+        return getattr(config, "num_mel_bins", None)
+
     def features(self, extracted: Any) -> np.ndarray:
         """Output of the feature extractor for one clip -> (n,) or (n, mels)."""
         return extracted["input_values"][0]

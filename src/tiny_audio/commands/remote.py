@@ -87,7 +87,7 @@ fi
   echo "torch cannot use the GPU with driver $3: rent a machine with a newer one" >&2; exit 5; }
 """
 START = """
-cd -- "$1" && [ -s .venv/deployed ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
+cd -- "$1" && [ -x .venv/bin/python ] || { echo 'nothing is installed: deploy first' >&2; exit 3; }
 name=$2 output=$3; shift 3
 # Downloads go to the disk of this folder, whose size was checked, and stay there.
 export HF_HOME="${HF_HOME:-$PWD/.cache/huggingface}"

@@ -198,9 +198,9 @@ class _Step:
         model, recorder, cuts = self.model, self.recorder, self.cuts
         audio, text = model.config.audio_config, model.config.text_config
         recorder.part = "encoder"
-        bins = [audio.num_mel_bins] if "num_mel_bins" in vars(audio) else []
+        mels = model.family.mels(audio)
         steps = round(seconds * SAMPLE_RATE / model.family.hop)
-        shape = [*bins, steps]
+        shape = [mels, steps] if mels else [steps]
         if settings["cache_encoder"]:
             shape = [model.family.frames(audio, steps), audio.hidden_size]
         features = torch.empty(clips, *shape, dtype=next(model.encoder.parameters()).dtype)
