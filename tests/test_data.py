@@ -140,6 +140,7 @@ def test_a_path_alone_is_a_source(corpus):
         ("ok", "ok", "ok"),
         ("Straße, Café — naïve", "Straße, Café — naïve", "straße café naïve"),
         ("don’t", "don't", "don't"),
+        ("‘no’, she said", "‘no’, she said", "no' she said"),
         ("cafe\u0301", "café", "café"),  # two characters become the one
         ("नमस्ते, दुनिया", "नमस्ते, दुनिया", "नमस्ते दुनिया"),
         ("<noise>", "", ""),

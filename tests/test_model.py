@@ -166,6 +166,8 @@ def test_a_generation_config_of_the_caller_ends_where_the_model_ends(build, clip
     given = GenerationConfig(num_beams=1)
     out = model.generate(**batch, logits_processor=[bias], generation_config=given)
     assert out.tolist() == [[processor.end_token_id]]
+    given = GenerationConfig(max_new_tokens=2, suppress_tokens=[processor.end_token_id])
+    assert model.generate(**batch, generation_config=given).shape[1] == 2
 
 
 def test_a_decoder_that_scales_its_embeddings_gets_frames_as_loud(tiny_bases, tmp_path):

@@ -111,6 +111,7 @@ def call(task: str, sshd, folder, *args: str) -> list[str]:
         (("--user", "nobody"), "it refuses your key"),
         (("--host", "-oProxyCommand=touch /tmp/x"), "may contain only letters"),
         (("--host", "a;touch x"), "may contain only letters"),
+        (("--host", "::1"), "may contain only letters"),
         (("--folder", "~/x"), "--folder must be absolute"),
     ],
 )

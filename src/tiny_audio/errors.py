@@ -1,4 +1,4 @@
-"""Expected errors, and how a run prints them."""
+"""Expected errors, and how commands print them."""
 
 import os
 import signal

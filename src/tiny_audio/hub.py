@@ -75,8 +75,8 @@ def hub_target(repo_id: str | None) -> str:
         return f"{HfApi().whoami()['name']}/tiny-audio"
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise PushError(
-            f"the Hub did not return the token's user ({one_line(error)}): name the repository, in "
-            "training by training.hub_model_id=<user>/<name>"
+            f"the Hub did not return the token's user ({one_line(error)}): name the repository "
+            "(`tiny-audio push FOLDER REPO`, or training.hub_model_id=<user>/<name>)"
         ) from error
 
 
@@ -103,9 +103,8 @@ def git_hash() -> str:
     run = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     options: Any = {"capture_output": True, "text": True, "cwd": Path(__file__).parent}
     try:
-        if subprocess.run(ours, **options).returncode:
-            return "unknown"
-        return subprocess.run(run, **options).stdout.strip() or "unknown"
+        known = subprocess.run(ours, **options).returncode == 0
+        return (known and subprocess.run(run, **options).stdout.strip()) or "unknown"
     except OSError:
         return "unknown"
 

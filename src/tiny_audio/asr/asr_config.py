@@ -118,8 +118,8 @@ class ASRConfig(PreTrainedConfig):
         ctc_direct: whether the character head starts from the encoder's own CTC head; None until
             the encoder is first loaded.
         decoding: settings of the search for text, see `DECODING_DEFAULTS`.
-        ngram_file: ARPA file beside the weights, the n-gram of the training transcripts.
-        writing_file: JSON file beside the weights: the transcripts' capitals and punctuation.
+        ngram_file: `ngram.arpa.gz` if the model has an n-gram of the training transcripts.
+        writing_file: `writing.json` if it knows the transcripts' capitals and punctuation.
         prompt_prefix, prompt_suffix: the processor's text around the audio tokens, for reference.
         audio_token_id: id of the placeholder token of one projected frame.
         end_token_id: id of the token that ends a transcript.

@@ -104,8 +104,8 @@ class EncoderFamily:
         hop: samples per input step.
         geometry: settings of the encoder that determine the number of frames.
         longest_seconds: longest clip that the encoder can take.
-        lora_layers: modules that `adapt` gives a LoRA.
-        spells: whether a fine-tuned model's CTC head outputs letters.
+        lora_layers: classes of the layers to which `adapt` adds a LoRA.
+        spells: whether CTC heads of this family output letters.
     """
 
     hop = 1

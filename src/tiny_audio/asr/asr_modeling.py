@@ -306,7 +306,8 @@ class ASRModel(SavedModel, GenerationMixin):
         limits = lengths + SPARE_TOKENS
         stop = StoppingCriteriaList([*(stopping_criteria or []), LengthLimit(limits)])
         self.decoder.generation_config = self.generation_config  # the decoder's own may sample
-        most = self.generation_config.max_new_tokens or int(limits.max())
+        own = kwargs.get("generation_config") or self.generation_config
+        most = own.max_new_tokens or int(limits.max())
         options = {"max_new_tokens": most, "stopping_criteria": stop, **kwargs}
         return self.decoder.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
 

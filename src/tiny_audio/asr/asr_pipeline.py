@@ -38,7 +38,7 @@ ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
 DECODE_LOCK = threading.Lock()
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
 MIN_SUPPORT = 0.65  # no_speech: the audio supports the text's letters less
-NOT_HEARD = 0.5  # a text whose letters the audio supports even less is discarded
+NOT_HEARD = 0.5  # a text is discarded if the audio supports its letters less than this
 LOOP_CONFIDENCE = 0.5  # repetition: a loop with less confidence
 FLAGS = {
     "truncated": "reached the token limit for its length",
@@ -68,7 +68,8 @@ class Piece:
         confidence: geometric mean of the CTC probabilities of the text's letters.
         support: how well the audio supports so many letters, see `letter_support`; 1.0 for a
             text without letters.
-        discarded: a text that was decoded from noise, see `NOT_HEARD`; `text` is empty then.
+        discarded: the text, if it was discarded as decoded from noise (see `NOT_HEARD`); `text` is
+            empty then.
         flags: problems with the text, keys of `FLAGS`.
     """
 
@@ -288,7 +289,7 @@ class ASRPipeline(Pipeline):
         ):
             piece.text = transcript.text
             self._time(piece, log_probs, *span)
-            if piece.support < NOT_HEARD:
+            if self.model.characters is not None and piece.support < NOT_HEARD:
                 piece.discarded, piece.text, piece.words = piece.text, "", []
             unsure = (piece.confidence or 0.0) < LOOP_CONFIDENCE
             applies = {

@@ -1,6 +1,7 @@
 """Samples -> features; text -> prompt, placeholder tokens, labels."""
 
 import math
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,27 +15,29 @@ from .asr_audio import SAMPLE_RATE, AudioInput, load_audio
 from .asr_config import IGNORE
 from .asr_encoder import family_of
 
-LOUD = 0.1  # target RMS (-20 dBFS) of the loudest twentieth of a clip
-PERCENTILES = 95, 99.5  # of the levels: of loud speech, and its peak, which a click does not reach
+LOUD, LOUD_PERCENTILE = 0.1, 95  # target RMS (-20 dBFS) of the loudest twentieth of a clip
+CLICK_FRAMES = 3  # the loudest 75 ms may be a click
 MAX_GAIN = 1e4  # 80 dB: digital silence stays silent
+INNER_APOSTROPHE = r"(?<=\w)’(?=\w)"  # at the end of a word, it may close a quotation
 
 
 def normalise_level(samples: np.ndarray) -> np.ndarray:
     """Scale samples (n,) until their loud parts have an RMS of `LOUD`, whatever the gain was.
 
-    Where speech fills less than a twentieth of the samples, the level of the pause must not count
-    as loud.
+    If speech fills less than a twentieth of the clip, the 95th percentile is the level of the
+    pause; half of the peak is then the lower bound.
     """
     size = SAMPLE_RATE // 40  # 25 ms
     frames = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
-    loud, peak = np.percentile(np.sqrt(np.square(frames).mean(1)), PERCENTILES)
-    loud = max(loud, peak / 2)
+    levels = np.sort(np.sqrt(np.square(frames).mean(1)))
+    peak = levels[-1 - CLICK_FRAMES :][0]
+    loud = max(np.percentile(levels, LOUD_PERCENTILE), peak / 2)
     return (samples * min(LOUD / max(loud, 1e-9), MAX_GAIN)).astype(np.float32)
 
 
 def without_marks(text: str) -> str:
     """Lower-case a text; remove all punctuation and symbols except the apostrophe."""
-    letters = text.lower().replace("’", "'")
+    letters = re.sub(INNER_APOSTROPHE, "'", text.lower())
     return "".join(c for c in letters if c == "'" or category(c)[0] not in "PS")
 
 

@@ -191,12 +191,10 @@ class SavedModel(PreTrainedModel):
 
     def load_words(self, folder: Path) -> None:
         """Load the n-gram and the writing of the training transcripts, if the folder has them."""
-        ngram = folder / (self.config.ngram_file or NGRAM)
-        writing = folder / (self.config.writing_file or WRITING)
-        if ngram.exists():
-            self.ngram = load_arpa(ngram)
-        if writing.exists():
-            self.writing = Writing.load(writing)
+        if (folder / NGRAM).exists():
+            self.ngram = load_arpa(folder / NGRAM)
+        if (folder / WRITING).exists():
+            self.writing = Writing.load(folder / WRITING)
 
     def load_tensors(
         self, tensors: dict[str, Tensor], source: str, fresh_lora: bool = False

@@ -125,7 +125,7 @@ class PrefixSearch:
 
     Args:
         alphabet: byte of each class from 1 on.
-        ngram: n-gram of the training transcripts.
+        ngram: n-gram of the training transcripts; an empty one if only the characters count.
         settings: see `DECODING_DEFAULTS`; costs are natural logarithms.
         device: device that runs the search.
     """
@@ -135,7 +135,7 @@ class PrefixSearch:
     ) -> None:
         self.alphabet, self.settings, self.device = list(alphabet), settings, device
         self.ngram, self.lexicon = ngram.to(device), Lexicon(ngram, alphabet, device)
-        self.space = self.alphabet.index(SPACE) + 1
+        self.space = self.alphabet.index(SPACE) + 1 if SPACE in self.alphabet else -1
 
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[list[Proposal]]:
         """Log-probabilities (b, t, c) of clips of `lengths` (b,) -> proposals, best first."""

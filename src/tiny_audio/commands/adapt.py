@@ -87,7 +87,8 @@ def recipe_of(model: Path) -> DictConfig:
     if not path.is_file():
         raise ValueError(f"{model} holds no training_config.yaml: adapt needs a model of ours")
     cfg: Any = OmegaConf.load(path)
-    cfg.peft.pop("peft_method", None)  # older versions wrote it; peft.r alone decides now
+    if cfg.peft.pop("peft_method", "lora") is None:  # how older versions wrote peft.r=0
+        cfg.peft.r = 0
     return cfg
 
 

@@ -208,9 +208,7 @@ class Machine:
 
     def path(self, folder: str) -> str:
         """A remote folder in rsync's notation; relative ones are inside the checkout."""
-        user, _, host = self.host.partition("@")
-        host = f"[{host}]" if ":" in host else host  # IPv6
-        return f"{user}@{host}:{Path(self.folder) / folder}/"
+        return f"{self.host}:{Path(self.folder) / folder}/"
 
 
 def deploy(machine: Machine, args: argparse.Namespace) -> None:
@@ -321,8 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     args = parser.parse_args(argv)
     for key in ("host", "user", "run"):
-        if not re.fullmatch(r"[\w.:][\w.:-]*|", value := str(vars(args).get(key, ""))):
-            raise RemoteError(f"--{key}: {value!r} may contain only letters, digits, . : _ and -")
+        if not re.fullmatch(r"[\w.][\w.-]*|", value := str(vars(args).get(key, ""))):
+            raise RemoteError(f"--{key}: {value!r} may contain only letters, digits, . _ and -")
     if args.folder.startswith(("-", "~")):
         raise RemoteError("--folder must be absolute, or relative to the home directory, without ~")
     return TASKS[args.task][0](Machine(args), args) or 0

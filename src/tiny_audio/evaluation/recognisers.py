@@ -78,11 +78,10 @@ def load_recogniser(name: str, device: str | None = None, language: str = "en") 
 
 
 def model_files(folder: str | Path) -> list[Path]:
-    """The files of a model folder that may affect its texts; none if `folder` is a Hub id."""
+    """Files of a model folder that its texts may depend on, and a few more; none for a Hub id."""
     kinds = {".safetensors", ".bin", ".json", ".gz", ".txt", ".model", ".jinja"}
     reports = {"summary.json", "finished.json", "tuning.json"}
-    found = (path for path in Path(folder).glob("*") if path.suffix in kinds)
-    return sorted(path for path in found if path.name not in reports)
+    return sorted(f for f in Path(folder).glob("*") if f.suffix in kinds and f.name not in reports)
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

@@ -9,7 +9,7 @@ from unicodedata import category, normalize
 
 from ..asr.asr_audio import AudioError, load_audio
 from ..asr.asr_ctc import frames_needed
-from ..asr.asr_processing import without_marks
+from ..asr.asr_processing import INNER_APOSTROPHE, without_marks
 from .manifests import DataError, Example
 
 # Plausible transcripts: slower than anybody reads to faster than anybody speaks.
@@ -80,13 +80,14 @@ def prepare_text(text: str, lowercase: bool = False) -> str:
     Case, digits and punctuation are kept for the model to learn. `lowercase`, for small recipes,
     removes case and all punctuation except the apostrophe.
     """
-    text = normalize("NFC", text).replace("’", "'")
+    text = re.sub(INNER_APOSTROPHE, "'", normalize("NFC", text))
     for mark, meaning in MARKS.items():
         text = re.sub(mark, meaning, text, flags=re.IGNORECASE)
     text = " ".join(text.split())
     if lowercase:
+        spoken = text.lower().replace("’", "'")
         # letters, combining marks, digits, the apostrophe, zero-width joiner and non-joiner
-        kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in text.lower())
+        kept = (c if c in "'\u200c\u200d" or category(c)[0] in "LMN" else " " for c in spoken)
         text = " ".join("".join(kept).split())
     return text.lower() if text.isupper() and len(text) > 3 else text
 

@@ -70,7 +70,7 @@ class ASRTrainer(Trainer):
             "generator": torch.Generator().manual_seed(self.args.seed),
             "prefetch_factor": self.args.dataloader_prefetch_factor,
             "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            "worker_init_fn": ignore_sigterm,
+            "worker_init_fn": ignore_first_sigterm,
         }
         if isinstance(data, SpeechStream):  # one reader, which decodes in threads
             return DataLoader(data, batch_size=None, num_workers=min(1, workers), **loading)
@@ -254,12 +254,12 @@ def stopped_early(state: Any) -> bool:
     return patience is not None and waited >= patience
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Let a worker live on until the main process ends it: the last step needs its batches.
+def ignore_first_sigterm(worker: int) -> None:
+    """Keep a worker alive: Slurm, systemd and `timeout` send SIGTERM to all processes of a run.
 
-    Slurm, systemd and `timeout` send the signal to all processes of a run.
+    The main process needs the worker's batches until it has saved. A second signal ends the worker.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Preemption(TrainerCallback):

@@ -23,7 +23,7 @@ MIN_EXTRA_WORD = 3  # letters of a word that occurs in no transcript
 def ctc_vocabulary(examples: Iterable[Example]) -> tuple[list[int], list[int]]:
     """The token ids and the lower-case bytes that occur in the training transcripts.
 
-    The bytes exclude ASCII punctuation, except the apostrophe.
+    The bytes exclude punctuation and symbols, except the apostrophe.
     """
     examples = list(examples)
     tokens = {token for example in examples for token in example.target}
