@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "tiny_audio"
 ROOMS = ["asr", "shared", "evaluation", "training", "commands"]
 # Code lines: neither blank nor comment nor docstring. The aims are in docs/architecture.md. There
 # is room for a change of some dozens of lines; a release should use less of it, not more.
-READING_PATH, EVERYTHING, LONGEST_FILE, LONGEST_FUNCTION = 4392, 7941, 350, 60
+READING_PATH, EVERYTHING, LONGEST_FILE, LONGEST_FUNCTION = 4386, 7935, 350, 60
 PASSIVE = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 
 

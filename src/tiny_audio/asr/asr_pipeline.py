@@ -38,7 +38,6 @@ ONE_INPUT = (str, bytes, bytearray, memoryview, dict, np.ndarray, torch.Tensor)
 DECODE_LOCK = threading.Lock()
 SILENCE = 1e-5  # a piece is silent if all samples are below this (-100 dBFS)
 MIN_SUPPORT = 0.65  # no_speech: the audio supports the text's letters less
-NOT_HEARD = 0.5  # a text is discarded if the audio supports its letters less than this
 LOOP_CONFIDENCE = 0.5  # repetition: a loop with less confidence
 FLAGS = {
     "truncated": "reached the token limit for its length",
@@ -68,8 +67,6 @@ class Piece:
         confidence: geometric mean of the CTC probabilities of the text's letters.
         support: how well the audio supports so many letters, see `letter_support`; 1.0 for a
             text without letters.
-        discarded: the text, if it was discarded as decoded from noise (see `NOT_HEARD`); `text` is
-            empty then.
         flags: problems with the text, keys of `FLAGS`.
     """
 
@@ -80,7 +77,6 @@ class Piece:
     words: list[dict[str, Any]] = field(default_factory=list)
     confidence: float | None = None
     support: float = 1.0
-    discarded: str = ""
     flags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -289,8 +285,6 @@ class ASRPipeline(Pipeline):
         ):
             piece.text = transcript.text
             self._time(piece, log_probs, *span)
-            if self.model.characters is not None and piece.support < NOT_HEARD:
-                piece.discarded, piece.text, piece.words = piece.text, "", []
             unsure = (piece.confidence or 0.0) < LOOP_CONFIDENCE
             applies = {
                 "truncated": transcript.truncated,
@@ -359,9 +353,7 @@ class ASRPipeline(Pipeline):
             pause = bool(result["text"]) and not piece.text  # no text, but speech elsewhere
             for flag in piece.flags:
                 where = f"{piece.start:.1f}-{piece.start + piece.seconds:.1f} s"
-                lost = flag == "no_speech" and piece.discarded
-                line = f"{where}: {FLAGS[flag]}" + (f"; discarded: {lost!r}" if lost else "")
-                result.setdefault("warnings", []).append(line)
+                result.setdefault("warnings", []).append(f"{where}: {FLAGS[flag]}")
                 if not pause:
                     result[flag] = True
         if recording.missing:
