@@ -235,9 +235,8 @@ def test_train_status_stop_continue_fetch(far, home, sshd, recipe, capfd):
     wait_for(lambda: log.exists() and "evaluation loss" in log.read_text())
     assert cli.main([*train, "--detach", *overrides]) == 1
     assert "the run mac_minimal is still running" in capfd.readouterr().err
-    assert (
-        cli.main(call("deploy", sshd, far, "--cpu", "--small-disk")) == 1
-    )  # it would lose its code
+    # A deploy would replace the code of the run.
+    assert cli.main(call("deploy", sshd, far, "--cpu", "--small-disk")) == 1
     assert "the run mac_minimal is still running" in capfd.readouterr().err
     assert cli.main(call("status", sshd, far, "--price", "36")) == 0
     said = capfd.readouterr().out

@@ -37,9 +37,18 @@ def check(reference, hypothesis):
 def test_counts_are_the_edit_distance():
     rng = np.random.default_rng(0)
     letters = list("abcd")
+    pairs = []
     for _ in range(500):
         sizes = rng.integers(0, 9, 2)  # zero words too
-        check(*(" ".join(rng.choice(letters, n)) for n in sizes))
+        pairs.append(tuple(" ".join(rng.choice(letters, n)) for n in sizes))
+        check(*pairs[-1])
+    found = scoring.score(*zip(*pairs, strict=True))
+    errors = [found[kind] for kind in ("substitutions", "deletions", "insertions")]
+    hits = found["words"] - found["substitutions"] - found["deletions"]
+    heard = sum(len(hypothesis.split()) for _, hypothesis in pairs)
+    assert hits + found["substitutions"] + found["insertions"] == heard
+    assert min(*errors, hits) >= 0
+    assert sum(errors) == sum(scoring.count(*pair)[0] for pair in pairs)
 
 
 def test_counts_are_the_edit_distance_on_real_transcripts(real_bases):

@@ -19,14 +19,7 @@ from transformers import TextIteratorStreamer
 
 from tiny_audio.asr.asr_audio import SAMPLE_RATE, AudioError, load_audio, read_audio, split_blocks
 from tiny_audio.asr.asr_ctc import LAG, align, frames_needed, letter_support
-from tiny_audio.asr.asr_pipeline import (  # fmt: skip
-    LEAST_FILLED,
-    LOOP,
-    ASRPipeline,
-    Piece,
-    Recording,
-    chunks,
-)
+from tiny_audio.asr.asr_pipeline import LEAST_FILLED, LOOP, ASRPipeline, Piece, Recording, chunks
 from tiny_audio.asr.handler import EndpointHandler
 from tiny_audio.commands import transcribe
 from tiny_audio.commands.formats import render
